@@ -1,0 +1,115 @@
+"""Which implementation runs a call: Triton kernels or plain PyTorch ("eager").
+
+The rule, in order:
+
+1. `use(...)` in force, or else the environment variable `FASTATTN_BACKEND` (`auto`, `triton` or `eager`).
+2. `auto`: Triton for tensors on a GPU, and for CPU tensors when `TRITON_INTERPRET=1`; eager for all others.
+
+Both implementations have the same launcher signatures: `fastattn/kernels/<op>.py` and `fastattn/eager/<op>.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("auto", "triton", "eager")
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}; allowed: {', '.join(BACKENDS)}")
+    return name
+
+
+_override: str | None = None
+
+
+@contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Run the calls inside with one backend, process-wide: `with fastattn.backend.use("eager"): ...`.
+
+    Args:
+        backend: "auto", "triton" or "eager".
+
+    Raises:
+        ValueError: another name.
+    """
+    global _override
+    previous, _override = _override, _checked(backend, "backend")
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def interpreting() -> bool:
+    """True where Triton kernels run in Triton's CPU interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def triton_available() -> bool:
+    """True where the package triton is installed (it is not imported to find out)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def choose(device: torch.device) -> tuple[str, str]:
+    """The backend for tensors on `device`, and the reason in words.
+
+    Returns:
+        ("triton" | "eager", reason)
+
+    Raises:
+        RuntimeError: Triton was asked for and is not installed.
+    """
+    if _override not in (None, "auto"):
+        choice, reason = str(_override), "set by fastattn.backend.use"
+    else:
+        choice, reason = "auto", ""
+        if _override is None:
+            choice = _checked(os.environ.get("FASTATTN_BACKEND", "auto"), "environment variable FASTATTN_BACKEND")
+            reason = "set by the environment variable FASTATTN_BACKEND"
+    if choice == "auto":
+        if device.type == "cpu":
+            interpreted = interpreting() and triton_available()
+            choice = "triton" if interpreted else "eager"
+            reason = "TRITON_INTERPRET=1" if interpreted else "tensors on the CPU run in PyTorch"
+        elif not triton_available():
+            choice, reason = "eager", f"triton is not installed, so tensors on {device.type} run in PyTorch"
+        else:
+            choice, reason = "triton", f"tensors on {device.type} run in Triton"
+    if choice == "triton" and not triton_available():
+        raise RuntimeError(f"the Triton backend was {reason}, but triton is not installed: pip install triton")
+    return choice, reason
+
+
+@cache
+def _module(backend: str, op: str) -> ModuleType:
+    folder = {"triton": "kernels", "eager": "eager"}[backend]
+    return importlib.import_module(f"fastattn.{folder}.{op}")
+
+
+def implementation(op: str, device: torch.device) -> ModuleType:
+    """The module of launchers that runs `op` ("attention", "normalization", ...) for tensors on `device`."""
+    return _module(choose(device)[0], op)
+
+
+def device_guard(device: torch.device) -> AbstractContextManager[object]:
+    """Makes `device` current for the launches inside: a kernel for cuda:1 must not run on cuda:0."""
+    if device.type == "cpu" or device.index is None or device.index == torch.accelerator.current_device_index():
+        return nullcontext()
+    return torch.accelerator.device_index(device.index)
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """How fp32 tiles are multiplied: "ieee", or "tf32" where torch's matmul precision setting allows it."""
+    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if tf32 else "ieee"

@@ -1,0 +1,57 @@
+"""The one place where kernels are launched, and what the launchers ask of the device."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import triton
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the configurations depend on.
+
+    Attributes:
+        backend: "cuda", "hip", "xpu", or "interpreter".
+        arch: compute capability as in sm_90 → 90 on CUDA; 0 elsewhere.
+        shared_memory: bytes one program may use.
+        processors: streaming multiprocessors (compute units) of the device.
+    """
+
+    backend: str
+    arch: int
+    shared_memory: int
+    processors: int
+
+
+@cache
+def _target(device: int) -> Target:
+    driver = triton.runtime.driver.active
+    target = driver.get_current_target()
+    properties = driver.utils.get_device_properties(device)
+    arch = int(target.arch) if target.backend == "cuda" else 0
+    return Target(target.backend, arch, properties["max_shared_mem"], properties["multiprocessor_count"])
+
+
+def current_target() -> Target:
+    """The target that launches compile for now (under the interpreter: small blocks suffice)."""
+    if INTERPRETING:
+        return Target("interpreter", 0, 1 << 20, 4)
+    return _target(triton.runtime.driver.active.get_current_device())
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 1, **constexprs: Any
+) -> None:
+    """`kernel[grid](*args, **constexprs)`, unless the grid is empty.
+
+    FP fusion is always asked for: Triton 3.9 warns without, and 3.10 turns it off by default.
+    """
+    if 0 in grid:
+        return
+    kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)

@@ -1,0 +1,55 @@
+"""Argument checks shared by the ops: each names the argument, what came, and what is allowed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> None:
+    """TypeError unless `value` is a strided tensor of one of `dtypes`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+    if value.dtype not in dtypes:
+        allowed = ", ".join(map(name_of, dtypes))
+        raise TypeError(f"{name} has dtype {name_of(value.dtype)}; allowed: {allowed}")
+
+
+def check_rank(name: str, value: Tensor, rank: int, layout: str) -> None:
+    if value.dim() != rank:
+        raise ValueError(f"{name} must have {rank} dimensions {layout}, got shape {tuple(value.shape)}")
+
+
+def check_shape(name: str, value: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape} ({meaning}), got {tuple(value.shape)}")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """ValueError unless all the tensors given are on the device of the first."""
+    first_name, first = next((n, t) for n, t in tensors.items() if t is not None)
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device} but {first_name} is on {first.device}")
+
+
+def check_probability(name: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {value}")
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast floating tensors to autocast's dtype where autocast is on for their device; leave fp64 alone."""
+    device_type = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t.to(dtype) if t is not None and t.dtype in FLOAT_DTYPES else t for t in tensors)

@@ -1,0 +1,122 @@
+"""How every op is registered: one schema, one implementation for all devices, one fake, one gradient.
+
+A `fastattn::` op is opaque to `torch.compile` and differentiable through the dispatcher, so one graph is kept. Its
+gradient op is registered in the same way and has a gradient of its own, written in plain PyTorch, which is what makes
+double backward work. Functorch transforms and forward-mode AD never reach an op: `needs_composite` routes them to the
+op's plain PyTorch definition before (an op would refuse them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("fastattn", "DEF")
+Gradient = Callable[[Sequence[bool], Sequence[Tensor | None], Sequence[Any], Sequence[Tensor]], Sequence[Tensor | None]]
+
+
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
+    """Register `fastattn::<schema>`; `implementation` chooses the backend from its tensors' device."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastattn::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.fastattn, name).default
+
+
+def differentiate(op: torch._ops.OpOverload, gradient: Gradient, keep_outputs: Sequence[int] = ()) -> None:
+    """Register the gradient of `op`.
+
+    `gradient(needs, grad_outputs, arguments, outputs)` gets which arguments need a gradient, one gradient or None per
+    output, the op's arguments and its outputs (None where the index is not in `keep_outputs`: what is not kept is not
+    held in memory), and returns one gradient or None per argument. It may itself be differentiated.
+    """
+    defaults = [argument.default_value for argument in op._schema.arguments]
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
+            ctx.set_materialize_grads(False)
+            with torch._C._AutoDispatchBelowAutograd():
+                result = op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+            outputs = result if isinstance(result, tuple) else (result,)
+            kept = [output if i in keep_outputs else None for i, output in enumerate(outputs)]
+            tensors = [argument if isinstance(argument, Tensor) else None for argument in arguments]
+            ctx.save_for_backward(*tensors, *kept)
+            ctx.constants = [None if isinstance(argument, Tensor) else argument for argument in arguments]
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
+            saved, n = ctx.saved_tensors, len(ctx.constants)
+            arguments = [c if t is None else t for t, c in zip(saved[:n], ctx.constants)]
+            grads = gradient(ctx.needs_input_grad[1:], grad_outputs, arguments, saved[n:])
+            return None, *grads
+
+    def autograd(keyset: Any, *arguments: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return Function.apply(keyset, *arguments, *defaults[len(arguments) :])
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    LIBRARY.impl(op._schema.name.split("::")[1], autograd, "Autograd", with_keyset=True)
+
+
+def needs_composite(*tensors: Tensor | None) -> bool:
+    """True inside functorch transforms (grad, vmap, jvp, ...) and for forward-mode dual tensors."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if torch.autograd.forward_ad._current_level < 0:
+        return False
+    unpack = torch.autograd.forward_ad.unpack_dual
+    return any(t is not None and unpack(t).tangent is not None for t in tensors)
+
+
+def replay(
+    definition: Callable[..., Sequence[Tensor]],
+    needs: Sequence[bool],
+    grad_outputs: Sequence[Tensor | None],
+    tensors: Sequence[Tensor | None],
+    grad_grads: Sequence[Tensor | None],
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """The gradient of a gradient, by automatic differentiation of the op's plain definition.
+
+    With (y_1, ...) = definition(x_1, ...) and g = Σ_k dy_k · ∂y_k/∂x, the first gradient, this returns the derivatives of
+    Σ_i grad_grads_i · g_i with respect to every dy_k and every x_i that needs one.
+
+    Args:
+        needs: which of `tensors` the first gradient was taken for.
+        grad_outputs: dy_k, or None where an output had no gradient.
+        tensors: x_i, or None for an absent optional one.
+        grad_grads: the incoming gradient of g_i, or None.
+
+    Returns:
+        (gradients of grad_outputs, gradients of tensors), None where there is none.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        xs = [t if t is None or not t.is_floating_point() else t.view_as(t).requires_grad_(True) for t in tensors]
+        dys = [None if dy is None else dy.view_as(dy).requires_grad_(True) for dy in grad_outputs]
+        ys = definition(*xs)
+        pairs = [(y, dy) for y, dy in zip(ys, dys) if dy is not None and y.requires_grad]
+        wanted = [i for i, (need, x) in enumerate(zip(needs, xs)) if need and x is not None]
+        inputs = [x for i in wanted if (x := xs[i]) is not None]
+        first = torch.autograd.grad(
+            [y for y, _ in pairs], inputs, [dy for _, dy in pairs], create_graph=True, allow_unused=True
+        )
+        used = [(g, gg) for g, i in zip(first, wanted) if g is not None and (gg := grad_grads[i]) is not None]
+        used = [(g, gg) for g, gg in used if g.requires_grad]
+        targets = [t for t in (*dys, *xs) if t is not None and t.requires_grad]
+        second: Sequence[Tensor | None] = [None] * len(targets)
+        if used:
+            second = torch.autograd.grad(
+                [g for g, _ in used], targets, [gg for _, gg in used], create_graph=again, allow_unused=True
+            )
+    found = iter(second)
+    spread = [None if t is None or not t.requires_grad else next(found) for t in (*dys, *xs)]
+    return spread[: len(dys)], spread[len(dys) :]
