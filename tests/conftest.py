@@ -1,9 +1,12 @@
 """Where no GPU is, every kernel under test runs in Triton's interpreter, watched by the sanitizer."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from bench.codegen.worker import CompileWorker
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read at triton's first import
@@ -27,3 +30,10 @@ def _poison_uninitialised_memory() -> None:
     """`torch.empty` returns NaN (integers: their largest value), so that an element never written cannot look right."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(scope="session")
+def compile_worker(pytestconfig: pytest.Config) -> Iterator[CompileWorker]:
+    """Compiles for GPUs in a process of its own; what it compiled is kept between test runs in pytest's cache."""
+    with CompileWorker(cache_dir=pytestconfig.cache.mkdir("triton")) as worker:
+        yield worker

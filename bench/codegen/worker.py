@@ -1,0 +1,99 @@
+"""A process that compiles: it runs a Python function under the stand-in driver and reports the kernels it launched.
+
+Interpreted and compiled kernels do not mix in one process, so tests that interpret ask a worker. The two sides talk
+JSON lines over the worker's standard input and output:
+
+    {"case": "tests.launch_cases:attention", "arguments": {"head_dim": 64}, "target": "sm_90"}
+    {"launches": [{"kernel": ..., "registers": ..., ...}, ...]}   or   {"error": "ValueError: ...", "traceback": ...}
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+_REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class WorkerError(RuntimeError):
+    """What went wrong inside the worker, with its traceback."""
+
+
+class CompileWorker:
+    """The asking side. Use as a context manager, or call `close`."""
+
+    def __init__(self, cache_dir: Path | None = None) -> None:
+        environment = {**os.environ, "TRITON_INTERPRET": "0"}
+        if cache_dir is not None:
+            environment["TRITON_CACHE_DIR"] = str(cache_dir)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.codegen.worker"],
+            cwd=_REPOSITORY,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def launches(self, case: str, target: str, **arguments: Any) -> list[Any]:
+        """The `Resources` of each kernel that the function `case` ("module:function") launches on `target`."""
+        from bench.codegen.resources import Resources
+
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        request = {"case": case, "target": target, "arguments": arguments}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise WorkerError(f"the worker ended with exit status {self._process.wait()} during {request}")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise WorkerError(f"{reply['error']}\n{reply['traceback']}")
+        return [Resources.from_json(launch) for launch in reply["launches"]]
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait(timeout=30)
+
+    def __enter__(self) -> CompileWorker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    from bench.codegen.resources import read_resources
+    from bench.codegen.stand_in import stand_in
+
+    try:
+        module_name, function_name = request["case"].split(":")
+        function = getattr(importlib.import_module(module_name), function_name)
+        with stand_in(request["target"]) as launches:
+            function(**request["arguments"])
+        distinct = {launch.metadata.hash: read_resources(launch) for launch in launches}
+        rows = [{**distinct[launch.metadata.hash].as_json(), "grid": launch.grid} for launch in launches]
+        return {"launches": rows}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+
+
+def main() -> None:
+    """Answer requests until standard input ends; whatever else prints goes to standard error."""
+    replies, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        print(json.dumps(_answer(json.loads(line))), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Toy kernels and the functions that launch them, for the tests of the compile proof itself."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def matmul_tile(
+    a, b, out, n_steps, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr
+):
+    offs_m, offs_n, offs_k = tl.arange(0, ROWS), tl.arange(0, COLS), tl.arange(0, DEPTH)
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+    for step in range(n_steps):
+        a_tile = tl.load(a + (step * ROWS + offs_m[:, None]) * DEPTH + offs_k[None, :])
+        b_tile = tl.load(b + (step * DEPTH + offs_k[:, None]) * COLS + offs_n[None, :])
+        acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
+    tl.store(out + offs_m[:, None] * COLS + offs_n[None, :], acc)
+
+
+@triton.jit
+def double(x, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x + offs, tl.load(x + offs, mask=offs < n) * 2, mask=offs < n)
+
+
+@triton.jit
+def does_not_compile(x, BLOCK: tl.constexpr):
+    tl.store(x + tl.arange(0, BLOCK), tl.arange(0, BLOCK + 1))
+
+
+def launch_matmul(dtype="bfloat16", precision="ieee", rows=64, cols=64, depth=64, num_warps=4, num_stages=2):
+    a = torch.zeros(4 * rows, depth, dtype=getattr(torch, dtype))
+    b = torch.zeros(4 * depth, cols, dtype=getattr(torch, dtype))
+    out = torch.zeros(rows, cols)
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    matmul_tile[(1,)](a, b, out, 4, PRECISION=precision, ROWS=rows, COLS=cols, DEPTH=depth, **options)
+
+
+def launch_double(n=1000):
+    for _ in range(2):
+        double[(triton.cdiv(n, 256),)](torch.zeros(n), n, BLOCK=256, enable_fp_fusion=True)
+
+
+def launch_what_does_not_compile():
+    does_not_compile[(1,)](torch.zeros(16), BLOCK=16)
