@@ -62,7 +62,7 @@ def misuse_kernel(x, out, WHAT: tl.constexpr, BLOCK: tl.constexpr):
 def promoted_by_triton_kernel(x, out, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     tile = tl.load(x + offs)
-    tl.store(out + offs, tl.cumsum(tile, 0) + tl.maximum(tile, tile) + tl.max(tile, 0))
+    tl.store(out + offs, tl.maximum(tile, tile) + tl.max(tile, 0))
 
 
 @triton.jit
@@ -170,7 +170,7 @@ def test_what_triton_itself_promotes_to_fp32_is_right():
     x = torch.randn(16).to(torch.bfloat16)
     out = torch.full((16,), float("nan"))
     promoted_by_triton_kernel[(1,)](x, out, BLOCK=16)
-    torch.testing.assert_close(out, x.float().cumsum(0) + x.float() + x.float().max())
+    torch.testing.assert_close(out, x.float() + x.float().max())
 
 
 def test_installing_twice_changes_nothing():
