@@ -33,7 +33,8 @@ def _poison_uninitialised_memory() -> None:
 
 
 @pytest.fixture(scope="session")
-def compile_worker(pytestconfig: pytest.Config) -> Iterator[CompileWorker]:
+def compile_worker(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CompileWorker]:
     """Compiles for GPUs in a process of its own; what it compiled is kept between test runs in pytest's cache."""
-    with CompileWorker(cache_dir=pytestconfig.cache.mkdir("triton")) as worker:
+    cache = getattr(pytestconfig, "cache", None)
+    with CompileWorker(cache.mkdir("triton") if cache else tmp_path_factory.mktemp("triton")) as worker:
         yield worker
