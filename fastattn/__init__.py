@@ -1,3 +1,11 @@
-"""Attention, normalisation, feed-forward and loss kernels in Triton for PyTorch."""
+"""Attention, normalisation, feed-forward and loss kernels in Triton for PyTorch.
+
+The same call runs Triton kernels on a GPU and PyTorch on a CPU, with gradients and with the same meaning.
+"""
+
+from fastattn import backend
+from fastattn.ops.attention import attention
 
 __version__ = "0.1.0"
+
+__all__ = ["attention", "backend"]

@@ -1,0 +1,404 @@
+"""Attention in PyTorch: the CPU backend, and the definition behind transforms and double backward.
+
+Query rows are independent of each other, so everything here walks over blocks of rows: memory grows with N, not with N².
+A block is done in one of two ways:
+
+* PyTorch's fused CPU attention, with what it lacks (window, ALiBi, mask, bias) as the additive mask of one block, or with
+  no mask where the block needs none;
+* matrix products, for what the fused kernel cannot do: softcap, dropout, gradients of the LSE or of the bias, Dv ≠ D.
+
+`_logits` is the one definition of a score. Formulas: fastattn/kernels/attention_backward.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastattn.eager.random import keep
+from fastattn.layout import as_heads, new_heads
+from fastattn.replay import replay
+
+_FUSED_ROWS = 256  # rows of a fused block that needs an additive mask
+_BLOCK_SCORES = 1 << 20  # scores of one block of matrix products: 4 MiB of fp32
+
+_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some query rows, the key columns that they see, and what decides their scores."""
+
+    mask: Tensor | None
+    bias: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    seed: Tensor | None
+    scale: float
+    window_left: int | None
+    window_right: int | None
+    softcap: float
+    dropout_p: float
+    rows: range
+    columns: range
+    shift: int  # Nk - Nq: row i stands at column i + shift
+
+    def narrow(self, rows: range) -> Block:
+        """The block of these rows: fewer columns where the window allows, mask and bias cut to size."""
+        low, high = self.columns.start, self.columns.stop
+        if self.window_left is not None:
+            low = min(max(rows.start + self.shift - self.window_left, low), high - 1)
+        if self.window_right is not None:
+            high = max(min(rows.stop + self.shift + self.window_right, high), low + 1)
+        columns = range(low, high)
+        cut = [_cut(pair, rows, columns) for pair in (self.mask, self.bias)]
+        return replace(self, mask=cut[0], bias=cut[1], rows=rows, columns=columns)
+
+    def split(self, size: int) -> Iterator[Block]:
+        for start in range(0, len(self.rows), size):
+            yield self.narrow(range(start, min(start + size, len(self.rows))))
+
+    def positions(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(rows, 1) and (columns,): where rows and columns stand."""
+        i = torch.arange(self.rows.start, self.rows.stop, device=device)[:, None] + self.shift
+        return i, torch.arange(self.columns.start, self.columns.stop, device=device)
+
+    def hidden(self, device: torch.device) -> Tensor | None:
+        """bool, broadcastable to (B, Hq, rows, columns): True = invisible. None where all is visible."""
+        hidden = None
+        i, j = self.positions(device)
+        first, last = self.rows.start + self.shift, self.rows.stop - 1 + self.shift
+        if self.window_right is not None and self.columns.stop - 1 > first + self.window_right:
+            hidden = j > i + self.window_right
+        if self.window_left is not None and self.columns.start < last - self.window_left:
+            before = j < i - self.window_left
+            hidden = before if hidden is None else hidden | before
+        if self.mask is not None:
+            hidden = ~self.mask if hidden is None else hidden | ~self.mask
+        return hidden
+
+    def additive(self, device: torch.device) -> Tensor | None:
+        """fp32, broadcastable to (B, Hq, rows, columns): bias and ALiBi, -inf where invisible. None = nothing to add."""
+        total = None if self.bias is None else self.bias.float()
+        if self.alibi_slopes is not None:
+            i, j = self.positions(device)
+            alibi = -self.alibi_slopes[..., None, None] * (i - j).abs()
+            total = alibi if total is None else total + alibi
+        hidden = self.hidden(device)
+        if hidden is None:
+            return total
+        if total is None:
+            return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
+        return total.masked_fill(hidden, float("-inf"))
+
+    def dropout_factors(self, like: Tensor) -> Tensor | None:
+        """fp32, the shape of `like` (B, Hq, rows, columns): 0 or 1 / (1 - p). None without dropout."""
+        if self.seed is None:
+            return None
+        b = torch.arange(like.shape[0], device=like.device)[:, None, None, None]
+        h = torch.arange(like.shape[1], device=like.device)[:, None, None]
+        i = torch.arange(self.rows.start, self.rows.stop, device=like.device)[:, None]
+        return keep(self.seed, b, h, i, self.columns, self.dropout_p) / (1.0 - self.dropout_p)
+
+    def of_rows(self, tensor: Tensor) -> Tensor:
+        """The block's rows of (B, H, Nq, ...)."""
+        return tensor[:, :, self.rows.start : self.rows.stop]
+
+    def of_columns(self, tensor: Tensor) -> Tensor:
+        """The block's columns of (B, H, Nk, ...)."""
+        return tensor[:, :, self.columns.start : self.columns.stop]
+
+
+def _cut(pair: Tensor | None, rows: range, columns: range) -> Tensor | None:
+    """The block of a mask or bias (B or 1, H or 1, Nq or 1, Nk or 1)."""
+    if pair is None:
+        return None
+    if pair.shape[2] != 1:
+        pair = pair[:, :, rows.start : rows.stop]
+    return pair if pair.shape[3] == 1 else pair[..., columns.start : columns.stop]
+
+
+def _logits(q: Tensor, k: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """(logits, capped scores), fp32 (B, Hq, rows, columns): softcap(scale·q kᵀ) + bias + ALiBi, -inf where invisible.
+
+    q (B, Hq, rows, D) and k (B, Hkv, columns, D) are the block's, fp32.
+    """
+    capped = _grouped(q, k) @ k.transpose(-1, -2) * block.scale
+    capped = capped.reshape(*q.shape[:3], k.shape[2])
+    if block.softcap:
+        capped = block.softcap * torch.tanh(capped / block.softcap)
+    additive = block.additive(q.device)
+    return (capped if additive is None else capped + additive), capped
+
+
+def _grouped(x: Tensor, kv: Tensor) -> Tensor:
+    """(B, Hq, n, m) → (B, Hkv, Hq / Hkv · n, m): the rows of all query heads that share a key head, one below the other."""
+    return x.reshape(x.shape[0], kv.shape[1], x.shape[1] // kv.shape[1] * x.shape[2], x.shape[3])
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """(out, lse) of one block, differentiable by any of torch's means. q, k, v are the block's, any dtype."""
+    s, _ = _logits(q.float(), k.float(), block)
+    m = s.detach().amax(-1, keepdim=True)
+    if block.sinks is not None:
+        sink = block.sinks.float()[:, None, None]
+        m = torch.maximum(m, sink.detach())
+    m = m.masked_fill(m == float("-inf"), 0.0)
+    p = torch.exp(s - m)
+    l = p.sum(-1, keepdim=True)
+    if block.sinks is not None:
+        l = l + torch.exp(sink - m)
+    dead = l == 0
+    l_safe = l.masked_fill(dead, 1.0)
+    z = block.dropout_factors(p)
+    out = (_grouped(p if z is None else p * z, v) @ v.float()).reshape(*q.shape[:3], v.shape[3]) / l_safe
+    lse = (m + torch.log(l_safe)).masked_fill(dead, float("-inf")).squeeze(-1)
+    return out.to(q.dtype), lse
+
+
+def _nothing(query: Tensor, value: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(out, lse) where there are no queries or no keys."""
+    zero = query.sum(-1) * 0
+    lse = zero.float() + (float("-inf") if sinks is None else sinks.float()[:, None])
+    return zero[..., None].expand(*query.shape[:3], value.shape[3]), lse
+
+
+def _whole(
+    query: Tensor, key: Tensor, mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None,
+    sinks: Tensor | None, seed: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
+    softcap: float, dropout_p: float,
+) -> Block:  # fmt: skip
+    n, nk = query.shape[2], key.shape[2]
+    return Block(
+        mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p, range(n), range(nk), nk - n
+    )  # fmt: skip
+
+
+def _product_rows(query: Tensor, key: Tensor) -> int:
+    """Rows of a block of matrix products."""
+    return max(16, _BLOCK_SCORES // max(1, query.shape[0] * query.shape[1] * key.shape[2]) // 16 * 16)
+
+
+def definition(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None,
+    sinks: Tensor | None, seed: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
+    softcap: float, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, lse) by plain differentiable PyTorch: what transforms and forward-mode AD run through."""
+    if 0 in (query.shape[2], key.shape[2]):
+        return _nothing(query, value, sinks)
+    whole = _whole(
+        query, key, mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p
+    )
+    parts = [
+        _attend(b.of_rows(query), b.of_columns(key), b.of_columns(value), b)
+        for b in whole.split(_product_rows(query, key))
+    ]
+    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+# ---- forward
+
+
+def _fused_blocks(query: Tensor, key: Tensor, value: Tensor, whole: Block) -> tuple[list[Block], bool] | None:
+    """How PyTorch's fused kernel does the job: (blocks of rows, its own is_causal), or None where it cannot."""
+    if query.device.type != "cpu" or whole.softcap or whole.seed is not None or query.shape[3] != value.shape[3]:
+        return None
+    varies = [pair is not None and pair.shape[2] != 1 for pair in (whole.mask, whole.bias)]
+    if whole.alibi_slopes is None and not any(varies):
+        if whole.window_left is None and whole.window_right is None:
+            return [whole], False
+        plain = whole.mask is None and whole.bias is None and whole.window_left is None
+        if plain and whole.window_right == 0 and whole.shift == 0:
+            return [replace(whole, window_right=None)], True
+    return list(whole.split(_FUSED_ROWS)), False
+
+
+def _fused_mask(block: Block, query: Tensor) -> Tensor | None:
+    """The additive mask of a block in the fused kernel's form: 4 dimensions, whole in the last two."""
+    additive = block.additive(query.device)
+    if additive is None:
+        return None
+    additive = additive.view((1,) * (4 - additive.dim()) + additive.shape)
+    return additive.expand(-1, -1, len(block.rows), len(block.columns))
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None,
+    sinks: Tensor | None, seed: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
+    softcap: float, dropout_p: float, precision: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, lse). Shapes as in `fastattn.ops.attention`; `precision` is torch's own setting here."""
+    if 0 in (query.shape[2], key.shape[2]) or query.numel() == 0:
+        out, lse = _nothing(query, value, sinks)
+        return as_heads(out, query), lse.contiguous()
+    whole = _whole(
+        query, key, mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p
+    )
+    fused = _fused_blocks(query, key, value, whole)
+    if fused is None:
+        blocks, is_causal = list(whole.split(_product_rows(query, key))), False
+    else:
+        blocks, is_causal = fused
+    parts = []
+    for block in blocks:
+        q, k, v = block.of_rows(query), block.of_columns(key), block.of_columns(value)
+        if fused is None:
+            parts.append(_attend(q, k, v, block))
+            continue
+        additive = _fused_mask(block, query)
+        out, lse = _fused(q, k, v, 0.0, is_causal, attn_mask=additive, scale=scale)
+        if additive is not None:  # the fused kernel says 0 for a row that sees nothing
+            lse = lse.masked_fill(additive.amax(-1) == float("-inf"), float("-inf"))
+        if sinks is not None:
+            with_sink = torch.logaddexp(lse, sinks.float()[:, None])
+            out = (out * torch.exp(lse - with_sink)[..., None].nan_to_num(0.0)).to(out.dtype)
+            lse = with_sink
+        parts.append((out, lse))
+    if len(parts) == 1:
+        return as_heads(parts[0][0], query), parts[0][1].contiguous()
+    out = new_heads(query, query.shape[1], query.shape[2], value.shape[3])
+    lse = torch.empty(query.shape[:3], device=query.device)
+    for block, (part, part_lse) in zip(blocks, parts):
+        block.of_rows(out).copy_(part)
+        block.of_rows(lse).copy_(part_lse)
+    return out, lse
+
+
+# ---- backward
+
+
+def _reduce_like(x: Tensor, pair: Tensor) -> Tensor:
+    """x (B, Hq, n, m), summed over the dimensions in which `pair` has size 1."""
+    over = [d for d in range(4) if pair.shape[d] == 1 and x.shape[d] != 1]
+    return x.sum(over, keepdim=True) if over else x
+
+
+def backward(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None,
+    scale: float, window_left: int | None, window_right: int | None, softcap: float, dropout_p: float,
+    need_bias: bool, need_sinks: bool, precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(grad_query, grad_key, grad_value, grad_bias, grad_sinks); the last two None where not needed."""
+    delta = (grad_out.float() * out.float()).sum(-1) if grad_lse is not None or need_sinks or softcap else None
+    if delta is not None and grad_lse is not None:
+        delta = delta - grad_lse
+    grad_sinks = None
+    if need_sinks:
+        assert sinks is not None
+        assert delta is not None
+        probability = torch.exp(sinks.float()[:, None] - lse).masked_fill(lse == float("-inf"), 0.0)
+        grad_sinks = -(probability * delta).sum((0, 2)).to(sinks.dtype)
+    grad_bias = None if not need_bias or bias is None else torch.zeros(bias.shape, device=bias.device)
+    if 0 in (query.shape[2], key.shape[2]) or query.numel() == 0:
+        zeros = [as_heads(torch.zeros_like(t), t) for t in (query, key, value)]
+        return zeros[0], zeros[1], zeros[2], None if grad_bias is None or bias is None else grad_bias.to(bias.dtype), grad_sinks
+    whole = _whole(
+        query, key, mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p
+    )
+    fused = None if grad_lse is not None or need_bias else _fused_blocks(query, key, value, whole)
+    if fused is None:
+        blocks, is_causal = list(whole.split(_product_rows(query, key))), False
+        if delta is None:
+            delta = (grad_out.float() * out.float()).sum(-1)
+    else:
+        blocks, is_causal = fused
+    lse = lse.masked_fill(lse == float("-inf"), 0.0 if fused else float("inf"))
+    if fused and len(blocks) == 1:
+        grads = _fused_backward(
+            grad_out, query, key, value, out, lse, 0.0, is_causal, attn_mask=_fused_mask(blocks[0], query), scale=scale
+        )
+        dq, dk, dv = (as_heads(g, t) for g, t in zip(grads, (query, key, value)))
+        return dq, dk, dv, None, grad_sinks
+    dq = new_heads(query, *query.shape[1:])
+    dk = torch.zeros(key.shape, device=key.device)
+    dv = torch.zeros(value.shape, device=value.device)
+    for block in blocks:
+        q, k, v = block.of_rows(query), block.of_columns(key), block.of_columns(value)
+        do, o, row_lse = block.of_rows(grad_out), block.of_rows(out), block.of_rows(lse)
+        if fused:
+            dq_part, dk_part, dv_part = _fused_backward(
+                do, q, k, v, o, row_lse, 0.0, is_causal, attn_mask=_fused_mask(block, query), scale=scale
+            )
+        else:
+            assert delta is not None
+            dq_part, dk_part, dv_part, ds = _block_backward(
+                do.float(), q.float(), k.float(), v.float(), row_lse, block.of_rows(delta), block
+            )
+            if grad_bias is not None:
+                part = _cut(grad_bias, block.rows, block.columns)
+                assert part is not None
+                part += _reduce_like(ds, part)
+        block.of_rows(dq).copy_(dq_part)
+        block.of_columns(dk).add_(dk_part)
+        block.of_columns(dv).add_(dv_part)
+    dk, dv = as_heads(dk.to(key.dtype), key), as_heads(dv.to(value.dtype), value)
+    return dq, dk, dv, None if grad_bias is None or bias is None else grad_bias.to(bias.dtype), grad_sinks
+
+
+def _block_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, block: Block
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dS) of one block, everything fp32; lse is +inf for rows that see nothing."""
+    s, capped = _logits(q, k, block)
+    p = torch.exp(s - lse[..., None])
+    dp = (_grouped(do, v) @ v.transpose(-1, -2)).view(p.shape)
+    z = block.dropout_factors(p)
+    p_kept = p if z is None else p * z
+    ds = p * ((dp if z is None else dp * z) - delta[..., None])
+    dx = ds * block.scale
+    if block.softcap:
+        dx = dx * (1.0 - (capped / block.softcap).square())
+    dx, p_kept = _grouped(dx, k), _grouped(p_kept, v)
+    dq = (dx @ k).view(q.shape)
+    return dq, dx.transpose(-1, -2) @ _grouped(q, k), p_kept.transpose(-1, -2) @ _grouped(do, v), ds
+
+
+def double_backward(
+    grad_grads: Sequence[Tensor | None], needs: Sequence[bool], grad_out: Tensor, grad_lse: Tensor | None, query: Tensor,
+    key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None,
+    sinks: Tensor | None, seed: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
+    softcap: float, dropout_p: float,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of (grad_out, grad_lse, query, key, value, bias, sinks), block by block.
+
+    Args:
+        grad_grads: the incoming gradients of the gradients of query, key, value, bias and sinks, or None.
+        needs: which of those five the first gradient was taken for.
+    """
+    inputs = (grad_out, grad_lse, query, key, value, bias, sinks)
+    total = [None if t is None else torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in inputs]
+    if 0 in (query.shape[2], key.shape[2]) or query.numel() == 0:
+        return tuple(None if g is None or t is None else g.to(t.dtype) for g, t in zip(total, inputs))
+    whole = _whole(
+        query, key, mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p
+    )
+    for block in whole.split(_product_rows(query, key)):
+
+        def of_block(tensors: Sequence[Tensor | None], block: Block = block) -> list[Tensor | None]:
+            """The block's part of (query, key, value, bias, sinks) or of their gradients."""
+            q, k, v, pair, sink = tensors
+            return [
+                None if q is None else block.of_rows(q), None if k is None else block.of_columns(k),
+                None if v is None else block.of_columns(v), _cut(pair, block.rows, block.columns), sink,
+            ]  # fmt: skip
+
+        def attend(
+            q: Tensor, k: Tensor, v: Tensor, pair: Tensor | None, sink: Tensor | None, block: Block = block
+        ) -> tuple[Tensor, Tensor]:
+            return _attend(q, k, v, replace(block, bias=pair, sinks=sink))
+
+        dys = [block.of_rows(grad_out), None if grad_lse is None else block.of_rows(grad_lse)]
+        grads_dy, grads_x = replay(
+            attend, needs, dys, of_block((query, key, value, bias, sinks)), of_block(grad_grads)
+        )
+        targets = [None if t is None else block.of_rows(t) for t in total[:2]] + of_block(total[2:])
+        for target, grad in zip(targets, (*grads_dy, *grads_x)):
+            if target is not None and grad is not None:
+                target += grad
+    return tuple(None if g is None or t is None else g.to(t.dtype) for g, t in zip(total, inputs))

@@ -1,0 +1,199 @@
+"""Attention forward: softmax(scale·Q Kᵀ + ...) V in one pass over the keys, with an online softmax.
+
+Method: Dao, "FlashAttention-2" (2023), https://arxiv.org/abs/2307.08691. Each program holds BLOCK_M query rows and walks
+over the keys that they see: first the blocks at the left edge of the window, then the blocks that every row sees whole (no
+comparison, no bounds check), then those at the right edge. The backward pass is in attention_backward.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from fastattn.kernels.attention_backward import backward
+from fastattn.kernels.config import attention_forward_config
+from fastattn.kernels.launch import current_target, launch
+from fastattn.kernels.masks import LN2, LOG2E, LOWEST, base2_score, capped_score, is_visible, load_tile, visible_range
+from fastattn.kernels.random import keep
+from fastattn.kernels.tiles import dropout_threshold, head_block, pair_strides, strides
+from fastattn.layout import new_heads
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["backward", "forward"]
+
+
+@triton.jit
+def _walk_keys(
+    acc, l, m, q, k_ptr, k_stride, v_ptr, v_stride, mask_ptr, mask_stride, bias_ptr, bias_stride, slope, seed,
+    low, high, batch, head, offs_m, row_limit, num_keys, shift, left, right, scale, softcap, threshold,
+    columns_qk, columns_v, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys [low, high) to the running (acc, l, m). EDGE: some of them may be invisible to some row."""
+    offs_n = tl.arange(0, BLOCK_N)
+    k_offsets = offs_n.to(tl.int64)[None, :] * k_stride + tl.arange(0, BLOCK_D)[:, None]
+    v_offsets = offs_n.to(tl.int64)[:, None] * v_stride + tl.arange(0, BLOCK_DV)[None, :]
+    for start in tl.range(low, high, BLOCK_N):
+        in_bounds = offs_n < num_keys - start
+        at = start.to(tl.int64)
+        # [BLOCK_D, BLOCK_N]
+        k = load_tile(k_ptr + at * k_stride + k_offsets, in_bounds[None, :] if EDGE else None, columns_qk)
+        s = tl.dot(q, k, input_precision=PRECISION)
+        if not PLAIN:
+            bias = None
+            if bias_ptr is not None:
+                # [BLOCK_M, BLOCK_N]
+                bias = load_tile(
+                    bias_ptr + offs_m.to(tl.int64)[:, None] * bias_stride[2] + (at + offs_n)[None, :] * bias_stride[3],
+                    row_limit, in_bounds[None, :] if EDGE else None,
+                ).to(tl.float32)  # fmt: skip
+            s = base2_score(
+                capped_score(s, scale, softcap), bias, slope, (offs_m + shift - start)[:, None] - offs_n[None, :]
+            )
+        if EDGE:
+            x, y = (offs_m - start)[:, None], offs_n[None, :]
+            s = tl.where(is_visible(x, y, num_keys - start, shift, left, right), s, float("-inf"))
+        if mask_ptr is not None:
+            # [BLOCK_M, BLOCK_N]
+            attend = load_tile(
+                mask_ptr + offs_m.to(tl.int64)[:, None] * mask_stride[2] + (at + offs_n)[None, :] * mask_stride[3],
+                row_limit, in_bounds[None, :] if EDGE else None,
+            )  # fmt: skip
+            s = tl.where(attend != 0, s, float("-inf"))
+        # p = 2^(s - m): in the plain case scale·log2(e) is folded into one fused multiply-add per element
+        if PLAIN:
+            m_new = tl.maximum(m, tl.max(s, 1) * scale)
+            p = tl.exp2(tl.fma(s, scale, -m_new[:, None]))
+        else:
+            m_new = tl.maximum(m, tl.max(s, 1))
+            p = tl.exp2(s - m_new[:, None])
+        rescale = tl.exp2(m - m_new)
+        l = l * rescale + tl.sum(p, 1)
+        if seed is not None:
+            p = tl.where(keep(seed, batch, head, offs_m[:, None], (start + offs_n)[None, :], threshold), p, 0.0)
+        # [BLOCK_N, BLOCK_DV]
+        v = load_tile(v_ptr + at * v_stride + v_offsets, in_bounds[:, None] if EDGE else None, columns_v)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        m = m_new
+    return acc, l, m
+
+
+@triton.jit(do_not_specialize=["num_heads", "group", "num_queries", "num_keys", "left", "right", "threshold"])
+def _attention_forward(
+    q_ptr, q_strides,  # (B, Hq, Nq, D)
+    k_ptr, k_strides,  # (B, Hkv, Nk, D)
+    v_ptr, v_strides,  # (B, Hkv, Nk, DV)
+    mask_ptr, mask_strides,  # bool (B, Hq, Nq, Nk), stride 0 where broadcast, or None
+    bias_ptr, bias_strides,  # (B, Hq, Nq, Nk), stride 0 where broadcast, or None
+    slopes_ptr, slopes_strides,  # fp32 (B, Hq), or None
+    sinks_ptr,  # (Hq,), or None
+    seed_ptr,  # int64 (1,), or None: no dropout
+    out_ptr, out_strides,  # (B, Hq, Nq, DV)
+    lse_ptr,  # fp32 (B, Hq, Nq), contiguous
+    scale, softcap, threshold, keep_scale, num_heads, group, num_queries, num_keys, left, right,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(num_queries, BLOCK_M)
+    batch_head = tl.program_id(0) // blocks
+    # the last rows see the most keys under a causal mask: longest first, and one head's programs side by side
+    start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
+    batch = batch_head // num_heads
+    head = batch_head % num_heads
+    b, h, kv_h = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    rows = (offs_m < num_queries)[:, None]
+    shift = num_keys - num_queries
+
+    # [BLOCK_M, BLOCK_D]
+    q = load_tile(
+        q_ptr + b * q_strides[0] + h * q_strides[1] + offs_m.to(tl.int64)[:, None] * q_strides[2] + offs_d[None, :],
+        rows, None if D == BLOCK_D else (offs_d < D)[None, :],
+    )  # fmt: skip
+    k_ptr += b * k_strides[0] + kv_h * k_strides[1]
+    v_ptr += b * v_strides[0] + kv_h * v_strides[1]
+    slope = None
+    seed = None
+    if mask_ptr is not None:
+        mask_ptr += b * mask_strides[0] + h * mask_strides[1]
+    if bias_ptr is not None:
+        bias_ptr += b * bias_strides[0] + h * bias_strides[1]
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + b * slopes_strides[0] + h * slopes_strides[1])
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+
+    m = tl.full([BLOCK_M], LOWEST, tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    if sinks_ptr is not None:  # a sink is a first key with value 0
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+        m = tl.maximum(m, sink)
+        l = tl.exp2(sink - m)
+
+    columns_qk = None if D == BLOCK_D else (offs_d < D)[:, None]
+    columns_v = None if DV == BLOCK_DV else (offs_dv < DV)[None, :]
+    low, full_low, full_high, high = visible_range(
+        start_m, num_queries, num_keys, shift, left, right, BLOCK_M, BLOCK_N
+    )
+    if left is not None:
+        acc, l, m = _walk_keys(
+            acc, l, m, q, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, bias_ptr, bias_strides, slope,
+            seed, low, tl.minimum(full_low, high), batch, head, offs_m, rows, num_keys, shift, left, right, scale, softcap,
+            threshold, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN, True, PRECISION,
+        )  # fmt: skip
+    acc, l, m = _walk_keys(
+        acc, l, m, q, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, bias_ptr, bias_strides, slope,
+        seed, full_low, full_high, batch, head, offs_m, rows, num_keys, shift, left, right, scale, softcap,
+        threshold, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN, False, PRECISION,
+    )  # fmt: skip
+    acc, l, m = _walk_keys(
+        acc, l, m, q, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, bias_ptr, bias_strides, slope,
+        seed, full_high, high, batch, head, offs_m, rows, num_keys, shift, left, right, scale, softcap,
+        threshold, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN, True, PRECISION,
+    )  # fmt: skip
+
+    # a row that sees nothing has l = 0: output 0, log-sum-exp -inf
+    l_safe = tl.where(l > 0, l, 1.0)
+    out = acc * (keep_scale / l_safe)[:, None]
+    lse = tl.where(l > 0, (m + tl.log2(l_safe)) * LN2, float("-inf"))
+    out_ptrs = (
+        out_ptr + b * out_strides[0] + h * out_strides[1]
+        + offs_m.to(tl.int64)[:, None] * out_strides[2] + offs_dv[None, :]
+    )  # fmt: skip
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=rows & (offs_dv < DV)[None, :])
+    tl.store(lse_ptr + batch_head.to(tl.int64) * num_queries + offs_m, lse, mask=offs_m < num_queries)
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None,
+    sinks: Tensor | None, seed: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
+    softcap: float, dropout_p: float, precision: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, lse). Shapes as in `fastattn.ops.attention`."""
+    batch, heads, num_queries, head_dim = query.shape
+    num_keys, value_dim = value.shape[2:]
+    block_d, block_dv = head_block(head_dim), head_block(value_dim)
+    config = attention_forward_config(current_target(), max(block_d, block_dv), query.element_size())
+    out = new_heads(query, heads, num_queries, value_dim)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    plain = bias is None and alibi_slopes is None and softcap == 0.0 and scale > 0.0
+    arguments: tuple[Any, ...] = (
+        query, strides(query), key, strides(key), value, strides(value), mask, pair_strides(mask), bias, pair_strides(bias),
+        alibi_slopes, strides(alibi_slopes), sinks, seed, out, strides(out), lse,
+        scale * LOG2E.value if plain else scale, softcap or None, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
+        heads, heads // key.shape[1], num_queries, num_keys, window_left, window_right,
+    )  # fmt: skip
+    launch(
+        _attention_forward, (batch * heads * triton.cdiv(num_queries, config.block_m),), *arguments,
+        D=head_dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        PLAIN=plain, PRECISION=precision, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out, lse

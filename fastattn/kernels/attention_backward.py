@@ -1,0 +1,511 @@
+"""Attention backward: dQ (and delta), then dK and dV, then dBias where asked for. No atomics: deterministic bit for bit.
+
+With P = exp(S - LSE) recomputed tile by tile, dropout factors Z (1 / (1 - p) or 0) and O = (P ∘ Z) V:
+
+    dV = (P ∘ Z)ᵀ dO        dP = (dO Vᵀ) ∘ Z        delta = rowsum(dO ∘ O) - dLSE
+    dS = P ∘ (dP - delta)   dBias = dS              dX = dS ∘ cap'(X)         dQ = scale · dX K     dK = scale · dXᵀ Q
+
+(Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691, algorithm 2; X = scale·Q Kᵀ before the softcap.)
+Rows that see nothing have LSE = -inf; it is read as +inf, so that P = 0.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import triton
+import triton.language as tl
+
+from fastattn.kernels.config import attention_backward_key_config, attention_backward_query_config
+from fastattn.kernels.launch import current_target, launch
+from fastattn.kernels.masks import (
+    LOG2E,
+    base2_score,
+    capped_score,
+    capped_score_derivative,
+    is_visible,
+    load_tile,
+    visible_range,
+)
+from fastattn.kernels.random import keep
+from fastattn.kernels.tiles import dropout_threshold, head_block, pair_strides, strides
+from fastattn.layout import new_heads
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@triton.jit
+def _load_lse(pointers, rows):
+    """log2-sum-exp2 of rows; +inf for rows out of bounds and for rows that see nothing."""
+    lse = tl.load(pointers, mask=rows, other=float("inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def _probability(product, lse, mask, bias, slope, distance, visible, scale, softcap, PLAIN: tl.constexpr):
+    """-> (P, the capped score). `lse` broadcasts over the tile; `mask` and `visible` may be None."""
+    capped = product
+    if PLAIN:
+        logit = product
+    else:
+        capped = capped_score(product, scale, softcap)
+        logit = base2_score(capped, bias, slope, distance)
+    if visible is not None:
+        logit = tl.where(visible, logit, float("-inf"))
+    if mask is not None:
+        logit = tl.where(mask != 0, logit, float("-inf"))
+    if PLAIN:
+        return tl.exp2(tl.fma(logit, scale, -lse)), capped
+    else:
+        return tl.exp2(logit - lse), capped
+
+
+@triton.jit
+def _load_pair(ptr, stride, rows, columns, rows_ok, columns_ok):
+    """A tile of a mask or bias; None stays None."""
+    if ptr is None:
+        return None
+    else:
+        return load_tile(ptr + rows.to(tl.int64) * stride[2] + columns.to(tl.int64) * stride[3], rows_ok, columns_ok)
+
+
+@triton.jit
+def _score_gradient(p, dp, delta, capped, kept, keep_scale, softcap):
+    """-> (dS, dX): with respect to the logit, and to scale·q·k. `kept` is dropout's choice, or None."""
+    if kept is not None:
+        dp = tl.where(kept, dp * keep_scale, 0.0)
+    ds = p * (dp - delta)
+    if softcap is not None:
+        return ds, ds * capped_score_derivative(capped, softcap)
+    else:
+        return ds, ds
+
+
+@triton.jit
+def _walk_keys(
+    dq, q, do, lse, delta, k_ptr, k_stride, v_ptr, v_stride, mask_ptr, mask_stride, bias_ptr, bias_stride, slope, seed,
+    low, high, batch, head, offs_m, rows, num_keys, shift, left, right, scale, softcap, threshold, keep_scale,
+    columns_qk, columns_v, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys [low, high) to dQ / scale of one block of query rows."""
+    offs_n = tl.arange(0, BLOCK_N)
+    k_offsets = offs_n.to(tl.int64)[:, None] * k_stride + tl.arange(0, BLOCK_D)[None, :]
+    v_offsets = offs_n.to(tl.int64)[:, None] * v_stride + tl.arange(0, BLOCK_DV)[None, :]
+    for start in tl.range(low, high, BLOCK_N):
+        in_bounds = offs_n < num_keys - start
+        visible = None
+        columns_ok = None
+        keys_ok = None
+        if EDGE:
+            visible = is_visible((offs_m - start)[:, None], offs_n[None, :], num_keys - start, shift, left, right)
+            columns_ok = in_bounds[None, :]
+            keys_ok = in_bounds[:, None]
+        columns = (start + offs_n)[None, :]
+        at = start.to(tl.int64)
+        # [BLOCK_N, BLOCK_D]
+        k = load_tile(k_ptr + at * k_stride + k_offsets, keys_ok, columns_qk)
+        # [BLOCK_N, BLOCK_DV]
+        v = load_tile(v_ptr + at * v_stride + v_offsets, keys_ok, columns_v)
+        # [BLOCK_M, BLOCK_N] each
+        mask = _load_pair(mask_ptr, mask_stride, offs_m[:, None], columns, rows, columns_ok)
+        bias = None
+        if bias_ptr is not None:
+            bias = _load_pair(bias_ptr, bias_stride, offs_m[:, None], columns, rows, columns_ok).to(tl.float32)
+        product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        distance = (offs_m + shift)[:, None] - columns
+        p, capped = _probability(
+            product, lse[:, None], mask, bias, slope, distance, visible, scale, softcap, PLAIN
+        )  # fmt: skip
+        kept = None
+        if seed is not None:
+            kept = keep(seed, batch, head, offs_m[:, None], columns, threshold)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        _, dx = _score_gradient(p, dp, delta[:, None], capped, kept, keep_scale, softcap)
+        dq = tl.dot(dx.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit(do_not_specialize=["num_heads", "group", "num_queries", "num_keys", "left", "right", "threshold"])
+def _attention_backward_query(
+    q_ptr, q_strides,  # (B, Hq, Nq, D)
+    k_ptr, k_strides,  # (B, Hkv, Nk, D)
+    v_ptr, v_strides,  # (B, Hkv, Nk, DV)
+    mask_ptr, mask_strides, bias_ptr, bias_strides,  # (B, Hq, Nq, Nk), stride 0 where broadcast, or None
+    slopes_ptr, slopes_strides,  # fp32 (B, Hq), or None
+    seed_ptr,  # int64 (1,), or None
+    out_ptr, out_strides, do_ptr, do_strides,  # (B, Hq, Nq, DV)
+    lse_ptr, dlse_ptr, delta_ptr,  # fp32 (B, Hq, Nq), contiguous; dlse may be None
+    dq_ptr, dq_strides,  # (B, Hq, Nq, D)
+    score_scale, scale, softcap, threshold, keep_scale, num_heads, group, num_queries, num_keys, left, right,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of one block of rows; stores delta for the pass over the keys."""
+    blocks = tl.cdiv(num_queries, BLOCK_M)
+    batch_head = tl.program_id(0) // blocks
+    start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
+    batch = batch_head // num_heads
+    head = batch_head % num_heads
+    b, h, kv_h = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    in_bounds = offs_m < num_queries
+    rows = in_bounds[:, None]
+    columns_qk = None if D == BLOCK_D else (offs_d < D)[None, :]
+    columns_v = None if DV == BLOCK_DV else (offs_dv < DV)[None, :]
+    shift = num_keys - num_queries
+    m64 = offs_m.to(tl.int64)[:, None]
+
+    # [BLOCK_M, BLOCK_D]
+    q = load_tile(q_ptr + b * q_strides[0] + h * q_strides[1] + m64 * q_strides[2] + offs_d[None, :], rows, columns_qk)
+    # [BLOCK_M, BLOCK_DV]
+    o = load_tile(
+        out_ptr + b * out_strides[0] + h * out_strides[1] + m64 * out_strides[2] + offs_dv[None, :], rows, columns_v
+    )
+    do = load_tile(
+        do_ptr + b * do_strides[0] + h * do_strides[1] + m64 * do_strides[2] + offs_dv[None, :], rows, columns_v
+    )
+    row_offsets = batch_head.to(tl.int64) * num_queries + offs_m
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + row_offsets, mask=in_bounds, other=0.0)
+    tl.store(delta_ptr + row_offsets, delta, mask=in_bounds)
+    lse = _load_lse(lse_ptr + row_offsets, in_bounds)
+
+    k_ptr += b * k_strides[0] + kv_h * k_strides[1]
+    v_ptr += b * v_strides[0] + kv_h * v_strides[1]
+    slope = None
+    seed = None
+    if mask_ptr is not None:
+        mask_ptr += b * mask_strides[0] + h * mask_strides[1]
+    if bias_ptr is not None:
+        bias_ptr += b * bias_strides[0] + h * bias_strides[1]
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + b * slopes_strides[0] + h * slopes_strides[1])
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    low, full_low, full_high, high = visible_range(
+        start_m, num_queries, num_keys, shift, left, right, BLOCK_M, BLOCK_N
+    )
+    if left is not None:
+        dq = _walk_keys(
+            dq, q, do, lse, delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, bias_ptr,
+            bias_strides, slope, seed, low, tl.minimum(full_low, high), batch, head, offs_m, rows, num_keys, shift, left,
+            right, score_scale, softcap, threshold, keep_scale, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN,
+            True, PRECISION,
+        )  # fmt: skip
+    dq = _walk_keys(
+        dq, q, do, lse, delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, bias_ptr,
+        bias_strides, slope, seed, full_low, full_high, batch, head, offs_m, rows, num_keys, shift, left,
+        right, score_scale, softcap, threshold, keep_scale, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN,
+        False, PRECISION,
+    )  # fmt: skip
+    dq = _walk_keys(
+        dq, q, do, lse, delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, bias_ptr,
+        bias_strides, slope, seed, full_high, high, batch, head, offs_m, rows, num_keys, shift, left,
+        right, score_scale, softcap, threshold, keep_scale, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN,
+        True, PRECISION,
+    )  # fmt: skip
+    dq_ptrs = dq_ptr + b * dq_strides[0] + h * dq_strides[1] + m64 * dq_strides[2] + offs_d[None, :]
+    tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=rows & (offs_d < D)[None, :])
+
+
+@triton.jit
+def _walk_queries(
+    dk, dv, k, v, q_ptr, q_stride, do_ptr, do_stride, lse_ptr, delta_ptr, mask_ptr, mask_stride, bias_ptr, bias_stride,
+    slope, seed, low, high, batch, head, offs_n, columns_ok, num_queries, shift, left, right, scale, softcap, threshold,
+    keep_scale, columns_qk, columns_v, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds the query rows [low, high) to dK / scale and dV of one block of keys, as transposed tiles (K Qᵀ)."""
+    offs_m = tl.arange(0, BLOCK_M)
+    q_offsets = offs_m.to(tl.int64)[:, None] * q_stride + tl.arange(0, BLOCK_D)[None, :]
+    do_offsets = offs_m.to(tl.int64)[:, None] * do_stride + tl.arange(0, BLOCK_DV)[None, :]
+    for start in tl.range(low, high, BLOCK_M):
+        in_bounds = offs_m < num_queries - start
+        visible = None
+        rows = None
+        queries_ok = None
+        if EDGE:
+            # a key sees the queries as a query sees the keys, with the sides exchanged
+            visible = is_visible((offs_n - start)[:, None], offs_m[None, :], num_queries - start, -shift, right, left)
+            rows = in_bounds[None, :]
+            queries_ok = in_bounds[:, None]
+        queries = (start + offs_m)[None, :]
+        at = start.to(tl.int64)
+        # [BLOCK_M, BLOCK_D]
+        q = load_tile(q_ptr + at * q_stride + q_offsets, queries_ok, columns_qk)
+        # [BLOCK_M, BLOCK_DV]
+        do = load_tile(do_ptr + at * do_stride + do_offsets, queries_ok, columns_v)
+        lse = _load_lse(lse_ptr + at + offs_m, in_bounds)
+        delta = tl.load(delta_ptr + at + offs_m, mask=in_bounds, other=0.0)
+        # [BLOCK_N, BLOCK_M] each
+        mask = _load_pair(mask_ptr, mask_stride, queries, offs_n[:, None], rows, columns_ok)
+        bias = None
+        if bias_ptr is not None:
+            bias = _load_pair(bias_ptr, bias_stride, queries, offs_n[:, None], rows, columns_ok).to(tl.float32)
+        product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        distance = queries + shift - offs_n[:, None]
+        p, capped = _probability(
+            product, lse[None, :], mask, bias, slope, distance, visible, scale, softcap, PLAIN
+        )  # fmt: skip
+        kept = None
+        p_kept = p
+        if seed is not None:
+            kept = keep(seed, batch, head, queries, offs_n[:, None], threshold)
+            p_kept = tl.where(kept, p * keep_scale, 0.0)
+        dv = tl.dot(p_kept.to(do.dtype), do, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        _, dx = _score_gradient(p, dp, delta[None, :], capped, kept, keep_scale, softcap)
+        dk = tl.dot(dx.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["num_kv_heads", "group", "num_queries", "num_keys", "left", "right", "threshold"])
+def _attention_backward_key(
+    q_ptr, q_strides,  # (B, Hq, Nq, D)
+    k_ptr, k_strides,  # (B, Hkv, Nk, D)
+    v_ptr, v_strides,  # (B, Hkv, Nk, DV)
+    mask_ptr, mask_strides, bias_ptr, bias_strides,  # (B, Hq, Nq, Nk), stride 0 where broadcast, or None
+    slopes_ptr, slopes_strides,  # fp32 (B, Hq), or None
+    seed_ptr,  # int64 (1,), or None
+    do_ptr, do_strides,  # (B, Hq, Nq, DV)
+    lse_ptr, delta_ptr,  # fp32 (B, Hq, Nq), contiguous
+    dk_ptr, dk_strides,  # (B, Hkv, Nk, D)
+    dv_ptr, dv_strides,  # (B, Hkv, Nk, DV)
+    score_scale, scale, softcap, threshold, keep_scale, num_kv_heads, group, num_queries, num_keys, left, right,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one block of keys: the sum over the query heads that share it, in a fixed order."""
+    blocks = tl.cdiv(num_keys, BLOCK_N)
+    batch_head = tl.program_id(0) // blocks
+    start_n = tl.program_id(0) % blocks * BLOCK_N  # under a causal mask the first keys are seen most: longest first
+    batch = batch_head // num_kv_heads
+    kv_head = batch_head % num_kv_heads
+    b, kv_h = batch.to(tl.int64), kv_head.to(tl.int64)
+    num_heads = num_kv_heads * group
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    columns_ok = (offs_n < num_keys)[:, None]
+    columns_qk = None if D == BLOCK_D else (offs_d < D)[None, :]
+    columns_v = None if DV == BLOCK_DV else (offs_dv < DV)[None, :]
+    shift = num_keys - num_queries
+    n64 = offs_n.to(tl.int64)[:, None]
+
+    # [BLOCK_N, BLOCK_D]
+    k = load_tile(
+        k_ptr + b * k_strides[0] + kv_h * k_strides[1] + n64 * k_strides[2] + offs_d[None, :], columns_ok, columns_qk
+    )
+    # [BLOCK_N, BLOCK_DV]
+    v = load_tile(
+        v_ptr + b * v_strides[0] + kv_h * v_strides[1] + n64 * v_strides[2] + offs_dv[None, :], columns_ok, columns_v
+    )
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    seed = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    low, full_low, full_high, high = visible_range(
+        start_n, num_keys, num_queries, -shift, right, left, BLOCK_N, BLOCK_M
+    )
+    for member in range(group):
+        head = kv_head * group + member
+        h = head.to(tl.int64)
+        q_head = q_ptr + b * q_strides[0] + h * q_strides[1]
+        do_head = do_ptr + b * do_strides[0] + h * do_strides[1]
+        row_offset = (b * num_heads + h) * num_queries
+        mask_head = None
+        bias_head = None
+        slope = None
+        if mask_ptr is not None:
+            mask_head = mask_ptr + b * mask_strides[0] + h * mask_strides[1]
+        if bias_ptr is not None:
+            bias_head = bias_ptr + b * bias_strides[0] + h * bias_strides[1]
+        if slopes_ptr is not None:
+            slope = tl.load(slopes_ptr + b * slopes_strides[0] + h * slopes_strides[1])
+        if right is not None:
+            dk, dv = _walk_queries(
+                dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_ptr + row_offset, delta_ptr + row_offset,
+                mask_head, mask_strides, bias_head, bias_strides, slope, seed, low, tl.minimum(full_low, high), batch, head,
+                offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
+                columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_M, PLAIN, True, PRECISION,
+            )  # fmt: skip
+        dk, dv = _walk_queries(
+            dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_ptr + row_offset, delta_ptr + row_offset,
+            mask_head, mask_strides, bias_head, bias_strides, slope, seed, full_low, full_high, batch, head,
+            offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
+            columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_M, PLAIN, False, PRECISION,
+        )  # fmt: skip
+        dk, dv = _walk_queries(
+            dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_ptr + row_offset, delta_ptr + row_offset,
+            mask_head, mask_strides, bias_head, bias_strides, slope, seed, full_high, high, batch, head,
+            offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
+            columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_M, PLAIN, True, PRECISION,
+        )  # fmt: skip
+    dk_ptrs = dk_ptr + b * dk_strides[0] + kv_h * dk_strides[1] + n64 * dk_strides[2] + offs_d[None, :]
+    dv_ptrs = dv_ptr + b * dv_strides[0] + kv_h * dv_strides[1] + n64 * dv_strides[2] + offs_dv[None, :]
+    tl.store(dk_ptrs, (dk * scale).to(dk_ptr.dtype.element_ty), mask=columns_ok & (offs_d < D)[None, :])
+    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=columns_ok & (offs_dv < DV)[None, :])
+
+
+@triton.jit(do_not_specialize=[
+    "num_heads", "group", "num_queries", "num_keys", "left", "right", "threshold",
+    "bias_heads", "batches", "heads", "row_blocks", "column_blocks",
+])  # fmt: skip
+def _attention_backward_bias(
+    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, bias_ptr, bias_strides,
+    slopes_ptr, slopes_strides, seed_ptr, do_ptr, do_strides, lse_ptr, delta_ptr,  # as above
+    dbias_ptr, dbias_strides,  # the shape of the bias; stride 0 where it broadcasts
+    score_scale, scale, softcap, threshold, keep_scale, num_heads, group, num_queries, num_keys, left, right,
+    bias_heads, batches, heads, row_blocks, column_blocks,  # heads of the bias; what one program sums over
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dBias of one tile: dS summed over every batch, head, row and column that the bias is broadcast to."""
+    first_m = tl.program_id(1) * BLOCK_M
+    first_n = tl.program_id(2) * BLOCK_N
+    bias_b = tl.program_id(0) // bias_heads
+    bias_h = tl.program_id(0) % bias_heads
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    offs_dv = tl.arange(0, BLOCK_DV)[None, :]
+    columns_qk = None if D == BLOCK_D else offs_d < D
+    columns_v = None if DV == BLOCK_DV else offs_dv < DV
+    shift = num_keys - num_queries
+    seed = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(batches * heads * row_blocks * column_blocks):
+        start_n = first_n + step % column_blocks * BLOCK_N
+        start_m = first_m + step // column_blocks % row_blocks * BLOCK_M
+        head = bias_h + step // (column_blocks * row_blocks) % heads
+        batch = bias_b + step // (column_blocks * row_blocks * heads)
+        low, _, _, high = visible_range(start_m, num_queries, num_keys, shift, left, right, BLOCK_M, BLOCK_N)
+        if (start_n < high) & (start_n + BLOCK_N > low):
+            b, h, kv_h = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
+            offs_m = start_m + tl.arange(0, BLOCK_M)
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            rows = (offs_m < num_queries)[:, None]
+            columns = (offs_n < num_keys)[None, :]
+            keys_ok = (offs_n < num_keys)[:, None]
+            m64 = offs_m.to(tl.int64)[:, None]
+            n64 = offs_n.to(tl.int64)[:, None]
+            q = load_tile(q_ptr + b * q_strides[0] + h * q_strides[1] + m64 * q_strides[2] + offs_d, rows, columns_qk)
+            do = load_tile(
+                do_ptr + b * do_strides[0] + h * do_strides[1] + m64 * do_strides[2] + offs_dv, rows, columns_v
+            )
+            k = load_tile(
+                k_ptr + b * k_strides[0] + kv_h * k_strides[1] + n64 * k_strides[2] + offs_d, keys_ok, columns_qk
+            )
+            v = load_tile(
+                v_ptr + b * v_strides[0] + kv_h * v_strides[1] + n64 * v_strides[2] + offs_dv, keys_ok, columns_v
+            )
+            row_offsets = (b * num_heads + h) * num_queries + offs_m
+            lse = _load_lse(lse_ptr + row_offsets, offs_m < num_queries)
+            delta = tl.load(delta_ptr + row_offsets, mask=offs_m < num_queries, other=0.0)
+            mask = None
+            slope = None
+            kept = None
+            if mask_ptr is not None:
+                mask_head = mask_ptr + b * mask_strides[0] + h * mask_strides[1]
+                mask = _load_pair(mask_head, mask_strides, offs_m[:, None], offs_n[None, :], rows, columns)
+            bias_head = bias_ptr + b * bias_strides[0] + h * bias_strides[1]
+            bias = _load_pair(bias_head, bias_strides, offs_m[:, None], offs_n[None, :], rows, columns).to(tl.float32)
+            if slopes_ptr is not None:
+                slope = tl.load(slopes_ptr + b * slopes_strides[0] + h * slopes_strides[1])
+            visible = is_visible(offs_m[:, None], offs_n[None, :], num_keys, shift, left, right)
+            distance = (offs_m + shift)[:, None] - offs_n[None, :]
+            product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            p, capped = _probability(
+                product, lse[:, None], mask, bias, slope, distance, visible, score_scale, softcap, PLAIN
+            )  # fmt: skip
+            if seed_ptr is not None:
+                kept = keep(seed, batch, head, offs_m[:, None], offs_n[None, :], threshold)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            ds, _ = _score_gradient(p, dp, delta[:, None], capped, kept, keep_scale, softcap)
+            total += ds
+    dbias_ptr += bias_b.to(tl.int64) * dbias_strides[0] + bias_h.to(tl.int64) * dbias_strides[1]
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    rows = offs_m < (1 if SUM_ROWS else num_queries)
+    columns = offs_n < (1 if SUM_COLUMNS else num_keys)
+    if SUM_ROWS:
+        total = tl.where((offs_m == 0)[:, None], tl.sum(total, 0)[None, :], 0.0)
+    if SUM_COLUMNS:
+        total = tl.where((offs_n == 0)[None, :], tl.sum(total, 1)[:, None], 0.0)
+    pointers = (
+        dbias_ptr + offs_m.to(tl.int64)[:, None] * dbias_strides[2] + offs_n.to(tl.int64)[None, :] * dbias_strides[3]
+    )
+    tl.store(pointers, total.to(dbias_ptr.dtype.element_ty), mask=rows[:, None] & columns[None, :])
+
+
+def backward(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None,
+    scale: float, window_left: int | None, window_right: int | None, softcap: float, dropout_p: float,
+    need_bias: bool, need_sinks: bool, precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(grad_query, grad_key, grad_value, grad_bias, grad_sinks); the last two None where not needed."""
+    batch, heads, num_queries, head_dim = query.shape
+    num_keys, value_dim = value.shape[2:]
+    kv_heads = key.shape[1]
+    block_d, block_dv = head_block(head_dim), head_block(value_dim)
+    target, width = current_target(), max(block_d, block_dv)
+    plain = bias is None and alibi_slopes is None and softcap == 0.0 and scale > 0.0
+    delta = lse.new_empty(lse.shape)
+    grad_query = new_heads(query, *query.shape[1:])
+    grad_key, grad_value = new_heads(key, *key.shape[1:]), new_heads(value, *value.shape[1:])
+    grad_bias = None if bias is None or not need_bias else bias.new_empty(bias.shape)
+    grad_sinks = None
+    inputs: tuple[Any, ...] = (
+        query, strides(query), key, strides(key), value, strides(value), mask, pair_strides(mask), bias, pair_strides(bias),
+        alibi_slopes, strides(alibi_slopes), seed,
+    )  # fmt: skip
+    scalars: tuple[Any, ...] = (
+        scale * LOG2E.value if plain else scale, scale, softcap or None, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
+    )  # fmt: skip
+    lengths: tuple[Any, ...] = (heads // kv_heads, num_queries, num_keys, window_left, window_right)
+    constants: dict[str, Any] = dict(
+        D=head_dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, PLAIN=plain, PRECISION=precision
+    )
+
+    config = attention_backward_query_config(target, width, query.element_size())
+    blocks = dict(
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages
+    )
+    launch(
+        _attention_backward_query, (batch * heads * triton.cdiv(num_queries, config.block_m),), *inputs, out, strides(out),
+        grad_out, strides(grad_out), lse, grad_lse, delta, grad_query, strides(grad_query), *scalars, heads, *lengths,
+        **constants, **blocks,
+    )  # fmt: skip
+    if bias is not None and grad_bias is not None:
+        bias_batch, bias_heads, bias_rows, bias_columns = bias.shape
+        row_blocks, column_blocks = triton.cdiv(num_queries, config.block_m), triton.cdiv(num_keys, config.block_n)
+        sum_rows, sum_columns = bias_rows == 1, bias_columns == 1
+        launch(
+            _attention_backward_bias,
+            (bias_batch * bias_heads, 1 if sum_rows else row_blocks, 1 if sum_columns else column_blocks), *inputs,
+            grad_out, strides(grad_out), lse, delta, grad_bias, pair_strides(grad_bias), *scalars, heads, *lengths,
+            bias_heads, batch // bias_batch, heads // bias_heads, row_blocks if sum_rows else 1,
+            column_blocks if sum_columns else 1, SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, **constants, **blocks,
+        )  # fmt: skip
+    config = attention_backward_key_config(target, width, query.element_size())
+    launch(
+        _attention_backward_key, (batch * kv_heads * triton.cdiv(num_keys, config.block_n),), *inputs, grad_out,
+        strides(grad_out), lse, delta, grad_key, strides(grad_key), grad_value, strides(grad_value), *scalars, kv_heads,
+        *lengths, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+        num_stages=config.num_stages, **constants,
+    )  # fmt: skip
+    if sinks is not None and need_sinks:
+        # the sink's probability exp(sink - LSE), 0 for a row without keys and with a sink of -inf, times -delta
+        probability = (sinks.float()[:, None] - lse).exp().nan_to_num(0.0)
+        grad_sinks = -(probability * delta).sum((0, 2)).to(sinks.dtype)
+    return grad_query, grad_key, grad_value, grad_bias, grad_sinks

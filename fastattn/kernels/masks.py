@@ -1,0 +1,103 @@
+"""Which pairs of a query row and a key column are visible, and what a score becomes.
+
+Every attention kernel (forward, dQ, dK/dV, dBias) calls these functions and none of them has a copy. Positions are
+bottom-right aligned: with shift = Nk - Nq, row i sees column j where
+
+    i + shift - left <= j <= i + shift + right,    0 <= j < Nk,    mask[i, j]
+
+and an unbounded side is None. Causal attention is right = 0. Seen from a column, row i is visible where
+j - shift - right <= i <= j - shift + left: the same rule with the sign of shift and the two sides exchanged, so the same
+functions serve the kernels that walk along rows.
+"""
+
+import triton
+import triton.language as tl
+
+from fastattn.kernels.activations import tanh
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.0e38)  # start of a running maximum: finite, so that exp2(-inf - LOWEST) is 0 and never NaN
+
+
+@triton.jit
+def visible_range(start, length, other_length, shift, behind, ahead, BLOCK: tl.constexpr, OTHER: tl.constexpr):
+    """What the block [start, start + BLOCK) of one axis sees of the other axis, in steps of OTHER.
+
+    Position x sees [x + shift - behind, x + shift + ahead]. Returns (low, full_low, full_high, high): nothing outside
+    [low, high) is visible to any position of the block, and all of [full_low, full_high) is visible to every one of them;
+    all but `high` are multiples of OTHER, and low <= full_low <= full_high.
+    """
+    last = tl.minimum(start + BLOCK, length) - 1
+    low = 0
+    full_low = 0
+    high = other_length
+    full_high = other_length
+    if behind is not None:
+        low = tl.minimum(tl.maximum(start + shift - behind, 0), other_length)
+        full_low = tl.minimum(tl.maximum(last + shift - behind, 0), other_length)
+    if ahead is not None:
+        high = tl.minimum(tl.maximum(last + shift + ahead + 1, 0), other_length)
+        full_high = tl.minimum(tl.maximum(start + shift + ahead + 1, 0), other_length)
+    low = low // OTHER * OTHER
+    full_low = (full_low + OTHER - 1) // OTHER * OTHER
+    full_high = tl.maximum(full_high // OTHER * OTHER, full_low)
+    return low, full_low, full_high, high
+
+
+@triton.jit
+def is_visible(x, y, other_length, shift, behind, ahead):
+    """Whether x sees y, element by element. Cheapest when y is a compile-time arange and x carries the block's start:
+    the rule depends on y - x and y - other_length only, so subtract the start from x and other_length alike."""
+    visible = y < other_length
+    if ahead is not None:
+        visible &= y <= x + (shift + ahead)
+    if behind is not None:
+        visible &= y >= x + (shift - behind)
+    return visible
+
+
+@triton.jit
+def load_tile(pointers, rows, columns):
+    """Loads a tile; `rows` and `columns` are masks that broadcast over it, or None where all is in bounds."""
+    if rows is None:
+        if columns is None:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=columns, other=0.0)
+    else:
+        if columns is None:
+            return tl.load(pointers, mask=rows, other=0.0)
+        else:
+            return tl.load(pointers, mask=rows & columns, other=0.0)
+
+
+@triton.jit
+def capped_score(product, scale, softcap):
+    """c·tanh(q·k·scale / c), or q·k·scale without a cap."""
+    score = product * scale
+    if softcap is not None:
+        score = softcap * tanh(score / softcap)
+    return score
+
+
+@triton.jit
+def capped_score_derivative(capped, softcap):
+    """d capped_score / d (q·k·scale), from the capped score: 1 - tanh²."""
+    ratio = capped / softcap
+    return 1.0 - ratio * ratio
+
+
+@triton.jit
+def base2_score(capped, bias, slope, distance):
+    """The logit in base 2, log2(e)·(score + bias - slope·|distance|), ready for exp2.
+
+    A finite bias never sinks to -inf (a row of float32's lowest number comes out uniform, as in PyTorch).
+    """
+    score = capped
+    if slope is not None:
+        score -= slope * tl.abs(distance).to(tl.float32)
+    score *= LOG2E
+    if bias is not None:
+        score = tl.where(bias == float("-inf"), bias, tl.maximum(tl.fma(bias, LOG2E, score), LOWEST))
+    return score

@@ -1,0 +1,32 @@
+"""What the attention launchers derive from their tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def head_block(head_dim: int) -> int:
+    """The power of two that holds a head: a dot needs at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def strides(tensor: Tensor | None) -> tuple[int, ...] | None:
+    """The strides that a kernel needs of (B, H, N, D): the last is 1. Of (B, H): both."""
+    if tensor is None:
+        return None
+    return tensor.stride()[:3]
+
+
+def pair_strides(tensor: Tensor | None) -> tuple[int, ...] | None:
+    """Strides of a mask or bias that broadcasts over (B, Hq, Nq, Nk): 0 where it has size 1."""
+    if tensor is None:
+        return None
+    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride()))
+
+
+def dropout_threshold(p: float) -> int:
+    """What `kernels.random.keep` compares 31 random bits with."""
+    return round(p * 2**31)

@@ -1,0 +1,282 @@
+"""`attention` and `scaled_dot_product_attention`: argument checks, the custom ops, and their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from fastattn import backend
+from fastattn.eager import attention as eager
+from fastattn.layout import new_heads
+from fastattn.ops.checks import (
+    autocast,
+    check_probability,
+    check_rank,
+    check_same_device,
+    check_tensor,
+    name_of,
+)
+from fastattn.ops.library import define, differentiate, needs_composite
+
+MAX_HEAD_DIM = 256
+
+_RULES = (
+    "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, float scale, "
+    "SymInt? window_left, SymInt? window_right, float softcap, float dropout_p"
+)
+
+
+def _attention(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    with backend.device_guard(query.device):
+        launcher = backend.implementation("attention", query.device).forward
+        return launcher(query, *rest, backend.input_precision(query.dtype))
+
+
+def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> tuple[Tensor, Tensor]:
+    out = new_heads(query, query.shape[1], query.shape[2], value.shape[3])
+    return out, query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _attention_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with backend.device_guard(grad_out.device):
+        launcher = backend.implementation("attention", grad_out.device).backward
+        dq, dk, dv, dbias, dsinks = launcher(grad_out, *rest, backend.input_precision(grad_out.dtype))
+    nothing = grad_out.new_empty(0)  # an op cannot return None
+    return dq, dk, dv, nothing if dbias is None else dbias, nothing if dsinks is None else dsinks
+
+
+def _attention_backward_fake(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    need_bias, need_sinks = rest[-2:]
+    dq, dk, dv = (new_heads(t, *t.shape[1:]) for t in (query, key, value))
+    dbias = bias.new_empty(bias.shape) if bias is not None and need_bias else grad_out.new_empty(0)
+    dsinks = sinks.new_empty(sinks.shape) if sinks is not None and need_sinks else grad_out.new_empty(0)
+    return dq, dk, dv, dbias, dsinks
+
+
+attention_op = define(
+    f"attention(Tensor query, Tensor key, Tensor value, {_RULES}) -> (Tensor, Tensor)", _attention, _attention_fake
+)
+attention_backward_op = define(
+    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
+    f"Tensor lse, {_RULES}, bool need_bias, bool need_sinks) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _attention_backward,
+    _attention_backward_fake,
+)
+
+
+def _gradient(
+    needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    query, key, value, mask, bias, slopes, sinks, *rest = arguments
+    out, lse = outputs
+    grad_out, grad_lse = grad_outputs
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grad_out = _row_contiguous(grad_out)
+    if grad_lse is not None:
+        grad_lse = grad_lse.contiguous()
+    need_bias, need_sinks = needs[4], needs[6]
+    dq, dk, dv, dbias, dsinks = attention_backward_op(
+        grad_out, grad_lse, query, key, value, out, lse, mask, bias, slopes, sinks, *rest, need_bias, need_sinks
+    )
+    return (
+        dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None, None,
+        dbias if need_bias else None, None, dsinks if need_sinks else None, *[None] * len(rest),
+    )  # fmt: skip
+
+
+def _double_gradient(
+    needs: Sequence[bool], grad_grads: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    grad_out, grad_lse, query, key, value, _, _, mask, bias, slopes, sinks, *rest = arguments
+    *rules, need_bias, need_sinks = rest
+    taken = [True, True, True, need_bias, need_sinks]
+    d_out, d_lse, dq, dk, dv, dbias, dsinks = eager.double_backward(
+        [g if t else None for g, t in zip(grad_grads, taken)], taken, grad_out, grad_lse, query, key, value, mask, bias,
+        slopes, sinks, *rules,
+    )  # fmt: skip
+    return d_out, d_lse, dq, dk, dv, None, None, None, dbias, None, dsinks, *[None] * len(rest)
+
+
+differentiate(attention_op, _gradient, keep_outputs=(0, 1))
+differentiate(attention_backward_op, _double_gradient)
+
+
+def _row_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, tensor)
+        check_rank(name, tensor, 4, "(batch, heads, length, head_dim)")
+    if not query.dtype == key.dtype == value.dtype:
+        dtypes = ", ".join(name_of(t.dtype) for t in (query, key, value))
+        raise TypeError(f"query, key and value must have one dtype, got {dtypes}")
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
+        raise ValueError(f"query, key and value must have the same batch size, got {shapes}")
+    if key.shape[1:3] != value.shape[1:3]:
+        raise ValueError(f"key and value must have the same heads and length, got {shapes}")
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(f"query and key must have the same head_dim, got {shapes}")
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"the query's heads must be a multiple of the key's heads, got {heads} and {kv_heads} ({shapes})")
+    for name, dim in (("head_dim of query and key", query.shape[3]), ("head_dim of value", value.shape[3])):
+        if not 1 <= dim <= MAX_HEAD_DIM:
+            raise ValueError(f"{name} must be in 1..{MAX_HEAD_DIM}, got {dim}")
+
+
+def _pairwise(name: str, tensor: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """A mask or bias as 4 dimensions, each 1 or that of (B, Hq, Nq, Nk)."""
+    if tensor is None:
+        return None
+    full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    fits = tensor.dim() <= 4 and all(s in (1, f) for s, f in zip(tensor.shape[::-1], full[::-1]))
+    if not fits:
+        raise ValueError(f"{name} must broadcast to (batch, heads, Nq, Nk) = {full}, got shape {tuple(tensor.shape)}")
+    return tensor.view((1,) * (4 - tensor.dim()) + tuple(tensor.shape))
+
+
+def _check_window(window: object, causal: bool) -> tuple[int | None, int | None]:
+    if window is None:
+        return None, 0 if causal else None
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(f"window must be None or (left, right), got {window!r}")
+    for name, side in zip(("left", "right"), window):
+        if side is not None and (isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)) or side < 0):
+            raise ValueError(f"window's {name} side must be None (unbounded) or an integer >= 0, got {side!r}")
+    left, right = window
+    return left, 0 if causal else right
+
+
+def _check_slopes(slopes: Tensor | None, query: Tensor) -> Tensor | None:
+    if slopes is None:
+        return None
+    check_tensor("alibi_slopes", slopes)
+    batch, heads = query.shape[:2]
+    if tuple(slopes.shape) not in ((heads,), (batch, heads)):
+        raise ValueError(f"alibi_slopes must have shape ({heads},) or ({batch}, {heads}), got {tuple(slopes.shape)}")
+    if slopes.requires_grad:
+        raise ValueError("alibi_slopes has no gradient: pass a differentiable bias, or alibi_slopes.detach()")
+    return slopes.float().expand(batch, heads)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, slopes: Tensor | None,
+    sinks: Tensor | None, scale: float | None, left: int | None, right: int | None, softcap: float | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Checks what all entry points share, then calls the op. window_right may be negative here."""
+    query, key, value = autocast(query, key, value)  # type: ignore[assignment]
+    _check_qkv(query, key, value)
+    check_probability("dropout_p", dropout_p)
+    if mask is not None:
+        check_tensor("mask", mask, (torch.bool,))
+    if bias is not None:
+        check_tensor("bias", bias)
+    if sinks is not None:
+        check_tensor("sinks", sinks)
+        if tuple(sinks.shape) != (query.shape[1],):
+            raise ValueError(f"sinks must have shape ({query.shape[1]},), one per query head, got {tuple(sinks.shape)}")
+        sinks = sinks.contiguous()
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(f"softcap must be None or > 0, got {softcap}")
+    check_same_device(
+        query=query, key=key, value=value, mask=mask, bias=bias, alibi_slopes=slopes, sinks=sinks
+    )
+    slopes = _check_slopes(slopes, query)
+    mask, bias = _pairwise("mask", mask, query, key), _pairwise("bias", bias, query, key)
+    if scale is None:
+        scale = query.shape[3] ** -0.5
+    seed = None
+    if dropout_p > 0.0:
+        seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=query.device)
+    arguments = (
+        _row_contiguous(query), _row_contiguous(key), _row_contiguous(value), mask, bias, slopes, sinks, seed,
+        float(scale), left, right, float(softcap or 0.0), float(dropout_p),
+    )  # fmt: skip
+    if needs_composite(query, key, value, bias, sinks):
+        return eager.definition(*arguments)
+    return attention_op(*arguments)
+
+
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool = ..., window: tuple[int | None, int | None] | None = ...,
+    mask: Tensor | None = ..., bias: Tensor | None = ..., alibi_slopes: Tensor | None = ..., softcap: float | None = ...,
+    sinks: Tensor | None = ..., dropout_p: float = ..., scale: float | None = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool = ..., window: tuple[int | None, int | None] | None = ...,
+    mask: Tensor | None = ..., bias: Tensor | None = ..., alibi_slopes: Tensor | None = ..., softcap: float | None = ...,
+    sinks: Tensor | None = ..., dropout_p: float = ..., scale: float | None = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scaled dot-product attention with every score feature, all of which compose and have gradients.
+
+        S = scale·Q Kᵀ;   S ← softcap·tanh(S / softcap);   S ← S + bias - slope·|i + Nk - Nq - j|
+        S ← -inf where masked;   P = exp(S) / (Σ_j exp(S_j) + exp(sink));   out = dropout(P) V
+
+    Sources: Vaswani et al. 2017 (attention); Dao 2023, arXiv:2307.08691 (the algorithm); Press et al. 2021,
+    arXiv:2108.12409 (ALiBi); Gemma 2, arXiv:2408.00118 (softcap); Xiao et al. 2023, arXiv:2309.17453 (sinks).
+
+    Args:
+        query: (B, Hq, Nq, D), float32, float16 or bfloat16, any strides. D in 1..256.
+        key: (B, Hkv, Nk, D), the same dtype. Hq must be a multiple of Hkv: query head h reads key head h // (Hq / Hkv).
+        value: (B, Hkv, Nk, Dv), the same dtype. Dv in 1..256.
+        causal: row i sees column j only where j <= i + Nk - Nq (aligned at the bottom right).
+        window: (left, right): row i sees i + Nk - Nq - left <= j <= i + Nk - Nq + right; None = unbounded on that side.
+            With `causal`, the right side is 0.
+        mask: bool, broadcastable to (B, Hq, Nq, Nk); True = attend.
+        bias: floating, broadcastable to (B, Hq, Nq, Nk); added to the score. Its gradient has its shape.
+        alibi_slopes: (Hq,) or (B, Hq), floating; not differentiable.
+        softcap: None, or the bound c > 0 of c·tanh(score / c).
+        sinks: (Hq,), floating: a logit per head that takes part in the denominator only.
+        dropout_p: probability in [0, 1) of dropping an attention weight. The seed comes from torch's generator; the choice
+            depends on (seed, batch, head, row, column) alone and is the same on every backend.
+        scale: multiplies Q Kᵀ; None = 1 / sqrt(D).
+        return_lse: also return the log-sum-exp of the scores.
+
+    Returns:
+        out (B, Hq, Nq, Dv) in the query's dtype, and with `return_lse` also lse (B, Hq, Nq), float32, natural logarithm,
+        differentiable. A row that sees nothing has out 0, lse -inf (the sink's logit with `sinks`) and zero gradients.
+
+    Raises:
+        TypeError, ValueError: a tensor of the wrong dtype, rank, shape or device, or an option out of range.
+
+    Example:
+        >>> q, k, v = (torch.randn(2, 8, 128, 64) for _ in range(3))
+        >>> fastattn.attention(q, k, v, causal=True, window=(32, 0)).shape
+        torch.Size([2, 8, 128, 64])
+    """
+    left, right = _check_window(window, causal)
+    out, lse = _attend(query, key, value, mask, bias, alibi_slopes, sinks, scale, left, right, softcap, dropout_p)
+    return (out, lse) if return_lse else out
