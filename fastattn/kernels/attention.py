@@ -40,7 +40,7 @@ def _walk_keys(
     v_offsets = offs_n.to(tl.int64)[:, None] * v_stride + tl.arange(0, BLOCK_DV)[None, :]
     for start in tl.range(low, high, BLOCK_N):
         in_bounds = offs_n < num_keys - start
-        at = start.to(tl.int64)
+        at = tl.cast(start, tl.int64)
         # [BLOCK_D, BLOCK_N]
         k = load_tile(k_ptr + at * k_stride + k_offsets, in_bounds[None, :] if EDGE else None, columns_qk)
         s = tl.dot(q, k, input_precision=PRECISION)

@@ -103,7 +103,7 @@ def _walk_keys(
             columns_ok = in_bounds[None, :]
             keys_ok = in_bounds[:, None]
         columns = (start + offs_n)[None, :]
-        at = start.to(tl.int64)
+        at = tl.cast(start, tl.int64)
         # [BLOCK_N, BLOCK_D]
         k = load_tile(k_ptr + at * k_stride + k_offsets, keys_ok, columns_qk)
         # [BLOCK_N, BLOCK_DV]
@@ -237,7 +237,7 @@ def _walk_queries(
             rows = in_bounds[None, :]
             queries_ok = in_bounds[:, None]
         queries = (start + offs_m)[None, :]
-        at = start.to(tl.int64)
+        at = tl.cast(start, tl.int64)
         # [BLOCK_M, BLOCK_D]
         q = load_tile(q_ptr + at * q_stride + q_offsets, queries_ok, columns_qk)
         # [BLOCK_M, BLOCK_DV]
