@@ -6,7 +6,7 @@ With P = exp(S - LSE) recomputed tile by tile, dropout factors Z (1 / (1 - p) or
     dS = P ∘ (dP - delta)   dBias = dS              dX = dS ∘ cap'(X)         dQ = scale · dX K     dK = scale · dXᵀ Q
 
 (Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691, algorithm 2; X = scale·Q Kᵀ before the softcap.)
-Rows that see nothing have LSE = -inf; it is read as +inf, so that P = 0.
+Rows that see nothing have LSE = -inf; the dQ pass turns it into +inf, so that P = 0.
 """
 
 from __future__ import annotations
@@ -35,11 +35,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+STATISTICS = 128  # the rows of a head's statistics are padded to a multiple of this
+
+
 @triton.jit
-def _load_lse(pointers, rows):
-    """log2-sum-exp2 of rows; +inf for rows out of bounds and for rows that see nothing."""
-    lse = tl.load(pointers, mask=rows, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+def _row_statistics(ptr, batch_head, num_queries, STATISTICS: tl.constexpr):
+    """Where a head's (base-2 LSE, delta) rows start: padded, so that aligned loads of a whole block are possible."""
+    padded = tl.cdiv(num_queries, STATISTICS) * STATISTICS
+    lse_ptr = ptr + batch_head.to(tl.int64) * (2 * padded)
+    return lse_ptr, lse_ptr + padded
 
 
 @triton.jit
@@ -136,13 +140,15 @@ def _attention_backward_query(
     slopes_ptr, slopes_strides,  # fp32 (B, Hq), or None
     seed_ptr,  # int64 (1,), or None
     out_ptr, out_strides, do_ptr, do_strides,  # (B, Hq, Nq, DV)
-    lse_ptr, dlse_ptr, delta_ptr,  # fp32 (B, Hq, Nq), contiguous; dlse may be None
+    lse_ptr, dlse_ptr,  # fp32 (B, Hq, Nq), contiguous; dlse may be None
+    statistics_ptr,  # fp32 (B, Hq, 2, Nq padded): base-2 LSE, +inf where a row sees nothing, and delta
     dq_ptr, dq_strides,  # (B, Hq, Nq, D)
     score_scale, scale, softcap, threshold, keep_scale, num_heads, group, num_queries, num_keys, left, right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    STATISTICS: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one block of rows; stores delta for the pass over the keys."""
+    """dQ of one block of rows; stores the rows' statistics for the other passes."""
     blocks = tl.cdiv(num_queries, BLOCK_M)
     batch_head = tl.program_id(0) // blocks
     start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
@@ -172,8 +178,11 @@ def _attention_backward_query(
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + row_offsets, mask=in_bounds, other=0.0)
-    tl.store(delta_ptr + row_offsets, delta, mask=in_bounds)
-    lse = _load_lse(lse_ptr + row_offsets, in_bounds)
+    lse = tl.load(lse_ptr + row_offsets, mask=in_bounds, other=float("inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)  # a row that sees nothing: P = 0
+    lse_rows, delta_rows = _row_statistics(statistics_ptr, batch_head, num_queries, STATISTICS)
+    tl.store(lse_rows + offs_m, lse, mask=in_bounds)
+    tl.store(delta_rows + offs_m, delta, mask=in_bounds)
 
     k_ptr += b * k_strides[0] + kv_h * k_strides[1]
     v_ptr += b * v_strides[0] + kv_h * v_strides[1]
@@ -242,8 +251,12 @@ def _walk_queries(
         q = load_tile(q_ptr + at * q_stride + q_offsets, queries_ok, columns_qk)
         # [BLOCK_M, BLOCK_DV]
         do = load_tile(do_ptr + at * do_stride + do_offsets, queries_ok, columns_v)
-        lse = _load_lse(lse_ptr + at + offs_m, in_bounds)
-        delta = tl.load(delta_ptr + at + offs_m, mask=in_bounds, other=0.0)
+        if EDGE:
+            lse = tl.load(lse_ptr + at + offs_m, mask=in_bounds, other=float("inf"))
+            delta = tl.load(delta_ptr + at + offs_m, mask=in_bounds, other=0.0)
+        else:
+            lse = tl.load(lse_ptr + at + offs_m)
+            delta = tl.load(delta_ptr + at + offs_m)
         # [BLOCK_N, BLOCK_M] each
         mask = _load_pair(mask_ptr, mask_stride, queries, offs_n[:, None], rows, columns_ok)
         bias = None
@@ -275,12 +288,13 @@ def _attention_backward_key(
     slopes_ptr, slopes_strides,  # fp32 (B, Hq), or None
     seed_ptr,  # int64 (1,), or None
     do_ptr, do_strides,  # (B, Hq, Nq, DV)
-    lse_ptr, delta_ptr,  # fp32 (B, Hq, Nq), contiguous
+    statistics_ptr,  # fp32 (B, Hq, 2, Nq padded): base-2 LSE and delta
     dk_ptr, dk_strides,  # (B, Hkv, Nk, D)
     dv_ptr, dv_strides,  # (B, Hkv, Nk, DV)
     score_scale, scale, softcap, threshold, keep_scale, num_kv_heads, group, num_queries, num_keys, left, right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    STATISTICS: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of keys: the sum over the query heads that share it, in a fixed order."""
     blocks = tl.cdiv(num_keys, BLOCK_N)
@@ -320,7 +334,7 @@ def _attention_backward_key(
         h = head.to(tl.int64)
         q_head = q_ptr + b * q_strides[0] + h * q_strides[1]
         do_head = do_ptr + b * do_strides[0] + h * do_strides[1]
-        row_offset = (b * num_heads + h) * num_queries
+        lse_head, delta_head = _row_statistics(statistics_ptr, b * num_heads + h, num_queries, STATISTICS)
         mask_head = None
         bias_head = None
         slope = None
@@ -332,19 +346,19 @@ def _attention_backward_key(
             slope = tl.load(slopes_ptr + b * slopes_strides[0] + h * slopes_strides[1])
         if right is not None:
             dk, dv = _walk_queries(
-                dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_ptr + row_offset, delta_ptr + row_offset,
+                dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_head, delta_head,
                 mask_head, mask_strides, bias_head, bias_strides, slope, seed, low, tl.minimum(full_low, high), batch, head,
                 offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
                 columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_M, PLAIN, True, PRECISION,
             )  # fmt: skip
         dk, dv = _walk_queries(
-            dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_ptr + row_offset, delta_ptr + row_offset,
+            dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_head, delta_head,
             mask_head, mask_strides, bias_head, bias_strides, slope, seed, full_low, full_high, batch, head,
             offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
             columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_M, PLAIN, False, PRECISION,
         )  # fmt: skip
         dk, dv = _walk_queries(
-            dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_ptr + row_offset, delta_ptr + row_offset,
+            dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_head, delta_head,
             mask_head, mask_strides, bias_head, bias_strides, slope, seed, full_high, high, batch, head,
             offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
             columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_M, PLAIN, True, PRECISION,
@@ -361,13 +375,13 @@ def _attention_backward_key(
 ])  # fmt: skip
 def _attention_backward_bias(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, bias_ptr, bias_strides,
-    slopes_ptr, slopes_strides, seed_ptr, do_ptr, do_strides, lse_ptr, delta_ptr,  # as above
+    slopes_ptr, slopes_strides, seed_ptr, do_ptr, do_strides, statistics_ptr,  # as above
     dbias_ptr, dbias_strides,  # the shape of the bias; stride 0 where it broadcasts
     score_scale, scale, softcap, threshold, keep_scale, num_heads, group, num_queries, num_keys, left, right,
     bias_heads, batches, heads, row_blocks, column_blocks,  # heads of the bias; what one program sums over
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
-    SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
+    STATISTICS: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dBias of one tile: dS summed over every batch, head, row and column that the bias is broadcast to."""
     first_m = tl.program_id(1) * BLOCK_M
@@ -408,9 +422,9 @@ def _attention_backward_bias(
             v = load_tile(
                 v_ptr + b * v_strides[0] + kv_h * v_strides[1] + n64 * v_strides[2] + offs_dv, keys_ok, columns_v
             )
-            row_offsets = (b * num_heads + h) * num_queries + offs_m
-            lse = _load_lse(lse_ptr + row_offsets, offs_m < num_queries)
-            delta = tl.load(delta_ptr + row_offsets, mask=offs_m < num_queries, other=0.0)
+            lse_head, delta_head = _row_statistics(statistics_ptr, b * num_heads + h, num_queries, STATISTICS)
+            lse = tl.load(lse_head + offs_m, mask=offs_m < num_queries, other=float("inf"))
+            delta = tl.load(delta_head + offs_m, mask=offs_m < num_queries, other=0.0)
             mask = None
             slope = None
             kept = None
@@ -460,7 +474,7 @@ def backward(
     block_d, block_dv = head_block(head_dim), head_block(value_dim)
     target, width = current_target(), max(block_d, block_dv)
     plain = bias is None and alibi_slopes is None and softcap == 0.0 and scale > 0.0
-    delta = lse.new_empty(lse.shape)
+    statistics = lse.new_empty((batch, heads, 2, triton.cdiv(num_queries, STATISTICS) * STATISTICS))
     grad_query = new_heads(query, *query.shape[1:])
     grad_key, grad_value = new_heads(key, *key.shape[1:]), new_heads(value, *value.shape[1:])
     grad_bias = None if bias is None or not need_bias else bias.new_empty(bias.shape)
@@ -474,7 +488,7 @@ def backward(
     )  # fmt: skip
     lengths: tuple[Any, ...] = (heads // kv_heads, num_queries, num_keys, window_left, window_right)
     constants: dict[str, Any] = dict(
-        D=head_dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, PLAIN=plain, PRECISION=precision
+        D=head_dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, PLAIN=plain, PRECISION=precision, STATISTICS=STATISTICS
     )
 
     config = attention_backward_query_config(target, width, query.element_size())
@@ -483,7 +497,7 @@ def backward(
     )
     launch(
         _attention_backward_query, (batch * heads * triton.cdiv(num_queries, config.block_m),), *inputs, out, strides(out),
-        grad_out, strides(grad_out), lse, grad_lse, delta, grad_query, strides(grad_query), *scalars, heads, *lengths,
+        grad_out, strides(grad_out), lse, grad_lse, statistics, grad_query, strides(grad_query), *scalars, heads, *lengths,
         **constants, **blocks,
     )  # fmt: skip
     if bias is not None and grad_bias is not None:
@@ -493,19 +507,19 @@ def backward(
         launch(
             _attention_backward_bias,
             (bias_batch * bias_heads, 1 if sum_rows else row_blocks, 1 if sum_columns else column_blocks), *inputs,
-            grad_out, strides(grad_out), lse, delta, grad_bias, pair_strides(grad_bias), *scalars, heads, *lengths,
+            grad_out, strides(grad_out), statistics, grad_bias, pair_strides(grad_bias), *scalars, heads, *lengths,
             bias_heads, batch // bias_batch, heads // bias_heads, row_blocks if sum_rows else 1,
             column_blocks if sum_columns else 1, SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, **constants, **blocks,
         )  # fmt: skip
     config = attention_backward_key_config(target, width, query.element_size())
     launch(
         _attention_backward_key, (batch * kv_heads * triton.cdiv(num_keys, config.block_n),), *inputs, grad_out,
-        strides(grad_out), lse, delta, grad_key, strides(grad_key), grad_value, strides(grad_value), *scalars, kv_heads,
+        strides(grad_out), statistics, grad_key, strides(grad_key), grad_value, strides(grad_value), *scalars, kv_heads,
         *lengths, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
         num_stages=config.num_stages, **constants,
     )  # fmt: skip
     if sinks is not None and need_sinks:
         # the sink's probability exp(sink - LSE), 0 for a row without keys and with a sink of -inf, times -delta
         probability = (sinks.float()[:, None] - lse).exp().nan_to_num(0.0)
-        grad_sinks = -(probability * delta).sum((0, 2)).to(sinks.dtype)
+        grad_sinks = -(probability * statistics[:, :, 1, :num_queries]).sum((0, 2)).to(sinks.dtype)
     return grad_query, grad_key, grad_value, grad_bias, grad_sinks

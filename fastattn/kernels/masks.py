@@ -47,11 +47,15 @@ def visible_range(start, length, other_length, shift, behind, ahead, BLOCK: tl.c
 
 @triton.jit
 def is_visible(x, y, other_length, shift, behind, ahead):
-    """Whether x sees y, element by element. Cheapest when y is a compile-time arange and x carries the block's start:
-    the rule depends on y - x and y - other_length only, so subtract the start from x and other_length alike."""
-    visible = y < other_length
+    """Whether x (a column of positions) sees y (a row of positions), element by element: y <= x + shift + ahead and so on.
+
+    The rule depends on y - x and y - other_length alone. Callers in a loop subtract the block's start from x and
+    other_length, so that y is a compile-time arange and each bound costs one comparison per element.
+    """
     if ahead is not None:
-        visible &= y <= x + (shift + ahead)
+        visible = y <= tl.minimum(x + (shift + ahead), other_length - 1)
+    else:
+        visible = y < other_length
     if behind is not None:
         visible &= y >= x + (shift - behind)
     return visible
