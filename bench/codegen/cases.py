@@ -7,6 +7,8 @@ under the stand-in driver, nothing is executed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,3 +55,42 @@ def attention(
         out = fastattn.attention(query, key, value, **options)
         if backward:
             out.sum().backward()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A function of this module with its arguments. The compile proof always runs the `core` cases."""
+
+    name: str
+    function: str
+    arguments: dict[str, Any]
+    core: bool = False
+
+    @property
+    def path(self) -> str:
+        return f"{__name__}:{self.function}"
+
+
+def _attention_cases() -> Iterator[Case]:
+    def case(name: str, core: bool = False, **arguments: Any) -> Case:
+        return Case(f"attention {name}", "attention", arguments, core)
+
+    yield case("bf16 D64 causal", core=True, causal=True)
+    yield case("bf16 D128 causal", core=True, head_dim=128, causal=True)
+    yield case("bf16 D256", core=True, head_dim=256)
+    yield case("fp16 D80 mask bias", core=True, dtype="float16", head_dim=80, mask=True, bias=True)
+    yield case("fp32 D16 causal", core=True, dtype="float32", head_dim=16, causal=True)
+    everything = {"window": (128, 0), "mask": True, "alibi": True, "softcap": 30.0, "sinks": True, "dropout_p": 0.1}
+    for dtype in ("bfloat16", "float16", "float32"):
+        for head_dim in (16, 64, 80, 128, 256):
+            size = f"{dtype} D{head_dim}"
+            yield case(f"{size} plain", dtype=dtype, head_dim=head_dim)
+            yield case(f"{size} causal", dtype=dtype, head_dim=head_dim, causal=True)
+            yield case(f"{size} everything", dtype=dtype, head_dim=head_dim, **everything)
+    for flag, value in {**everything, "bias": True}.items():
+        yield case(f"bf16 D64 {flag}", **{flag: value})
+        yield case(f"bf16 D128 {flag}", head_dim=128, **{flag: value})
+    yield case("bf16 D192 Dv128", head_dim=192, value_dim=128, causal=True)
+
+
+CASES = [*_attention_cases()]
