@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
-from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import triton
-
+from bench.codegen.sass import disassemble, run_nvidia_tool
 from bench.codegen.stand_in import Launch
 from bench.codegen.targets import TENSOR_MEMORY_COLUMNS, Target, find_target
 
-_NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_SASS_OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE)
 _TTIR_DOT = re.compile(r"(tt\.dot .*): tensor<((?:\d+x)+)(\w+)> \*")
 
 # Instructions that multiply matrices: the widest form of each architecture, and the warp-level form for small tiles.
@@ -98,15 +91,6 @@ def read_resources(launch: Launch) -> Resources:
     )
 
 
-def run_nvidia_tool(tool: str, *options: str, binary: bytes) -> str:
-    """Standard output of cuobjdump or nvdisasm (both are in Triton's wheel) for a cubin."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        command = [str(_NVIDIA_TOOLS / tool), *options, file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
 def _number(pattern: str, text: str) -> int:
     match = re.search(pattern, text)
     if match is None:
@@ -117,9 +101,9 @@ def _number(pattern: str, text: str) -> int:
 def _read_nvidia(launch: Launch) -> tuple[int, int, dict[str, int]]:
     usage = run_nvidia_tool("cuobjdump", "-res-usage", binary=launch.binary)
     registers, stack = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
-    opcodes = Counter(_SASS_OPCODE.findall(run_nvidia_tool("nvdisasm", "-c", binary=launch.binary)))
-    matrix_opcodes = [name for names in (_WARP_LEVEL, *_WIDEST.values()) for name in names]
-    return registers, stack, {name: opcodes[name] for name in matrix_opcodes if opcodes[name]}
+    program = disassemble(launch.binary)
+    counts = {name: program.count(name) for names in (_WARP_LEVEL, *_WIDEST.values()) for name in names}
+    return registers, stack, {name: count for name, count in counts.items() if count}
 
 
 def _read_amd(launch: Launch) -> tuple[int, int, dict[str, int]]:

@@ -48,7 +48,12 @@ class Launch:
 def describe_argument(value: Any) -> Any:
     """A JSON-able summary of a kernel argument."""
     if isinstance(value, torch.Tensor):
-        return {"dtype": str(value.dtype).removeprefix("torch."), "shape": [*value.shape], "strides": [*value.stride()]}
+        return {
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "itemsize": value.element_size(),
+            "shape": [*value.shape],
+            "strides": [*value.stride()],
+        }
     if isinstance(value, (bool, int, float, str)) or value is None:
         return value
     if isinstance(value, (tuple, list)):
