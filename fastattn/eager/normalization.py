@@ -121,7 +121,7 @@ def backward(
         grad.view(rows, columns)[block] = dh
         if grad_input.numel():
             grad_input.view(rows, columns)[block] = dh
-    return grad, grad_input, *_sums(*sums.unbind(), sums_dtype)
+    return grad, grad_input, *_sums(sums[0], sums[1], sums_dtype)
 
 
 def _blocks(rows: int, columns: int) -> Iterator[slice]:

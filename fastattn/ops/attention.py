@@ -128,9 +128,7 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"query and key must have the same head_dim, got {shapes}")
     heads, kv_heads = query.shape[1], key.shape[1]
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(
-            f"the query's heads must be a multiple of the key's heads, got {heads} and {kv_heads} ({shapes})"
-        )
+        raise ValueError(f"the query's heads must be a multiple of the key's heads, got {heads} and {kv_heads} ({shapes})")
     for name, dim in (("head_dim of query and key", query.shape[3]), ("head_dim of value", value.shape[3])):
         if not 1 <= dim <= MAX_HEAD_DIM:
             raise ValueError(f"{name} must be in 1..{MAX_HEAD_DIM}, got {dim}")
@@ -191,7 +189,9 @@ def _attend(
         sinks = sinks.contiguous()
     if softcap is not None and not softcap > 0.0:
         raise ValueError(f"softcap must be None or > 0, got {softcap}")
-    check_same_device(query=query, key=key, value=value, mask=mask, bias=bias, alibi_slopes=slopes, sinks=sinks)
+    check_same_device(
+        query=query, key=key, value=value, mask=mask, bias=bias, alibi_slopes=slopes, sinks=sinks
+    )
     slopes = _check_slopes(slopes, query)
     mask, bias = _pairwise("mask", mask, query, key), _pairwise("bias", bias, query, key)
     if scale is None:
