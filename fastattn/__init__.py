@@ -5,7 +5,8 @@ The same call runs Triton kernels on a GPU and PyTorch on a CPU, with gradients 
 
 from fastattn import backend
 from fastattn.ops.attention import attention
+from fastattn.ops.normalization import layer_norm, rms_norm
 
 __version__ = "0.1.0"
 
-__all__ = ["attention", "backend"]
+__all__ = ["attention", "backend", "layer_norm", "rms_norm"]

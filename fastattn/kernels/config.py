@@ -50,3 +50,60 @@ def attention_backward_query_config(target: Target, head_dim: int, itemsize: int
     if target.arch in (90, 100) and head_dim <= 128:
         return AttentionConfig(64, 128, 4, 1)
     return AttentionConfig(128, 32, 4, 2) if head_dim <= 64 else AttentionConfig(64, 32, 4, 1)
+
+
+# Normalisation. A program keeps 32 numbers of a tile per thread in the forward, and 16 in the backward, where five such
+# tiles are alive. Above `MAX_*_COLUMNS` whole rows would spill, so rows are taken in blocks of WIDE_COLUMNS.
+MAX_FORWARD_COLUMNS = 16_384
+MAX_BACKWARD_COLUMNS = 8_192
+WIDE_COLUMNS = 4_096
+PARTIAL_TILE = (16, 128)
+REDUCE_ROWS, REDUCE_COLUMNS = 32, 64
+
+
+def _power_of_2(number: int) -> int:
+    """The least power of two that is at least `number` and 1."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    """How a normalisation kernel walks over the rows.
+
+    Attributes:
+        wide: rows are read in blocks of `columns`; else a program holds whole rows.
+        rows: rows of a tile.
+        columns: columns of a tile.
+        num_warps: warps of a program.
+        programs: partial sums of the weight gradient (backward only).
+        partial_columns: columns of a tile of the separate partial-sum kernel (backward of wide rows only).
+    """
+
+    wide: bool
+    rows: int
+    columns: int
+    num_warps: int
+    programs: int = 1
+    partial_columns: int = 0
+
+
+def norm_forward_config(columns: int) -> NormConfig:
+    """The forward of rows of `columns` numbers."""
+    if columns > MAX_FORWARD_COLUMNS:
+        return NormConfig(wide=True, rows=1, columns=WIDE_COLUMNS, num_warps=8)
+    block = _power_of_2(columns)
+    rows = max(1, min(16, 4_096 // block))
+    return NormConfig(wide=False, rows=rows, columns=block, num_warps=max(4, block // 1_024))
+
+
+def norm_backward_config(target: Target, columns: int) -> NormConfig:
+    """The backward: as many programs as run at once, fewer for wider rows, since each writes two rows of partials."""
+    if columns > MAX_BACKWARD_COLUMNS:
+        rows, partial_columns = PARTIAL_TILE
+        programs = max(1, 4 * target.processors * partial_columns // columns)
+        return NormConfig(True, rows, WIDE_COLUMNS, 8, programs, partial_columns)
+    block = _power_of_2(columns)
+    rows = max(1, min(16, 2_048 // block))
+    per_processor = {256: 16, 1_024: 8, 2_048: 4, 4_096: 2, 8_192: 1}
+    programs = target.processors * next(n for limit, n in per_processor.items() if columns <= limit)
+    return NormConfig(False, rows, block, max(4, block // 512), programs)

@@ -1,0 +1,151 @@
+"""Layer norm and RMS norm in plain PyTorch: the differentiable definition, and the CPU backend.
+
+The launchers have the signatures of `fastattn/kernels/normalization.py`. Plain layer norm goes to PyTorch's own kernel,
+which sums the gradients of weight and bias in the input's dtype, so 16-bit rows are widened before. Everything else is
+computed in fp32 in blocks of rows, so that temporaries stay small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK_NUMBERS = 1 << 16  # numbers in a block of rows: it stays in the cache
+
+
+def normalise(hidden: Tensor, dims: int, eps: float, centered: bool) -> Tensor:
+    """x̂ = (h - mean) / sqrt(var + eps) in fp32 over the last `dims` dimensions; RMS norm takes the mean as 0."""
+    h, over = hidden.float(), tuple(range(-dims, 0))
+    if centered:
+        h = h - h.mean(over, keepdim=True)
+    return h * torch.rsqrt(h.square().mean(over, keepdim=True) + eps)
+
+
+def modulate(
+    x_hat: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight_offset: float,
+) -> Tensor:
+    """y = (1 + scale) · ((offset + weight) · x̂ + bias) + shift in fp32, with the factors and terms that are given."""
+    y = x_hat if weight is None else x_hat * (weight.float() + weight_offset)
+    y = y if bias is None else y + bias.float()
+    y = y if scale is None else y * (1.0 + scale.float())
+    return y if shift is None else y + shift.float()
+
+
+def forward(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    rows: int,
+    columns: int,
+    eps: float,
+    centered: bool,
+    weight_offset: float,
+    output_dtype: torch.dtype,
+    hidden_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(output, hidden, mean, rstd), as `fastattn.ops.normalization` describes them."""
+    if residual is None:
+        hidden, h = input.new_empty(0, dtype=hidden_dtype), input.reshape(rows, columns)
+    else:
+        hidden = (input.float() + residual).to(hidden_dtype).contiguous()
+        h = hidden.view(rows, columns)
+    if centered and scale is None and shift is None and output_dtype == h.dtype:
+        gain, added = _gain(weight, columns, weight_offset, h), None if bias is None else bias.reshape(columns).float()
+        y, mean, rstd = torch.native_layer_norm(h, (columns,), gain, added, eps)
+        return y.view(input.shape), hidden, mean.view(rows), rstd.view(rows)
+    output = input.new_empty(input.shape, dtype=output_dtype)
+    y, mean = output.view(rows, columns), input.new_empty(rows if centered else 0, dtype=torch.float32)
+    rstd = input.new_empty(rows, dtype=torch.float32)
+    flat_weight, flat_bias = (None if p is None else p.reshape(columns) for p in (weight, bias))
+    for block in _blocks(rows, columns):
+        x_hat = h[block].float()
+        if centered:
+            mean[block] = x_hat.mean(1)
+            x_hat = x_hat - mean[block, None]
+        rstd[block] = torch.rsqrt(x_hat.square().mean(1) + eps)
+        factor, term = (None if m is None else m[_group_of(block, rows, groups, m)] for m in (scale, shift))
+        y[block] = modulate(x_hat * rstd[block, None], flat_weight, flat_bias, factor, term, weight_offset)
+    return output, hidden, mean, rstd
+
+
+def backward(
+    grad_output: Tensor,
+    grad_hidden: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    rows: int,
+    columns: int,
+    weight_offset: float,
+    input_dtype: torch.dtype,
+    sums_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dh, dh in the input's dtype where that differs, A, B), as `fastattn.ops.normalization` describes them."""
+    dy, h = grad_output.reshape(rows, columns), hidden.reshape(rows, columns)
+    gain, plain = _gain(weight, columns, weight_offset, h), mean.numel() > 0 and groups == 1 and scale is None
+    if plain and h.dtype == input_dtype == torch.float32 and grad_hidden is None:
+        grad, a, b = _fused(dy.float(), h, gain, mean, rstd)
+        return grad.view(hidden.shape), hidden.new_empty(0), *_sums(a[None], b[None], sums_dtype)
+    grad = hidden.new_empty(hidden.shape)
+    grad_input = hidden.new_empty(0 if input_dtype == hidden.dtype else hidden.shape, dtype=input_dtype)
+    added = None if grad_hidden is None else grad_hidden.reshape(rows, columns)
+    sums = hidden.new_zeros(2, groups, columns, dtype=torch.float32)
+    for block in _blocks(rows, columns):
+        dy_block, h_block, group = dy[block].float(), h[block].float(), _group_of(block, rows, groups, h)
+        mean_block, rstd_block = (mean[block, None] if mean.numel() else None), rstd[block, None]
+        if plain:
+            dh, *ab = _fused(dy_block, h_block, gain, mean[block], rstd[block])
+            sums += torch.stack(ab)[:, None]
+        else:
+            x_hat = (h_block if mean_block is None else h_block - mean_block) * rstd_block
+            g = dy_block * (gain if scale is None else gain * (1.0 + scale[group].float()))
+            dh = g - x_hat * (g * x_hat).mean(1, keepdim=True)
+            dh = (dh if mean_block is None else dh - g.mean(1, keepdim=True)) * rstd_block
+            for total, summand in zip(sums, (dy_block * x_hat, dy_block)):
+                total.index_add_(0, group, summand)
+        dh = dh if added is None else dh + added[block]
+        grad.view(rows, columns)[block] = dh
+        if grad_input.numel():
+            grad_input.view(rows, columns)[block] = dh
+    return grad, grad_input, *_sums(sums[0], sums[1], sums_dtype)
+
+
+def _blocks(rows: int, columns: int) -> Iterator[slice]:
+    step = max(1, BLOCK_NUMBERS // max(columns, 1))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _group_of(block: slice, rows: int, groups: int, like: Tensor) -> Tensor:
+    return torch.arange(block.start, block.stop, device=like.device) // (rows // groups)
+
+
+def _gain(weight: Tensor | None, columns: int, weight_offset: float, like: Tensor) -> Tensor:
+    """offset + weight in fp32, which also makes PyTorch's kernel keep its statistics in fp32."""
+    if weight is None:
+        return like.new_ones(columns, dtype=torch.float32)
+    gain = weight.reshape(columns).float()
+    return gain + weight_offset if weight_offset else gain
+
+
+def _fused(dy: Tensor, h: Tensor, gain: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch's layer norm backward on fp32 rows: dh, A, B."""
+    statistics = mean[:, None], rstd[:, None]
+    return torch.ops.aten.native_layer_norm_backward(dy, h, gain.shape, *statistics, gain, gain, [True, True, True])
+
+
+def _sums(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    return (a.new_empty(0), a.new_empty(0)) if dtype is None else (a.to(dtype), b.to(dtype))

@@ -1,0 +1,368 @@
+"""Layer norm and RMS norm: one family of ops, with the residual add and adaptive scale and shift fused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.backend import device_guard, implementation
+from fastattn.eager.normalization import modulate, normalise
+from fastattn.ops import checks
+from fastattn.ops.library import define, differentiate, needs_composite
+from fastattn.replay import replay
+
+# Devices whose autocast runs torch's layer norm in fp32; on the others it runs in the input's dtype.
+AUTOCAST_TO_FP32 = ("cuda", "xpu", "mps")
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    residual_dtype: torch.dtype | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight_offset: float = 0.0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Layer norm over the last dimensions (Ba et al., 2016, https://arxiv.org/abs/1607.06450).
+
+    With h = input + residual (or input), and mean and variance (not the unbiased one) over `normalized_shape`:
+
+        y = (1 + scale) · ((weight_offset + weight) · (h - mean) / sqrt(variance + eps) + bias) + shift
+
+    Statistics and sums are fp32 for every dtype. Without keyword arguments this is `torch.nn.functional.layer_norm`.
+
+    Args:
+        input: (..., *normalized_shape), fp32, fp16 or bf16, any strides.
+        normalized_shape: the shape of the last dimensions, or an int for one dimension.
+        weight: `normalized_shape`, or None for ones; its dtype may differ from the input's.
+        bias: `normalized_shape`, or None for zeros; its dtype may differ from the input's.
+        eps: added to the variance.
+        residual: shape of `input`, any of the dtypes: added before the norm.
+        residual_dtype: dtype of the new residual stream; default the residual's.
+        scale: broadcastable to `input`: adaptive layer norm (Peebles and Xie, 2023, https://arxiv.org/abs/2212.09748).
+        shift: broadcastable to `input`.
+        weight_offset: added to the weight: 1 for weights that are stored minus one.
+
+    Returns:
+        y in the input's dtype (fp32 under autocast on devices where torch does so); with `residual`, (y, h).
+
+    Raises:
+        TypeError: an argument that is not a dense floating-point tensor of the dtypes above.
+        ValueError: shapes that do not match, tensors on different devices.
+
+    Example:
+        >>> layer_norm(torch.tensor([[1.0, 3.0]]), 2, eps=0.0)
+        tensor([[-1.,  1.]])
+    """
+    return _norm(
+        input, normalized_shape, weight, bias, eps, True, residual, residual_dtype, scale, shift, weight_offset
+    )
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_dtype: torch.dtype | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight_offset: float = 0.0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Root mean square norm (Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467).
+
+    Without the mean: y = (1 + scale) · ((weight_offset + weight) · h / sqrt(mean(h²) + eps) + bias) + shift.
+    `eps=None` is the machine epsilon of fp32, in which the statistics are computed, as in torch.
+
+    Example:
+        >>> rms_norm(torch.tensor([[3.0, 3.0]]), 2, eps=0.0)
+        tensor([[1., 1.]])
+    """
+    eps = torch.finfo(torch.float32).eps if eps is None else eps
+    return _norm(
+        input, normalized_shape, weight, bias, eps, False, residual, residual_dtype, scale, shift, weight_offset
+    )
+
+
+def _norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    residual: Tensor | None,
+    residual_dtype: torch.dtype | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight_offset: float,
+) -> Tensor | tuple[Tensor, Tensor]:
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    _check(input, shape, weight, bias, eps, residual, residual_dtype, scale, shift)
+    to_fp32 = input.device.type in AUTOCAST_TO_FP32 and torch.is_autocast_enabled(input.device.type)
+    output_dtype = torch.float32 if to_fp32 else input.dtype
+    hidden_dtype = residual_dtype or (input if residual is None else residual).dtype
+    if needs_composite(input, residual, weight, bias, scale, shift):
+        h = input if residual is None else (input.float() + residual).to(hidden_dtype)
+        x_hat = normalise(h, len(shape), eps, centered)
+        y = modulate(x_hat, weight, bias, scale, shift, weight_offset).to(output_dtype)
+        return y if residual is None else (y, h)
+    scale, shift = _by_group(input, len(shape), scale, shift)
+    tensors = input, residual, weight, bias, scale, shift
+    y, h, _, _ = NORM(*tensors, len(shape), eps, centered, weight_offset, output_dtype, hidden_dtype)
+    return y if residual is None else (y, h)
+
+
+def _check(
+    input: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    residual_dtype: torch.dtype | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> None:
+    named = {"weight": weight, "bias": bias, "residual": residual, "scale": scale, "shift": shift}
+    checks.check_tensor("input", input)
+    if not shape or tuple(input.shape[-len(shape) :]) != shape:
+        raise ValueError(
+            f"normalized_shape must be the last dimensions of input, got {shape} for input {tuple(input.shape)}"
+        )
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        checks.check_tensor(name, tensor)
+        if name in ("weight", "bias"):
+            checks.check_shape(name, tensor, shape, "normalized_shape")
+        elif name == "residual":
+            checks.check_shape(name, tensor, tuple(input.shape), "the shape of input")
+        elif not _broadcasts(tensor.shape, input.shape):
+            raise ValueError(f"{name} must broadcast to input {tuple(input.shape)}, got {tuple(tensor.shape)}")
+    checks.check_same_device(input=input, **named)
+    if residual_dtype is not None and (residual is None or residual_dtype not in checks.FLOAT_DTYPES):
+        raise ValueError(
+            f"residual_dtype must be float32, float16 or bfloat16 and needs residual, got {residual_dtype} "
+            f"with residual {'None' if residual is None else 'given'}"
+        )
+    if not eps >= 0.0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+
+
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to)))
+
+
+def _by_group(
+    input: Tensor, dims: int, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """scale and shift as (groups, columns), where each group is the same number of consecutive rows."""
+    given = [m for m in (scale, shift) if m is not None]
+    if not given:
+        return None, None
+    leading = input.dim() - dims
+    aligned = [m.reshape((1,) * (input.dim() - m.dim()) + m.shape) for m in given]
+    shared = leading  # how many of the leading dimensions, from the last back, all of them share
+    while shared and all(m.shape[shared - 1] == 1 for m in aligned):
+        shared -= 1
+    groups, columns = math.prod(input.shape[:shared]), math.prod(input.shape[leading:])
+    target = (*input.shape[:shared], *(1,) * (leading - shared), *input.shape[leading:])
+    flat = iter([m.expand(target).reshape(groups, columns).contiguous() for m in aligned])
+    return tuple(None if m is None else next(flat) for m in (scale, shift))  # type: ignore[return-value]
+
+
+def _sizes(hidden: Tensor, dims: int, scale: Tensor | None, shift: Tensor | None) -> tuple[int, int, int]:
+    """(groups, rows, columns)"""
+    modulation = shift if scale is None else scale
+    groups = 1 if modulation is None else modulation.shape[0]
+    return groups, math.prod(hidden.shape[:-dims]), math.prod(hidden.shape[-dims:])
+
+
+def _forward(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    dims: int,
+    eps: float,
+    centered: bool,
+    weight_offset: float,
+    output_dtype: torch.dtype,
+    hidden_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with device_guard(input.device):
+        return implementation("normalization", input.device).forward(
+            *(input, residual, weight, bias, scale, shift, *_sizes(input, dims, scale, shift)),
+            *(eps, centered, weight_offset, output_dtype, hidden_dtype),
+        )
+
+
+def _forward_fake(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    dims: int,
+    eps: float,
+    centered: bool,
+    weight_offset: float,
+    output_dtype: torch.dtype,
+    hidden_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = math.prod(input.shape[:-dims])
+    return (
+        input.new_empty(input.shape, dtype=output_dtype),
+        input.new_empty(0 if residual is None else input.shape, dtype=hidden_dtype),
+        input.new_empty(rows if centered else 0, dtype=torch.float32),
+        input.new_empty(rows, dtype=torch.float32),
+    )
+
+
+NORM = define(
+    "norm(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int dims, "
+    "float eps, bool centered, float weight_offset, ScalarType output_dtype, ScalarType hidden_dtype) "
+    "-> (Tensor output, Tensor hidden, Tensor mean, Tensor rstd)",
+    _forward,
+    _forward_fake,
+)
+
+
+def _gradient(
+    needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    input, residual, weight, bias, scale, shift, dims, eps, _, weight_offset, output_dtype, _ = arguments
+    grad_output, grad_hidden = grad_outputs[:2]
+    _, hidden, mean, rstd = outputs
+    if residual is None:
+        hidden, grad_hidden = input, None
+    if grad_output is None:
+        grad_output = torch.zeros_like(input, dtype=output_dtype)
+    grad, grad_input, *rest = NORM_BACKWARD(
+        *(grad_output, grad_hidden, hidden, weight, bias, scale, shift, mean, rstd),
+        *(dims, eps, weight_offset, input.dtype, any(needs[2:6])),
+    )
+    grads = [grad if input.dtype == hidden.dtype else grad_input, grad, *rest]
+    if residual is not None and residual.dtype != hidden.dtype:
+        grads[1] = grad.to(residual.dtype)
+    return [g if need else None for g, need in zip(grads, needs)] + [None] * 6
+
+
+def _backward(
+    grad_output: Tensor,
+    grad_hidden: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dims: int,
+    eps: float,
+    weight_offset: float,
+    input_dtype: torch.dtype,
+    needs_parameters: bool,
+) -> tuple[Tensor, ...]:
+    modulated = scale is not None or shift is not None
+    dtypes = set() if modulated else {p.dtype for p in (weight, bias) if p is not None}
+    sums_dtype = (dtypes.pop() if len(dtypes) == 1 else torch.float32) if needs_parameters else None
+    with device_guard(hidden.device):
+        grad, grad_input, a, b = implementation("normalization", hidden.device).backward(
+            *(grad_output, grad_hidden, hidden, weight, scale, mean, rstd, *_sizes(hidden, dims, scale, shift)),
+            *(weight_offset, input_dtype, sums_dtype),
+        )
+    grads: list[Tensor | None] = [None] * 4
+    if needs_parameters and modulated:  # A and B are (groups, columns)
+        factor = 1.0 if scale is None else 1.0 + scale.float()
+        gain = 1.0 if weight is None else weight.reshape(-1).float() + weight_offset
+        offset = 0.0 if bias is None else bias.reshape(-1).float()
+        grads = [(a * factor).sum(0), (b * factor).sum(0), a * gain + b * offset, b]
+    elif needs_parameters:
+        grads = [a, b, None, None]
+    found = [
+        hidden.new_empty(0) if p is None or g is None else g.view(p.shape).to(p.dtype)
+        for p, g in zip((weight, bias, scale, shift), grads)
+    ]
+    return grad, grad_input, *found
+
+
+def _backward_fake(
+    grad_output: Tensor,
+    grad_hidden: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dims: int,
+    eps: float,
+    weight_offset: float,
+    input_dtype: torch.dtype,
+    needs_parameters: bool,
+) -> tuple[Tensor, ...]:
+    return (
+        hidden.new_empty(hidden.shape),
+        hidden.new_empty(0 if input_dtype == hidden.dtype else hidden.shape, dtype=input_dtype),
+        *(
+            hidden.new_empty(0) if p is None or not needs_parameters else p.new_empty(p.shape)
+            for p in (weight, bias, scale, shift)
+        ),
+    )
+
+
+NORM_BACKWARD = define(
+    "norm_backward(Tensor grad_output, Tensor? grad_hidden, Tensor hidden, Tensor? weight, Tensor? bias, "
+    "Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, int dims, float eps, float weight_offset, "
+    "ScalarType input_dtype, bool needs_parameters) -> (Tensor grad_hidden_stream, Tensor grad_input, "
+    "Tensor grad_weight, Tensor grad_bias, Tensor grad_scale, Tensor grad_shift)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _second_gradient(
+    needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    grad_output, grad_hidden, hidden, *parameters, mean, _, dims, eps, weight_offset, _, needs_parameters = arguments
+    groups, rows, columns = _sizes(hidden, dims, *parameters[2:])
+
+    def definition(
+        h: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        x_hat = normalise(h.reshape(groups, rows // max(groups, 1), columns), 1, eps, mean.numel() > 0)
+        flat = [None if p is None else p.reshape(columns) for p in (weight, bias)]
+        by_group = [None if p is None else p[:, None] for p in (scale, shift)]
+        y = modulate(x_hat, flat[0], flat[1], by_group[0], by_group[1], weight_offset)
+        return y.reshape(h.shape).to(grad_output.dtype), h
+
+    of_hidden, of_input, *of_parameters = grad_outputs
+    if of_input is not None:
+        of_hidden = of_input.to(hidden.dtype) if of_hidden is None else of_hidden + of_input.to(hidden.dtype)
+    taken = [True, *(p is not None and needs_parameters for p in parameters)]
+    of_grads, of_tensors = replay(
+        definition, taken, (grad_output, grad_hidden), (hidden, *parameters), (of_hidden, *of_parameters)
+    )
+    return [*of_grads, *of_tensors, *[None] * 7]
+
+
+differentiate(NORM, _gradient, keep_outputs=(1, 2, 3))
+differentiate(NORM_BACKWARD, _second_gradient)
