@@ -21,6 +21,8 @@ from fastattn.models.pretrained import Pretrained
 from fastattn.nn import FeedForward, LayerNorm
 from fastattn.ops.attention import attention
 
+IGNORE_INDEX = -100  # the default of torch.nn.functional.cross_entropy
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -180,9 +182,8 @@ class GPT(Pretrained):
             cache: read and extended, or None.
 
         Raises:
-            TypeError, ValueError: tokens of another dtype or rank, or more than fit into the context.
+            ValueError: more tokens than fit into the context.
         """
-        self._check_tokens("tokens", tokens)
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         if end > self.config.context_length:
@@ -201,19 +202,25 @@ class GPT(Pretrained):
 
         Args:
             tokens: (B, T) int64, T at most context_length.
-            targets: (B, T) int64, the token that follows each; -100 leaves a position out of the loss.
+            targets: (B, T) int64, the token that follows each; IGNORE_INDEX, -100, leaves a position out of the loss.
             return_logits: None returns logits exactly when there are no targets: the loss alone is computed in chunks,
                 which is faster and needs far less memory.
 
         Returns:
             (logits (B, T, vocab_size) or None, mean cross entropy in nats as an fp32 scalar or None)
+
+        Raises:
+            TypeError: tokens or targets are not int64.
+            ValueError: a shape that does not fit, or (on the CPU) a token outside [0, vocab_size).
         """
+        self._check_tokens("tokens", tokens)
         hidden = self.hidden(tokens)
         logits = None
         if return_logits or (return_logits is None and targets is None):
             logits = F.linear(hidden, self.output_weight)
         if targets is None:
             return logits, None
+        self._check_tokens("targets", targets, ignored=IGNORE_INDEX)
         if targets.shape != tokens.shape:
             raise ValueError(
                 f"targets must have the shape of tokens, {tuple(tokens.shape)}, got {tuple(targets.shape)}"
@@ -306,11 +313,19 @@ class GPT(Pretrained):
         finally:
             self.train(was_training)
 
-    def _check_tokens(self, name: str, tokens: Tensor) -> None:
+    def _check_tokens(self, name: str, tokens: Tensor, ignored: int | None = None) -> None:
         if tokens.dtype != torch.int64:
             raise TypeError(f"{name} must be an int64 tensor, got dtype {str(tokens.dtype).removeprefix('torch.')}")
         if tokens.dim() != 2:
             raise ValueError(f"{name} must have 2 dimensions (batch, length), got shape {tuple(tokens.shape)}")
+        if tokens.device.type != "cpu" or torch.compiler.is_compiling():
+            return  # looking at the values would make the host wait for the device
+        outside = (tokens < 0) | (tokens >= self.config.vocab_size)
+        if ignored is not None:
+            outside &= tokens != ignored
+        if outside.any():
+            vocab_size = self.config.vocab_size
+            raise ValueError(f"{name} must be in [0, {vocab_size}) (vocab_size), got {tokens[outside][0].item()}")
 
 
 def sample(

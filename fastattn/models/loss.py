@@ -22,7 +22,8 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, *, ign
 
     The gradients are computed in the same sweep, which saves both the memory for the logits and their recomputation:
 
-        z = h Wᵀ,  loss = Σ_i (logsumexp(z_i) − z_i[t_i]) / n,  dz = (softmax(z) − onehot(t)) / n,  dh = dz W,  dW = dzᵀ h
+        z = h Wᵀ,  loss = Σ_i (logsumexp(z_i) − z_i[t_i]) / n
+        dz = (softmax(z) − onehot(t)) / n,  dh = dz W,  dW = dzᵀ h
 
     Args:
         hidden: (rows, d_model), fp32, fp16 or bf16; under autocast the products are taken in autocast's dtype.
@@ -41,9 +42,7 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, *, ign
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, with_grad: bool) -> Tensor:
-        h, w = checks.autocast(hidden, weight)
-        assert h is not None
-        assert w is not None
+        h, w = (tensor for tensor in checks.autocast(hidden, weight) if tensor is not None)
         counts = target != ignore_index
         row_weight = (counts / counts.sum())[:, None]  # 1/n, or 0 for a row that is left out
         index = torch.where(counts, target, 0)[:, None]
@@ -53,20 +52,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             d_weight = torch.zeros_like(weight, dtype=torch.float32)
         rows = max(1, LOGITS_PER_CHUNK.get(h.device.type, LOGITS_PER_CHUNK_GPU) // len(w))
         with torch.autocast(h.device.type, enabled=False):
-            for chunk in (slice(start, start + rows) for start in range(0, len(h), rows)):
+            for start in range(0, len(h), rows):
+                chunk = slice(start, start + rows)
                 log_p = F.log_softmax(h[chunk] @ w.t(), dim=-1, dtype=torch.float32)  # [rows, vocab_size]
                 loss -= (log_p.gather(1, index[chunk]) * row_weight[chunk]).sum()
-                if with_grad:
-                    n_dz = log_p.exp_().scatter_add_(
-                        1, index[chunk], log_p.new_full((1, 1), -1.0).expand(len(log_p), 1)
-                    )
-                    n_dz = n_dz.to(h.dtype)
-                    d_hidden[chunk] = (n_dz @ w) * row_weight[chunk]
-                    weighted = (h[chunk] * row_weight[chunk]).to(h.dtype)
-                    if h.dtype == torch.float32:
-                        d_weight.addmm_(n_dz.t(), weighted)
-                    else:
-                        d_weight += n_dz.t() @ weighted
+                if not with_grad:
+                    continue
+                minus_one = log_p.new_full((1, 1), -1.0).expand(len(log_p), 1)
+                n_dz = log_p.exp_().scatter_add_(1, index[chunk], minus_one).to(h.dtype)
+                d_hidden[chunk] = (n_dz @ w) * row_weight[chunk]
+                weighted_h = (h[chunk] * row_weight[chunk]).to(h.dtype)
+                if h.dtype == torch.float32:
+                    d_weight.addmm_(n_dz.t(), weighted_h)
+                else:
+                    d_weight += n_dz.t() @ weighted_h
         if with_grad:
             ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
         return loss

@@ -21,8 +21,8 @@ Model = TypeVar("Model", bound="Pretrained")
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a file for writing that appears under its name only when it is complete and on the disk.
 
-    Until then the bytes go to `.<name>.tmp` in the same folder. Whatever happens in between (an exception, a full disk, a
-    killed process), the file that was there before stays as it was.
+    Until then the bytes go to `.<name>.tmp` in the same folder. Whatever happens in between (an exception, a full disk,
+    a killed process), the file that was there before stays as it was.
 
     Example:
         >>> with atomic_write("state.json") as file:  # doctest: +SKIP
