@@ -23,7 +23,7 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, *, ign
     The gradients are computed in the same sweep, which saves both the memory for the logits and their recomputation:
 
         z = h Wᵀ,  loss = Σ_i (logsumexp(z_i) − z_i[t_i]) / n
-        dz = (softmax(z) − onehot(t)) / n,  dh = dz W,  dW = dzᵀ h
+        n·dz = softmax(z) − onehot(t),  dh = dz W,  dW = dzᵀ h
 
     Args:
         hidden: (rows, d_model), fp32, fp16 or bf16; under autocast the products are taken in autocast's dtype.
@@ -44,36 +44,39 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, with_grad: bool) -> Tensor:
         h, w = (tensor for tensor in checks.autocast(hidden, weight) if tensor is not None)
         counts = target != ignore_index
-        row_weight = (counts / counts.sum())[:, None]  # 1/n, or 0 for a row that is left out
+        n = counts.sum()
         index = torch.where(counts, target, 0)[:, None]
+        counted = counts.to(h.dtype)[:, None]
         loss = torch.zeros((), dtype=torch.float32, device=h.device)
         if with_grad:
-            d_hidden = torch.empty_like(hidden)
-            d_weight = torch.zeros_like(weight, dtype=torch.float32)
+            n_dh = torch.empty_like(hidden)
+            n_dw = torch.zeros_like(weight, dtype=torch.float32)
         rows = max(1, LOGITS_PER_CHUNK.get(h.device.type, LOGITS_PER_CHUNK_GPU) // len(w))
         with torch.autocast(h.device.type, enabled=False):
             for start in range(0, len(h), rows):
                 chunk = slice(start, start + rows)
                 log_p = F.log_softmax(h[chunk] @ w.t(), dim=-1, dtype=torch.float32)  # [rows, vocab_size]
-                loss -= (log_p.gather(1, index[chunk]) * row_weight[chunk]).sum()
+                loss -= (log_p.gather(1, index[chunk]) * counted[chunk]).sum()
                 if not with_grad:
                     continue
                 minus_one = log_p.new_full((1, 1), -1.0).expand(len(log_p), 1)
                 n_dz = log_p.exp_().scatter_add_(1, index[chunk], minus_one).to(h.dtype)
-                d_hidden[chunk] = (n_dz @ w) * row_weight[chunk]
-                weighted_h = (h[chunk] * row_weight[chunk]).to(h.dtype)
+                n_dh[chunk] = (n_dz @ w) * counted[chunk]
+                counted_h = h[chunk] * counted[chunk]
                 if h.dtype == torch.float32:
-                    d_weight.addmm_(n_dz.t(), weighted_h)
+                    n_dw.addmm_(n_dz.t(), counted_h)
                 else:
-                    d_weight += n_dz.t() @ weighted_h
+                    n_dw += n_dz.t() @ counted_h
         if with_grad:
-            ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
-        return loss
+            ctx.save_for_backward(n_dh, n_dw, n)
+        return loss / n
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = ctx.saved_tensors
+        n_dh, n_dw, n = ctx.saved_tensors
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
-        scaled = d_hidden * d_loss if needs_hidden else None
-        return scaled, (d_weight * d_loss if needs_weight else None), None, None, None
+        scale = d_loss / n
+        d_hidden = n_dh * scale if needs_hidden else None
+        d_weight = n_dw * scale if needs_weight else None
+        return d_hidden, d_weight, None, None, None
