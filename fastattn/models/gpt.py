@@ -35,7 +35,8 @@ class GPTConfig:
         num_heads: attention heads in each block; must divide d_model.
         d_model: width of the residual stream.
         d_ff: width inside the feed-forward network; None means 4 · d_model.
-        dropout: probability with which the embeddings and each branch's output are dropped in training.
+        dropout: probability with which the embeddings, the attention weights and each branch's output are dropped in
+            training.
         bias: whether linear layers and norms have a bias.
         tie_weights: whether the output layer is the transposed token embedding.
 
@@ -98,6 +99,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
+        self.dropout = config.dropout
         self.in_proj = nn.Linear(config.d_model, 3 * config.d_model, bias=config.bias)
         self.out_proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
 
@@ -108,7 +110,8 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             key, value = cache.append(block, key, value)
         # Bottom-right alignment lets the T new tokens see all that is in the cache; one token alone sees everything.
-        out = attention(query, key, value, causal=new > 1)
+        dropout_p = self.dropout if self.training else 0.0
+        out = attention(query, key, value, causal=new > 1, dropout_p=dropout_p)
         return self.out_proj(out.transpose(1, 2).reshape(batch, new, width))
 
 
