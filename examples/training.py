@@ -1,0 +1,228 @@
+"""What every training script needs: device and precision, schedule, checkpoints, metrics, a picture of the curve."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+from fastattn.models.pretrained import atomic_write
+
+
+class TrainingError(Exception):
+    """Training cannot start or go on; the message says why and what to do."""
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the machine's accelerator if it has one."""
+    if name != "auto":
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:  # an AssertionError is how torch says that it has no CUDA
+            raise TrainingError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    if torch.accelerator.is_available():
+        return torch.device(torch.accelerator.current_accelerator() or "cpu")
+    return torch.device("cpu")
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 where the hardware multiplies bf16 matrices, otherwise fp32."""
+    if name != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    if device.type == "cpu":
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    elif device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "xpu"
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linear warm-up to `peak`, then half a cosine down to a tenth of it at the last step."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    return peak * (0.55 + 0.45 * math.cos(math.pi * min(1.0, progress)))
+
+
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW; matrices decay, biases and norms do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
+
+
+def lock(folder: Path) -> BinaryIO:
+    """Keep other runs out of `folder` until the file returned is closed or the process ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "wb")  # noqa: SIM115  (it stays open)
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        pass
+    except BlockingIOError as error:
+        raise TrainingError(f"another process is training into {folder}") from error
+    return file
+
+
+class StopSignal:
+    """Turns the first Ctrl-C or SIGTERM into a request that the loop honours after its step; a second one is final."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> StopSignal:
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class Checkpoint:
+    """Everything that a run needs to go on exactly where it was, in one file that is replaced atomically.
+
+    Args:
+        path: of the file.
+        identity: nested settings that decide the loss curve; a checkpoint with other ones is refused.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path = path
+        self.identity = identity
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, **progress: Any) -> None:
+        state = {
+            "identity": self.identity,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "cpu_generator": torch.get_rng_state(),
+            "device_generator": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device),
+            "progress": progress,
+        }
+        try:
+            with atomic_write(self.path) as file:
+                torch.save(state, file)
+        except (OSError, RuntimeError) as error:  # torch.save hides the system's OSError behind a RuntimeError
+            cause = error if isinstance(error, OSError) else error.__context__
+            reason = cause.strerror if isinstance(cause, OSError) else error
+            kept = "; the previous checkpoint is unharmed" if self.path.exists() else ""
+            raise TrainingError(f"cannot write the checkpoint {self.path}: {reason}{kept}") from error
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, Any]:
+        """Restore model, optimizer and random generators; the `progress` that was saved is returned."""
+        try:
+            state = torch.load(self.path, map_location=device, weights_only=True)
+            identity = state["identity"]
+        except Exception as error:
+            raise TrainingError(f"{self.path} cannot be read as a checkpoint: {error}") from error
+        then, now = _flat(identity), _flat(self.identity)
+        if then != now:
+            names = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+            changes = ", ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in names)
+            raise TrainingError(
+                f"{self.path} belongs to a run with another configuration: {changes}. Give the old values to go on, "
+                "another --out to train beside it, or --overwrite to start anew"
+            )
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["cpu_generator"].cpu())
+        if state["device_generator"] is not None:
+            torch.get_device_module(device).set_rng_state(state["device_generator"].cpu(), device)
+        return dict(state["progress"])
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+class Metrics:
+    """A file of JSON lines, one a record, each with the number of steps done.
+
+    Args:
+        path: of the file.
+        step: records beyond this step are dropped: a resumed run writes them again.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self.records = [record for record in self._read(path) if record["step"] <= step]
+        with atomic_write(path) as file:
+            file.writelines(json.dumps(record).encode() + b"\n" for record in self.records)
+
+    @staticmethod
+    def _read(path: Path) -> list[dict[str, Any]]:
+        """What is there; a last line that a killed process left unfinished does not count."""
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def write(self, **record: Any) -> None:
+        self.records.append(record)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        found = [(record["step"], record[name]) for record in self.records if name in record]
+        return [step for step, _ in found], [value for _, value in found]
+
+
+def plot_losses(metrics: Metrics, baselines: dict[str, float], path: Path, title: str) -> None:
+    """Training and validation loss against steps, with the baselines as dashed lines."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    steps, losses = metrics.series("loss")
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+    axes.plot(steps, _smooth(losses), color="tab:blue", label="training (smoothed)")
+    steps, losses = metrics.series("val_loss")
+    axes.plot(steps, losses, color="tab:orange", marker="o", markersize=4, label="validation")
+    if losses:
+        axes.annotate(f"{losses[-1]:.2f}", (steps[-1], losses[-1]), textcoords="offset points", xytext=(-8, 8))
+    for (name, value), style in zip(baselines.items(), (":", "--")):
+        axes.axhline(value, color="gray", linestyle=style, label=f"{name} baseline, {value:.2f}")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.set_ylim(top=1.1 * max([*baselines.values(), 0.0]))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)
+
+
+def _smooth(values: list[float], keep: float = 0.95) -> list[float]:
+    """Exponential moving average, corrected for its start at zero."""
+    smoothed, average = [], 0.0
+    for count, value in enumerate(values, 1):
+        average = keep * average + (1 - keep) * value
+        smoothed.append(average / (1 - keep**count))
+    return smoothed

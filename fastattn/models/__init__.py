@@ -1,0 +1,5 @@
+"""Example models on fastattn's ops, typed and tested like the rest."""
+
+from fastattn.models.gpt import GPT, GPTConfig, KVCache
+
+__all__ = ["GPT", "GPTConfig", "KVCache"]
