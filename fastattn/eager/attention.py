@@ -213,7 +213,8 @@ def _fused_blocks(query: Tensor, key: Tensor, value: Tensor, whole: Block) -> tu
         if whole.window_left is None and whole.window_right is None:
             return [whole], False
         plain = whole.mask is None and whole.bias is None and whole.window_left is None
-        if plain and whole.window_right == 0 and whole.shift == 0:
+        # (PyTorch's own causal mask multiplies -inf by the scale, which must therefore be positive)
+        if plain and whole.window_right == 0 and whole.shift == 0 and whole.scale > 0.0:
             return [replace(whole, window_right=None)], True
     return list(whole.split(_FUSED_ROWS)), False
 

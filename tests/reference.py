@@ -1,0 +1,73 @@
+"""What every op means, written naively and independently of the package.
+
+The functions compute in the dtype of their inputs: with float64 inputs they are the truth, and with the dtype under test
+they are the plain PyTorch whose error sets the tolerance.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def philox_keep(seed: int, shape: tuple[int, int, int, int], p: float) -> Tensor:
+    """Dropout's choice for (batch, head, row, column): Philox-4x32-10 on counter (column // 4, row, head, batch)."""
+    b, h, i, j = np.indices(shape).astype(np.uint64)
+    low = np.uint64(0xFFFFFFFF)
+    c = [j // np.uint64(4), i, h, b]
+    k = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)]
+    for _ in range(10):
+        p0, p1 = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [(p1 >> np.uint64(32)) ^ c[1] ^ k[0], p1 & low, (p0 >> np.uint64(32)) ^ c[3] ^ k[1], p0 & low]
+        k = [(k[0] + np.uint64(0x9E3779B9)) & low, (k[1] + np.uint64(0xBB67AE85)) & low]
+    word = np.choose((j % np.uint64(4)).astype(np.int64), c)
+    return torch.from_numpy((word >> np.uint64(1)) >= np.uint64(round(p * 2**31)))
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_factors: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) with the whole N × N matrix in sight."""
+    heads, n, dim = query.shape[1:]
+    nk = key.shape[2]
+    key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * (dim**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    gap = torch.arange(n)[:, None] + (nk - n) - torch.arange(nk)  # how far the key lies before the query
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(scores.dtype)[..., None, None] * gap.abs()
+    visible = torch.ones(n, nk, dtype=torch.bool)
+    if causal:
+        visible &= gap >= 0
+    if window is not None and window[0] is not None:
+        visible &= gap <= window[0]
+    if window is not None and window[1] is not None:
+        visible &= gap >= -window[1]
+    visible = visible.expand(scores.shape)
+    if mask is not None:
+        visible = visible & mask
+    dead = ~visible.any(-1)
+    scores = scores.masked_fill(~visible, -torch.inf).masked_fill(dead[..., None], 0.0)
+    if sinks is not None:
+        sink = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        dead = torch.zeros_like(dead)
+        scores = torch.cat([scores.masked_fill(~visible, -torch.inf), sink], dim=-1)
+    lse = torch.logsumexp(scores, -1).masked_fill(dead, -torch.inf)
+    weights = torch.softmax(scores, -1)[..., :nk].masked_fill(dead[..., None], 0.0)
+    if dropout_factors is not None:
+        weights = weights * dropout_factors.to(weights.dtype)
+    return weights @ value, lse
