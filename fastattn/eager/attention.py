@@ -298,7 +298,13 @@ def backward(
     grad_bias = None if not need_bias or bias is None else torch.zeros(bias.shape, device=bias.device)
     if 0 in (query.shape[2], key.shape[2]) or query.numel() == 0:
         zeros = [as_heads(torch.zeros_like(t), t) for t in (query, key, value)]
-        return zeros[0], zeros[1], zeros[2], None if grad_bias is None or bias is None else grad_bias.to(bias.dtype), grad_sinks
+        return (
+            zeros[0],
+            zeros[1],
+            zeros[2],
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+            grad_sinks,
+        )
     whole = _whole(
         query, key, mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p
     )
@@ -395,9 +401,7 @@ def double_backward(
             return _attend(q, k, v, replace(block, bias=pair, sinks=sink))
 
         dys = [block.of_rows(grad_out), None if grad_lse is None else block.of_rows(grad_lse)]
-        grads_dy, grads_x = replay(
-            attend, needs, dys, of_block((query, key, value, bias, sinks)), of_block(grad_grads)
-        )
+        grads_dy, grads_x = replay(attend, needs, dys, of_block((query, key, value, bias, sinks)), of_block(grad_grads))
         targets = [None if t is None else block.of_rows(t) for t in total[:2]] + of_block(total[2:])
         for target, grad in zip(targets, (*grads_dy, *grads_x)):
             if target is not None and grad is not None:

@@ -140,9 +140,7 @@ def _attention_forward(
 
     columns_qk = None if D == BLOCK_D else (offs_d < D)[:, None]
     columns_v = None if DV == BLOCK_DV else (offs_dv < DV)[None, :]
-    low, full_low, full_high, high = visible_range(
-        start_m, num_queries, num_keys, shift, left, right, BLOCK_M, BLOCK_N
-    )
+    low, full_low, full_high, high = visible_range(start_m, num_queries, num_keys, shift, left, right, BLOCK_M, BLOCK_N)
     if left is not None:
         acc, l, m = _walk_keys(
             acc, l, m, q, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, bias_ptr, bias_strides, slope,

@@ -198,9 +198,7 @@ def _attention_backward_query(
         seed = tl.load(seed_ptr)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    low, full_low, full_high, high = visible_range(
-        start_m, num_queries, num_keys, shift, left, right, BLOCK_M, BLOCK_N
-    )
+    low, full_low, full_high, high = visible_range(start_m, num_queries, num_keys, shift, left, right, BLOCK_M, BLOCK_N)
     if left is not None:
         dq = _walk_keys(
             dq, q, do, lse, delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, bias_ptr,
@@ -488,7 +486,13 @@ def backward(
     )  # fmt: skip
     lengths: tuple[Any, ...] = (heads // kv_heads, num_queries, num_keys, window_left, window_right)
     constants: dict[str, Any] = dict(
-        D=head_dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, PLAIN=plain, PRECISION=precision, STATISTICS=STATISTICS
+        D=head_dim,
+        DV=value_dim,
+        BLOCK_D=block_d,
+        BLOCK_DV=block_dv,
+        PLAIN=plain,
+        PRECISION=precision,
+        STATISTICS=STATISTICS,
     )
 
     config = attention_backward_query_config(target, width, query.element_size())

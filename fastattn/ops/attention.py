@@ -44,8 +44,14 @@ def _attention_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, Tensor, T
     with backend.device_guard(grad_out.device):
         launcher = backend.implementation("attention", grad_out.device).backward
         dq, dk, dv, dbias, dsinks = launcher(grad_out, *rest, backend.input_precision(grad_out.dtype))
-    nothing = grad_out.new_empty(0)  # an op cannot return None
-    return dq, dk, dv, nothing if dbias is None else dbias, nothing if dsinks is None else dsinks
+    # an op cannot return None
+    return (
+        dq,
+        dk,
+        dv,
+        grad_out.new_empty(0) if dbias is None else dbias,
+        grad_out.new_empty(0) if dsinks is None else dsinks,
+    )
 
 
 def _attention_backward_fake(
@@ -128,7 +134,9 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"query and key must have the same head_dim, got {shapes}")
     heads, kv_heads = query.shape[1], key.shape[1]
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"the query's heads must be a multiple of the key's heads, got {heads} and {kv_heads} ({shapes})")
+        raise ValueError(
+            f"the query's heads must be a multiple of the key's heads, got {heads} and {kv_heads} ({shapes})"
+        )
     for name, dim in (("head_dim of query and key", query.shape[3]), ("head_dim of value", value.shape[3])):
         if not 1 <= dim <= MAX_HEAD_DIM:
             raise ValueError(f"{name} must be in 1..{MAX_HEAD_DIM}, got {dim}")
@@ -189,9 +197,7 @@ def _attend(
         sinks = sinks.contiguous()
     if softcap is not None and not softcap > 0.0:
         raise ValueError(f"softcap must be None or > 0, got {softcap}")
-    check_same_device(
-        query=query, key=key, value=value, mask=mask, bias=bias, alibi_slopes=slopes, sinks=sinks
-    )
+    check_same_device(query=query, key=key, value=value, mask=mask, bias=bias, alibi_slopes=slopes, sinks=sinks)
     slopes = _check_slopes(slopes, query)
     mask, bias = _pairwise("mask", mask, query, key), _pairwise("bias", bias, query, key)
     if scale is None:

@@ -1,0 +1,134 @@
+"""What attention accepts and refuses: empty and degenerate inputs, strides, and errors raised before any launch."""
+
+import pytest
+import torch
+
+import fastattn
+from tests import reference
+from tests.test_attention import BACKENDS
+
+
+def qkv(batch=1, heads=2, kv_heads=2, n=8, nk=8, dim=16, value_dim=16, dtype=torch.float32):
+    shapes = [(batch, heads, n, dim), (batch, kv_heads, nk, dim), (batch, kv_heads, nk, value_dim)]
+    return [torch.randn(shape, dtype=dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "sizes", [{"n": 0}, {"nk": 0}, {"batch": 0}, {"n": 0, "nk": 0}], ids=["queries", "keys", "batch", "both"]
+)
+def test_empty_inputs_give_empty_or_zero_results(sizes, backend):
+    leaves = [x.requires_grad_() for x in qkv(**sizes)]
+    with fastattn.backend.use(backend):
+        out, lse = fastattn.attention(*leaves, causal=True, return_lse=True)
+        grads = torch.autograd.grad(out.sum(), leaves)
+    assert out.shape == (*leaves[0].shape[:3], 16)
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+    assert all(g.shape == x.shape and not g.any() for g, x in zip(grads, leaves))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_see_nothing_are_zero_with_zero_gradients(backend):
+    q, k, v = (x.requires_grad_() for x in qkv(n=40, nk=40))
+    mask = torch.ones(40, 40, dtype=torch.bool)
+    mask[7] = False
+    mask[:, 11] = False
+    with fastattn.backend.use(backend):
+        out, lse = fastattn.attention(q, k, v, mask=mask, return_lse=True)
+        dq, dk, dv = torch.autograd.grad(out.square().sum() + lse.exp().sum(), (q, k, v))
+    assert not out[:, :, 7].any()
+    assert (lse[:, :, 7] == -torch.inf).all()
+    assert not dq[:, :, 7].any()
+    assert not dk[:, :, 11].any()
+    assert not dv[:, :, 11].any()
+    assert all(torch.isfinite(g).all() for g in (dq, dk, dv))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_of_the_lowest_number_is_uniform_and_minus_infinity_is_a_mask(backend):
+    q, k, v = qkv()
+    bias = torch.zeros(8, 8)
+    bias[2] = torch.finfo(torch.float32).min
+    bias[3] = -torch.inf
+    bias[4, 5:] = -torch.inf
+    with fastattn.backend.use(backend):
+        out = fastattn.attention(q, k, v, bias=bias)
+    assert torch.allclose(out[:, :, 2], v.mean(2), atol=1e-6)
+    assert not out[:, :, 3].any()
+    assert torch.allclose(out[:, :, 4], reference.attention(q, k[:, :, :5], v[:, :, :5])[0][:, :, 4], atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: torch.stack([x, x], -1)[..., 0],
+        lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+        lambda x: torch.cat([x, x], 3)[..., : x.shape[3]],
+        lambda x: x[:, :1].expand(-1, 2, -1, -1),
+    ],
+    ids=["heads_inner", "last_stride_2", "reversed", "row_gaps", "expanded_heads"],
+)
+def test_any_strides_give_the_same_result(view, backend):
+    q, k, v = (view(x) for x in qkv(n=20, nk=24))
+    bias = view(torch.randn(1, 2, 20, 24))
+    with fastattn.backend.use(backend):
+        got = fastattn.attention(q, k, v, causal=True, bias=bias)
+        expected = fastattn.attention(*(x.contiguous() for x in (q, k, v)), causal=True, bias=bias.contiguous())
+    assert torch.allclose(got, expected, atol=2e-6)
+
+
+def test_merging_heads_of_a_projection_is_a_view():
+    packed = torch.randn(2, 8, 3, 4, 16)
+    out = fastattn.attention(*packed.permute(2, 0, 3, 1, 4), causal=True)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+BAD = {
+    "rank": (lambda q, k, v: ((q[0], k, v), {}), ValueError, r"query must have 4 dimensions .* got shape \(2, 8, 16\)"),
+    "not_a_tensor": (lambda q, k, v: ((q, k, [1]), {}), TypeError, "value must be a torch.Tensor, got list"),
+    "integer": (lambda q, k, v: ((q.int(), k, v), {}), TypeError, "query has dtype int32; allowed: float32"),
+    "double": (lambda q, k, v: ((q.double(), k, v), {}), TypeError, "query has dtype float64; allowed"),
+    "mixed": (lambda q, k, v: ((q.half(), k, v), {}), TypeError, "one dtype, got float16, float32, float32"),
+    "batch": (lambda q, k, v: ((q.expand(2, -1, -1, -1), k, v), {}), ValueError, "same batch size"),
+    "lengths": (lambda q, k, v: ((q, k, v[:, :, 1:]), {}), ValueError, "same heads and length"),
+    "head_dims": (lambda q, k, v: ((q, k[..., 1:], v), {}), ValueError, "same head_dim"),
+    "heads": (lambda q, k, v: ((torch.cat([q, q[:, :1]], 1), k, v), {}), ValueError, "multiple of the key's heads, got 3"),
+    "head_dim_257": (lambda q, k, v: ((q, k, v.new_zeros(1, 2, 8, 257)), {}), ValueError, "value must be in 1..256, got 257"),
+    "device": (lambda q, k, v: ((q, k.to("meta"), v), {}), ValueError, "key is on meta but query is on cpu"),
+    "mask_dtype": (lambda q, k, v: ((q, k, v), {"mask": torch.ones(8, 8)}), TypeError, "mask has dtype float32; allowed: bool"),
+    "mask_shape": (
+        lambda q, k, v: ((q, k, v), {"mask": torch.ones(7, 8).bool()}), ValueError, r"mask must broadcast to .* \(7, 8\)",
+    ),
+    "bias_shape": (lambda q, k, v: ((q, k, v), {"bias": torch.ones(3, 8, 8)}), ValueError, "bias must broadcast"),
+    "window": (lambda q, k, v: ((q, k, v), {"window": (-1, 0)}), ValueError, "window's left side .* got -1"),
+    "window_form": (lambda q, k, v: ((q, k, v), {"window": 4}), ValueError, r"window must be None or \(left, right\), got 4"),
+    "softcap": (lambda q, k, v: ((q, k, v), {"softcap": 0.0}), ValueError, "softcap must be None or > 0, got 0.0"),
+    "dropout": (lambda q, k, v: ((q, k, v), {"dropout_p": 1.0}), ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
+    "slopes": (lambda q, k, v: ((q, k, v), {"alibi_slopes": torch.ones(3)}), ValueError, "alibi_slopes must have shape"),
+    "slopes_grad": (
+        lambda q, k, v: ((q, k, v), {"alibi_slopes": torch.ones(2, requires_grad=True)}), ValueError, "has no gradient",
+    ),
+    "sinks": (lambda q, k, v: ((q, k, v), {"sinks": torch.ones(3)}), ValueError, r"sinks must have shape \(2,\)"),
+    "sparse": (lambda q, k, v: ((q.to_sparse(), k, v), {}), TypeError, "query must be a dense"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_named(name):
+    change, error, message = BAD[name]
+    arguments, options = change(*qkv())
+    with pytest.raises(error, match=message):
+        fastattn.attention(*arguments, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dim", [1, 2, 3, 15, 16, 17, 31, 64, 65, 100, 128, 200, 255, 256])
+def test_every_class_of_head_dim(dim, backend):
+    q, k, v = qkv(heads=1, kv_heads=1, n=5, nk=9, dim=dim, value_dim=257 - dim)
+    with fastattn.backend.use(backend):
+        out = fastattn.attention(q, k, v, causal=True)
+    truth = reference.attention(*(x.double() for x in (q, k, v)), causal=True)[0]
+    assert torch.allclose(out.double(), truth, atol=3e-6)
