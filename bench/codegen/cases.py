@@ -80,7 +80,14 @@ def _attention_cases() -> Iterator[Case]:
     yield case("bf16 D256", core=True, head_dim=256)
     yield case("fp16 D80 mask bias", core=True, dtype="float16", head_dim=80, mask=True, bias=True)
     yield case("fp32 D16 causal", core=True, dtype="float32", head_dim=16, causal=True)
-    everything = {"window": (128, 0), "mask": True, "alibi": True, "softcap": 30.0, "sinks": True, "dropout_p": 0.1}
+    everything: dict[str, Any] = {
+        "window": (128, 0),
+        "mask": True,
+        "alibi": True,
+        "softcap": 30.0,
+        "sinks": True,
+        "dropout_p": 0.1,
+    }
     for dtype in ("bfloat16", "float16", "float32"):
         for head_dim in (16, 64, 80, 128, 256):
             size = f"{dtype} D{head_dim}"
