@@ -16,45 +16,36 @@ import torch
 import fastattn
 
 
-def _tensor(*shape: int, dtype: str) -> torch.Tensor:
-    return torch.zeros(shape, dtype=getattr(torch, dtype), requires_grad=True)
-
-
 def attention(
     dtype: str = "bfloat16",
     head_dim: int = 64,
     value_dim: int | None = None,
     kv_heads: int = 2,
-    causal: bool = False,
-    window: tuple[int, int] | None = None,
-    mask: bool = False,
-    bias: bool = False,
-    alibi: bool = False,
-    softcap: float | None = None,
-    sinks: bool = False,
-    dropout_p: float = 0.0,
+    queries: int = 128,
+    keys: int = 128,
+    flags: tuple[str, ...] = (),
     backward: bool = True,
 ) -> None:
-    """Attention over (2, 4, 1024, head_dim) queries and as many keys; each flag switches one feature on."""
-    batch, heads, length = 2, 4, 1024
-    query = _tensor(batch, heads, length, head_dim, dtype=dtype)
-    key = _tensor(batch, kv_heads, length, head_dim, dtype=dtype)
-    value = _tensor(batch, kv_heads, length, value_dim or head_dim, dtype=dtype)
-    options: dict[str, Any] = {"causal": causal, "softcap": softcap, "dropout_p": dropout_p}
-    if window is not None:
-        options["window"] = tuple(window)
-    if mask:
-        options["mask"] = torch.ones(batch, 1, length, length, dtype=torch.bool)
-    if bias:
-        options["bias"] = _tensor(1, heads, length, length, dtype=dtype)
-    if alibi:
-        options["alibi_slopes"] = torch.ones(heads)
-    if sinks:
-        options["sinks"] = _tensor(heads, dtype="float32")
+    """One training step's attention launches; `flags` names the score features that are on."""
+    kind = getattr(torch, dtype)
+    query = torch.zeros(1, 2, queries, head_dim, dtype=kind, requires_grad=backward)
+    key = torch.zeros(1, kv_heads, keys, head_dim, dtype=kind, requires_grad=backward)
+    value = torch.zeros(1, kv_heads, keys, value_dim or head_dim, dtype=kind, requires_grad=backward)
+    options: dict[str, dict[str, Any]] = {
+        "causal": {"causal": True},
+        "window": {"window": (64, 32)},
+        "mask": {"mask": torch.zeros(1, 1, queries, keys, dtype=torch.bool)},
+        "bias": {"bias": torch.zeros(1, 2, queries, keys, dtype=kind, requires_grad=backward)},
+        "alibi": {"alibi_slopes": torch.zeros(2)},
+        "softcap": {"softcap": 30.0},
+        "sinks": {"sinks": torch.zeros(2, requires_grad=backward)},
+        "dropout": {"dropout_p": 0.1},
+    }
+    chosen = {name: value for flag in flags for name, value in options[flag].items()}
     with fastattn.backend.use("triton"):
-        out = fastattn.attention(query, key, value, **options)
+        out, lse = fastattn.attention(query, key, value, return_lse=True, **chosen)
         if backward:
-            out.sum().backward()
+            torch.autograd.backward((out, lse), (torch.zeros_like(out), torch.zeros_like(lse)))
 
 
 @dataclass(frozen=True)
@@ -75,22 +66,20 @@ def _attention_cases() -> Iterator[Case]:
     def case(name: str, core: bool = False, **arguments: Any) -> Case:
         return Case(f"attention {name}", "attention", arguments, core)
 
-    yield case("bf16 D64 causal", core=True, causal=True)
-    yield case("bf16 D128 causal", core=True, head_dim=128, causal=True)
+    yield case("bf16 D64 causal", core=True, flags=["causal"])
+    yield case("bf16 D128 causal", core=True, head_dim=128, flags=["causal"])
     yield case("bf16 D256", core=True, head_dim=256)
-    yield case("fp16 D80 mask bias", core=True, dtype="float16", head_dim=80, mask=True, bias=True)
-    yield case("fp32 D16 causal", core=True, dtype="float32", head_dim=16, causal=True)
-    everything = {"window": (128, 0), "mask": True, "alibi": True, "softcap": 30.0, "sinks": True, "dropout_p": 0.1}
+    yield case("fp16 D80 mask bias", core=True, dtype="float16", head_dim=80, flags=["mask", "bias"])
+    yield case("fp32 D16 causal", core=True, dtype="float32", head_dim=16, flags=["causal"])
+    everything = ["window", "mask", "bias", "alibi", "softcap", "sinks", "dropout"]
     for dtype in ("bfloat16", "float16", "float32"):
         for head_dim in (16, 64, 80, 128, 256):
-            size = f"{dtype} D{head_dim}"
-            yield case(f"{size} plain", dtype=dtype, head_dim=head_dim)
-            yield case(f"{size} causal", dtype=dtype, head_dim=head_dim, causal=True)
-            yield case(f"{size} everything", dtype=dtype, head_dim=head_dim, **everything)
-    for flag, value in {**everything, "bias": True}.items():
-        yield case(f"bf16 D64 {flag}", **{flag: value})
-        yield case(f"bf16 D128 {flag}", head_dim=128, **{flag: value})
-    yield case("bf16 D192 Dv128", head_dim=192, value_dim=128, causal=True)
+            for name, flags in {"full": [], "causal": ["causal"], "everything": everything}.items():
+                yield case(f"{dtype} D{head_dim} {name}", dtype=dtype, head_dim=head_dim, flags=flags)
+    for flag in everything:
+        yield case(f"bf16 D64 {flag}", flags=[flag])
+        yield case(f"bf16 D128 {flag}", head_dim=128, flags=[flag])
+    yield case("bf16 D192 Dv128", head_dim=192, value_dim=128, flags=["causal"])
 
 
 CASES = [*_attention_cases()]
