@@ -107,3 +107,34 @@ def norm_backward_config(target: Target, columns: int) -> NormConfig:
     per_processor = {256: 16, 1_024: 8, 2_048: 4, 4_096: 2, 8_192: 1}
     programs = target.processors * next(n for limit, n in per_processor.items() if columns <= limit)
     return NormConfig(False, rows, block, max(4, block // 512), programs)
+
+
+# Feed-forward: numbers per program of an elementwise kernel (8 per thread of 4 warps).
+ELEMENTWISE_BLOCK = 1_024
+
+
+@dataclass(frozen=True)
+class MatmulConfig:
+    """A program computes block_m × block_n of the product, block_k of the depth at a time, by group_m rows."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+
+
+def matmul_config(target: Target, columns: int, depth: int, itemsize: int, products: int) -> MatmulConfig:
+    """columns, depth: of the right operand; products: how many accumulators a program keeps (2 where gated)."""
+    if target.backend == "interpreter":
+        return MatmulConfig(32, 32, 32, 4, 1)
+    if itemsize == 4:
+        block = MatmulConfig(64, 64, 32, 4, 2)
+    elif target.arch in (90, 100):
+        block = MatmulConfig(128, 256 // products, 64, 8, 3)
+    else:
+        block = MatmulConfig(128, 128 // products, 32, 4, 3)
+    block_n = min(block.block_n, max(16, _power_of_2(columns)))
+    block_k = min(block.block_k, max(16, _power_of_2(depth)))
+    return MatmulConfig(block.block_m, block_n, block_k, block.num_warps, block.num_stages, block.group_m)

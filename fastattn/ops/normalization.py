@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,20 @@ from fastattn.replay import replay
 AUTOCAST_TO_FP32 = ("cuda", "xpu", "mps")
 
 
+@overload
+def layer_norm(
+    input: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None = ..., bias: Tensor | None = ...,
+    eps: float = ..., *,
+    residual: None = ..., residual_dtype: None = ..., scale: Tensor | None = ..., shift: Tensor | None = ...,
+    weight_offset: float = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def layer_norm(
+    input: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None = ..., bias: Tensor | None = ...,
+    eps: float = ..., *,
+    residual: Tensor, residual_dtype: torch.dtype | None = ..., scale: Tensor | None = ..., shift: Tensor | None = ...,
+    weight_offset: float = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def layer_norm(
     input: Tensor,
     normalized_shape: int | Sequence[int],
@@ -68,6 +82,20 @@ def layer_norm(
     )
 
 
+@overload
+def rms_norm(
+    input: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None = ..., eps: float | None = ...,
+    *, bias: Tensor | None = ...,
+    residual: None = ..., residual_dtype: None = ..., scale: Tensor | None = ..., shift: Tensor | None = ...,
+    weight_offset: float = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def rms_norm(
+    input: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None = ..., eps: float | None = ...,
+    *, bias: Tensor | None = ...,
+    residual: Tensor, residual_dtype: torch.dtype | None = ..., scale: Tensor | None = ..., shift: Tensor | None = ...,
+    weight_offset: float = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def rms_norm(
     input: Tensor,
     normalized_shape: int | Sequence[int],

@@ -1,0 +1,104 @@
+"""Linear layers with activation and gate in plain PyTorch: the differentiable definition, and the CPU backend.
+
+The launchers have the signatures of `fastattn/kernels/feed_forward.py`; the equations stand there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu2": lambda z: F.relu(z).square(),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "identity": lambda z: z,
+}
+
+# dY · act'(z), of dY and z.
+_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": lambda dy, z: aten.threshold_backward(dy, z, 0),
+    "relu2": lambda dy, z: dy * 2 * F.relu(z),
+    "gelu": lambda dy, z: aten.gelu_backward(dy, z),
+    "gelu_tanh": lambda dy, z: aten.gelu_backward(dy, z, approximate="tanh"),
+    "silu": lambda dy, z: aten.silu_backward(dy, z),
+    "sigmoid": lambda dy, z: aten.sigmoid_backward(dy, torch.sigmoid(z)),
+    "tanh": lambda dy, z: aten.tanh_backward(dy, torch.tanh(z)),
+    "identity": lambda dy, z: dy,
+}
+
+
+def definition(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """act(X Wᵀ + b), or act(X Wgᵀ + bg) · (X Wᵀ + b), for input of any rank."""
+    z = F.linear(input, weight, bias)
+    if gate_weight is None:
+        return ACTIVATIONS[activation](z)
+    return ACTIVATIONS[activation](F.linear(input, gate_weight, gate_bias)) * z
+
+
+def forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    activation: str,
+    save: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(act(z) or act(g) · z, z, g) of (rows, in) input; z and g are empty without `save`, g also without a gate."""
+    z = F.linear(input, weight, bias)
+    g = input.new_empty(0) if gate_weight is None else F.linear(input, gate_weight, gate_bias)
+    out = ACTIVATIONS[activation](z) if gate_weight is None else ACTIVATIONS[activation](g) * z
+    if save:
+        return (out.clone() if out is z else out), z, g
+    return out, input.new_empty(0), input.new_empty(0)
+
+
+def hidden_backward(
+    grad_output: Tensor,
+    weight: Tensor,
+    z: Tensor,
+    g: Tensor,
+    gated: bool,
+    activation: str,
+    need_hidden: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dz, dg, hidden) from dY (rows, out) and the second layer's weight (out, in); dg and hidden may be empty."""
+    d_hidden, empty = grad_output @ weight, z.new_empty(0)
+    if not gated:
+        hidden = ACTIVATIONS[activation](z) if need_hidden else empty
+        return _GRADIENTS[activation](d_hidden, z), empty, hidden
+    activated = ACTIVATIONS[activation](g)
+    dg = _GRADIENTS[activation](d_hidden * z, g)
+    return d_hidden * activated, dg, activated * z if need_hidden else empty
+
+
+def input_backward(
+    grad_z: Tensor, weight: Tensor, grad_g: Tensor | None, gate_weight: Tensor | None, precision: str
+) -> Tensor:
+    """dX = dZ W (+ dG Wg)."""
+    dx = grad_z @ weight
+    return dx if grad_g is None or gate_weight is None else dx.addmm_(grad_g, gate_weight)
+
+
+def activation_backward(grad_output: Tensor, z: Tensor, activation: str) -> Tensor:
+    """dz = dY · act'(z)."""
+    return _GRADIENTS[activation](grad_output, z)

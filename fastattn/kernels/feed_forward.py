@@ -1,0 +1,291 @@
+"""Linear layers with their activation, gate and derivative fused into the matrix product.
+
+Forward, with W as in nn.Linear (out, in):
+
+    z = X Wᵀ + b,   y = act(z)           or, gated,   g = X Wgᵀ + bg,   y = act(g) · z
+
+and the backward of a linear layer that follows, seen from its input y with dY its output's gradient and V its weight:
+
+    dz = (dY V) · act'(z)                or, gated,   dg = (dY V) · z · act'(g),   dz = (dY V) · act(g)
+
+Every product accumulates in fp32. Programs walk over the output in groups of GROUP_M block rows, so that the blocks
+that run at the same time share their operands in the L2 cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.kernels.activations import activate
+from fastattn.kernels.config import ELEMENTWISE_BLOCK, matmul_config
+from fastattn.kernels.launch import current_target, launch
+
+
+@triton.jit
+def block_of_program(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """(first row, first column) of this program's block: column after column, GROUP_M block rows at a time."""
+    blocks_m, blocks_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    group, place = tl.program_id(0) // (GROUP_M * blocks_n), tl.program_id(0) % (GROUP_M * blocks_n)
+    height = tl.minimum(blocks_m - group * GROUP_M, GROUP_M)
+    return (group * GROUP_M + place % height) * BLOCK_M, (place // height) * BLOCK_N
+
+
+@triton.jit
+def multiply(
+    acc, A, B, offs_m, offs_n, rows, columns, depth, stride_am, stride_bk, stride_bn,
+    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + A B for one block, A (rows, depth) with unit stride along a row, B (depth, columns) with any strides."""
+    offs_k = tl.arange(0, BLOCK_K)
+    a_pointers = A + offs_m.to(tl.int64)[:, None] * stride_am + offs_k[None, :]
+    b_pointers = B + offs_k.to(tl.int64)[:, None] * stride_bk + offs_n.to(tl.int64)[None, :] * stride_bn
+    mask_a, mask_b = (offs_m < rows)[:, None], (offs_n < columns)[None, :]
+    for start in range(0, depth, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(a_pointers, mask=mask_a, other=0.0)  # [BLOCK_M, BLOCK_K]
+            b = tl.load(b_pointers, mask=mask_b, other=0.0)  # [BLOCK_K, BLOCK_N]
+        else:
+            a = tl.load(a_pointers, mask=mask_a & (offs_k < depth - start)[None, :], other=0.0)
+            b = tl.load(b_pointers, mask=mask_b & (offs_k < depth - start)[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        a_pointers += BLOCK_K
+        b_pointers += BLOCK_K * stride_bk
+    return acc
+
+
+@triton.jit
+def add_bias(acc, BIAS, offs_n, columns):
+    if BIAS is not None:
+        acc += tl.load(BIAS + offs_n, mask=offs_n < columns, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def load_block(POINTER, offsets, mask):
+    return tl.load(POINTER + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_block(POINTER, value, offsets, mask):
+    if POINTER is not None:
+        tl.store(POINTER + offsets, value.to(POINTER.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def linear_kernel(
+    X, WEIGHT, BIAS, GATE_WEIGHT, GATE_BIAS, OUT, Z, G,
+    rows, columns, depth, stride_x, stride_wk, stride_wn, stride_gk, stride_gn,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """OUT = act(X W + b), or act(X Wg + bg) · (X W + b); Z and G keep the two products for the backward."""
+    start_m, start_n = block_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
+    offsets = offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
+    mask = (offs_m < rows)[:, None] & (offs_n < columns)[None, :]
+    zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    z = multiply(
+        zeros, X, WEIGHT, offs_m, offs_n, rows, columns, depth, stride_x, stride_wk, stride_wn,
+        BLOCK_K, EVEN_K, PRECISION,
+    )  # fmt: skip
+    z = add_bias(z, BIAS, offs_n, columns)
+    store_block(Z, z, offsets, mask)
+    if GATE_WEIGHT is None:
+        out, _ = activate(z, ACTIVATION)
+    else:
+        g = multiply(
+            zeros, X, GATE_WEIGHT, offs_m, offs_n, rows, columns, depth, stride_x, stride_gk, stride_gn,
+            BLOCK_K, EVEN_K, PRECISION,
+        )  # fmt: skip
+        g = add_bias(g, GATE_BIAS, offs_n, columns)
+        store_block(G, g, offsets, mask)
+        activated, _ = activate(g, ACTIVATION)
+        out = activated * z
+    store_block(OUT, out, offsets, mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def hidden_backward_kernel(
+    DY, WEIGHT, Z, G, DZ, DG, HIDDEN,
+    rows, columns, depth, stride_dy, stride_wk, stride_wn,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """DZ = (DY W) act'(z), or the gated pair; HIDDEN, where it was not kept, is act(z) or act(g) · z once more."""
+    start_m, start_n = block_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
+    offsets = offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
+    mask = (offs_m < rows)[:, None] & (offs_n < columns)[None, :]
+    d_hidden = multiply(
+        tl.zeros([BLOCK_M, BLOCK_N], tl.float32), DY, WEIGHT, offs_m, offs_n, rows, columns, depth,
+        stride_dy, stride_wk, stride_wn, BLOCK_K, EVEN_K, PRECISION,
+    )  # fmt: skip
+    z = load_block(Z, offsets, mask)
+    if G is None:
+        hidden, derivative = activate(z, ACTIVATION)
+        store_block(DZ, d_hidden * derivative, offsets, mask)
+    else:
+        activated, derivative = activate(load_block(G, offsets, mask), ACTIVATION)
+        hidden = activated * z
+        store_block(DZ, d_hidden * activated, offsets, mask)
+        store_block(DG, d_hidden * z * derivative, offsets, mask)
+    store_block(HIDDEN, hidden, offsets, mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def input_backward_kernel(
+    DZ, WEIGHT, DG, GATE_WEIGHT, DX,
+    rows, columns, depth, stride_dz, stride_wk, stride_wn, stride_dg, stride_gk, stride_gn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """DX = DZ W, or DZ W + DG Wg in one sum."""
+    start_m, start_n = block_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
+    dx = multiply(
+        tl.zeros([BLOCK_M, BLOCK_N], tl.float32), DZ, WEIGHT, offs_m, offs_n, rows, columns, depth,
+        stride_dz, stride_wk, stride_wn, BLOCK_K, EVEN_K, PRECISION,
+    )  # fmt: skip
+    if GATE_WEIGHT is not None:
+        dx = multiply(
+            dx, DG, GATE_WEIGHT, offs_m, offs_n, rows, columns, depth, stride_dg, stride_gk, stride_gn,
+            BLOCK_K, EVEN_K, PRECISION,
+        )  # fmt: skip
+    offsets = offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
+    store_block(DX, dx, offsets, (offs_m < rows)[:, None] & (offs_n < columns)[None, :])
+
+
+@triton.jit(do_not_specialize=["numbers"])
+def activation_backward_kernel(DY, Z, DZ, numbers, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    """DZ = DY · act'(Z), number by number."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < numbers
+    _, derivative = activate(load_block(Z, offsets, mask), ACTIVATION)
+    store_block(DZ, load_block(DY, offsets, mask) * derivative, offsets, mask)
+
+
+def unit_rows(tensor: Tensor) -> Tensor:
+    """`tensor` (rows, columns) with unit stride along a row, copied only if it has another."""
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+
+
+def forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    activation: str,
+    save: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(act(z) or act(g) · z, z, g) of (rows, in) input; z and g are empty without `save`, g also without a gate."""
+    x, gated = unit_rows(input), gate_weight is not None
+    shape = (x.shape[0], weight.shape[0])
+    out, z = x.new_empty(shape), x.new_empty(shape if save else 0)
+    g = x.new_empty(shape if save and gated else 0)
+    constants, grid = _blocks(*shape, x.shape[1], x.element_size(), 2 if gated else 1, precision)
+    launch(
+        linear_kernel,
+        grid,
+        *(
+            x,
+            weight,
+            _vector(bias),
+            gate_weight,
+            _vector(gate_bias),
+            out,
+            z if save else None,
+            g if g.numel() else None,
+        ),
+        *(*shape, x.shape[1], x.stride(0), weight.stride(1), weight.stride(0)),
+        *((0, 0) if gate_weight is None else (gate_weight.stride(1), gate_weight.stride(0))),
+        ACTIVATION=activation,
+        **constants,
+    )
+    return out, z, g
+
+
+def hidden_backward(
+    grad_output: Tensor,
+    weight: Tensor,
+    z: Tensor,
+    g: Tensor,
+    gated: bool,
+    activation: str,
+    need_hidden: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dz, dg, hidden) from dY (rows, out) and the second layer's weight (out, in); dg and hidden may be empty."""
+    dy = unit_rows(grad_output)
+    shape = (dy.shape[0], weight.shape[1])
+    dz, hidden = dy.new_empty(shape), dy.new_empty(shape if need_hidden else 0)
+    dg = dy.new_empty(shape if gated else 0)
+    constants, grid = _blocks(*shape, dy.shape[1], dy.element_size(), 1, precision)
+    launch(
+        hidden_backward_kernel,
+        grid,
+        *(dy, weight, z, g if gated else None, dz, dg if gated else None, hidden if need_hidden else None),
+        *(*shape, dy.shape[1], dy.stride(0), weight.stride(0), weight.stride(1)),
+        ACTIVATION=activation,
+        **constants,
+    )
+    return dz, dg, hidden
+
+
+def input_backward(
+    grad_z: Tensor, weight: Tensor, grad_g: Tensor | None, gate_weight: Tensor | None, precision: str
+) -> Tensor:
+    """dX = dZ W (+ dG Wg)."""
+    dz, dg = unit_rows(grad_z), None if grad_g is None else unit_rows(grad_g)
+    shape = (dz.shape[0], weight.shape[1])
+    dx = dz.new_empty(shape)
+    constants, grid = _blocks(*shape, dz.shape[1], dz.element_size(), 1, precision)
+    launch(
+        input_backward_kernel,
+        grid,
+        *(dz, weight, dg, gate_weight, dx),
+        *(*shape, dz.shape[1], dz.stride(0), weight.stride(0), weight.stride(1)),
+        *((0, 0, 0) if dg is None or gate_weight is None else (dg.stride(0), *gate_weight.stride())),
+        **constants,
+    )
+    return dx
+
+
+def activation_backward(grad_output: Tensor, z: Tensor, activation: str) -> Tensor:
+    """dz = dY · act'(z), z contiguous."""
+    dz = z.new_empty(z.shape)
+    launch(
+        activation_backward_kernel,
+        (triton.cdiv(z.numel(), ELEMENTWISE_BLOCK),),
+        *(grad_output.contiguous(), z, dz, z.numel()),
+        ACTIVATION=activation,
+        BLOCK=ELEMENTWISE_BLOCK,
+    )
+    return dz
+
+
+def _vector(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _blocks(
+    rows: int, columns: int, depth: int, itemsize: int, products: int, precision: str
+) -> tuple[dict[str, Any], tuple[int]]:
+    """The constants of a matrix product's kernel, and its grid."""
+    config = matmul_config(current_target(), columns, depth, itemsize, products)
+    constants = {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "EVEN_K": depth % config.block_k == 0,
+        "GROUP_M": config.group_m,
+        "PRECISION": precision,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return constants, (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)

@@ -1,0 +1,406 @@
+"""Linear layer with a fused activation, and the feed-forward layer of a transformer, plain and gated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.backend import device_guard, implementation, input_precision
+from fastattn.eager.feed_forward import ACTIVATIONS, definition
+from fastattn.ops import checks
+from fastattn.ops.library import define, differentiate, needs_composite
+from fastattn.replay import replay
+
+RECOMPUTE = ("none", "activation", "hidden")
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "identity") -> Tensor:
+    """act(input · weightᵀ + bias), in one kernel.
+
+    Products accumulate in fp32, and fp32 input is multiplied exactly unless torch's matmul precision allows TF32.
+
+    Args:
+        input: (..., in_features), fp32, fp16 or bf16.
+        weight: (out_features, in_features), dtype of `input` (autocast casts both).
+        bias: (out_features,), or None.
+        activation: "identity", "relu", "relu2" (relu squared), "gelu", "gelu_tanh", "silu", "sigmoid" or "tanh".
+
+    Returns:
+        (..., out_features), dtype of `input`.
+
+    Raises:
+        TypeError: dtypes that are not supported or differ.
+        ValueError: shapes that do not match, another activation, tensors on different devices.
+
+    Example:
+        >>> linear(torch.tensor([[1.0, -2.0]]), torch.eye(2), activation="relu")
+        tensor([[1., 0.]])
+    """
+    _check_activation(activation)
+    input, weight, bias = checks.autocast(input, weight, bias)  # type: ignore[assignment]
+    _check_layer(input, {"weight": weight, "bias": bias}, "weight", "bias", input)
+    if needs_composite(input, weight, bias):
+        return definition(input, weight, bias, None, None, activation)
+    keep = activation != "identity" and _differentiable(input, weight, bias)
+    return LINEAR(input, weight, bias, activation, keep)[0]
+
+
+def feed_forward(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    activation: str = "gelu",
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    recompute: str = "none",
+) -> Tensor:
+    """Two linear layers with an activation, optionally gated, between them.
+
+        y = act(x W1ᵀ + b1) W2ᵀ + b2                        (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762)
+        y = (act(x Wgᵀ + bg) · (x W1ᵀ + b1)) W2ᵀ + b2       (gated; Shazeer, 2020, https://arxiv.org/abs/2002.05202)
+
+    GLU, ReGLU, GEGLU and SwiGLU are the gated form with "sigmoid", "relu", "gelu" and "silu". Bias and activation are
+    part of the first product's kernel, the activation's derivative is part of the backward's.
+
+    Args:
+        input: (..., d_in), fp32, fp16 or bf16.
+        weight1, bias1: (d_hidden, d_in) and (d_hidden,), dtype of `input` (autocast casts all); a bias may be None.
+        weight2, bias2: (d_out, d_hidden) and (d_out,).
+        activation: as in `linear`.
+        gate_weight, gate_bias: as weight1 and bias1.
+        recompute: what the backward computes again instead of keeping it, per row in numbers of the input's dtype:
+            "none" keeps 2 · d_hidden (gated 3), "activation" keeps 1 · d_hidden (gated 2) and repeats only the
+            activation, "hidden" keeps nothing but the input and repeats the first layer.
+
+    Returns:
+        (..., d_out), dtype of `input`.
+
+    Raises:
+        TypeError: dtypes that are not supported or differ.
+        ValueError: shapes that do not match, another activation or level, tensors on different devices.
+
+    Example:
+        >>> feed_forward(torch.tensor([[1.0, -2.0]]), torch.eye(2), None, torch.eye(2), None, activation="relu")
+        tensor([[1., 0.]])
+    """
+    _check_activation(activation)
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
+    given = input, weight1, bias1, gate_weight, gate_bias, weight2, bias2
+    tensors: Any = checks.autocast(*given)
+    _check_feed_forward(*tensors)
+    if needs_composite(*tensors):
+        return _definition(tensors, activation)
+    keep = _differentiable(*tensors) and recompute != "hidden"
+    return FEED_FORWARD(*tensors, activation, keep, keep and recompute == "none")[0]
+
+
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def _check_layer(
+    input: Tensor, named: dict[str, Tensor | None], weight_name: str, bias_name: str, features_of: Tensor
+) -> None:
+    """TypeError or ValueError unless weight (out, in) and bias (out,) fit the last dimension of `features_of`."""
+    checks.check_tensor("input", input)
+    if input.dim() == 0:
+        raise ValueError("input must have at least 1 dimension (..., features), got shape ()")
+    weight, bias = named[weight_name], named[bias_name]
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        checks.check_tensor(name, tensor)
+        if tensor.dtype != input.dtype:
+            dtype, expected = checks.name_of(tensor.dtype), checks.name_of(input.dtype)
+            raise TypeError(f"{name} has dtype {dtype}; allowed: that of input, {expected}")
+    if weight is None:
+        raise TypeError(f"{weight_name} must be a torch.Tensor, got NoneType")
+    checks.check_rank(weight_name, weight, 2, "(out_features, in_features)")
+    if features_of.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{weight_name} must have shape (out_features, {features_of.shape[-1]}), got {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        checks.check_shape(bias_name, bias, (weight.shape[0],), f"the out_features of {weight_name}")
+    checks.check_same_device(input=input, **named)
+
+
+def _check_feed_forward(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+) -> None:
+    _check_layer(input, {"weight1": weight1, "bias1": bias1}, "weight1", "bias1", input)
+    hidden = weight1.t()
+    _check_layer(input, {"weight2": weight2, "bias2": bias2}, "weight2", "bias2", hidden)
+    if gate_weight is not None:
+        _check_layer(input, {"gate_weight": gate_weight, "gate_bias": gate_bias}, "gate_weight", "gate_bias", input)
+        checks.check_shape("gate_weight", gate_weight, tuple(weight1.shape), "the shape of weight1")
+    elif gate_bias is not None:
+        raise ValueError("gate_bias needs gate_weight, got None")
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(..., features) as (rows, features)"""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def _weight_gradient(dz: Tensor, x: Tensor) -> Tensor:
+    """dW = dZᵀ X, (out, in), accumulated in fp32 by the matrix product."""
+    return torch.mm(dz.t(), x)
+
+
+def _bias_gradient(dz: Tensor) -> Tensor:
+    return dz.sum(0, dtype=torch.float32).to(dz.dtype)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep: bool) -> tuple[Tensor, Tensor]:
+    with device_guard(input.device):
+        launcher = implementation("feed_forward", input.device)
+        out, z, _ = launcher.forward(
+            _rows(input), weight, bias, None, None, activation, keep, input_precision(input.dtype)
+        )
+    return out.view(*input.shape[:-1], weight.shape[0]), z
+
+
+def _linear_fake(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep: bool
+) -> tuple[Tensor, Tensor]:
+    rows, columns = math.prod(input.shape[:-1]), weight.shape[0]
+    return input.new_empty((*input.shape[:-1], columns)), input.new_empty((rows, columns) if keep else (0,))
+
+
+LINEAR = define(
+    "linear(Tensor input, Tensor weight, Tensor? bias, str activation, bool keep) -> (Tensor output, Tensor z)",
+    _linear,
+    _linear_fake,
+)
+
+
+def _linear_gradient(
+    needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    if grad_outputs[0] is None:
+        return [None] * 5
+    grads = LINEAR_BACKWARD(grad_outputs[0], *arguments[:3], outputs[1], arguments[3], list(needs[:3]))
+    return [g if need else None for g, need in zip(grads, needs)] + [None] * 2
+
+
+def _linear_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor,
+    activation: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    dz, x, precision = _rows(grad_output), _rows(input), input_precision(input.dtype)
+    with device_guard(input.device):
+        launcher = implementation("feed_forward", input.device)
+        if activation != "identity":
+            if z.dim() == 1:
+                _, z, _ = launcher.forward(x, weight, bias, None, None, activation, True, precision)
+            dz = launcher.activation_backward(dz, z, activation)
+        dx = launcher.input_backward(dz, weight, None, None, precision).view(input.shape) if needs[0] else None
+        dw = _weight_gradient(dz, x) if needs[1] else None
+        db = _bias_gradient(dz) if needs[2] else None
+    return tuple(input.new_empty(0) if g is None else g for g in (dx, dw, db))  # type: ignore[return-value]
+
+
+def _linear_backward_fake(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor,
+    activation: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    tensors = (input, weight, bias)
+    return tuple(input.new_empty(t.shape if t is not None and n else 0) for t, n in zip(tensors, needs))
+
+
+LINEAR_BACKWARD = define(
+    "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, Tensor z, str activation, "
+    "bool[] needs) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    _linear_backward,
+    _linear_backward_fake,
+)
+
+
+def _linear_second_gradient(
+    needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    grad_output, *tensors, _, activation, taken = arguments
+    of_grads, of_tensors = replay(
+        lambda x, w, b: (definition(x, w, b, None, None, activation),), taken, (grad_output,), tensors, grad_outputs
+    )
+    return [*of_grads, *of_tensors, None, None, None]
+
+
+differentiate(LINEAR, _linear_gradient, keep_outputs=(1,))
+differentiate(LINEAR_BACKWARD, _linear_second_gradient)
+
+
+def _definition(tensors: Sequence[Any], activation: str) -> Tensor:
+    input, weight1, bias1, gate_weight, gate_bias, weight2, bias2 = tensors
+    hidden = definition(input, weight1, bias1, gate_weight, gate_bias, activation)
+    return definition(hidden, weight2, bias2, None, None, "identity")
+
+
+def _feed_forward(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    activation: str,
+    keep: bool,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, precision = _rows(input), input_precision(input.dtype)
+    with device_guard(input.device):
+        launcher = implementation("feed_forward", input.device)
+        hidden, z, g = launcher.forward(x, weight1, bias1, gate_weight, gate_bias, activation, keep, precision)
+        out, _, _ = launcher.forward(hidden, weight2, bias2, None, None, "identity", False, precision)
+    return out.view(*input.shape[:-1], weight2.shape[0]), z, g, hidden if keep_hidden else input.new_empty(0)
+
+
+def _feed_forward_fake(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    activation: str,
+    keep: bool,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden = (math.prod(input.shape[:-1]), weight1.shape[0])
+    return (
+        input.new_empty((*input.shape[:-1], weight2.shape[0])),
+        input.new_empty(hidden if keep else (0,)),
+        input.new_empty(hidden if keep and gate_weight is not None else (0,)),
+        input.new_empty(hidden if keep_hidden else (0,)),
+    )
+
+
+FEED_FORWARD = define(
+    "feed_forward(Tensor input, Tensor weight1, Tensor? bias1, Tensor? gate_weight, Tensor? gate_bias, Tensor weight2, "
+    "Tensor? bias2, str activation, bool keep, bool keep_hidden) -> (Tensor output, Tensor z, Tensor g, Tensor hidden)",
+    _feed_forward,
+    _feed_forward_fake,
+)
+
+
+def _gradient(
+    needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    if grad_outputs[0] is None:
+        return [None] * 10
+    grads = FEED_FORWARD_BACKWARD(grad_outputs[0], *arguments[:7], *outputs[1:], arguments[7], list(needs[:7]))
+    return [g if need else None for g, need in zip(grads, needs)] + [None] * 3
+
+
+def _backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    z: Tensor,
+    g: Tensor,
+    hidden: Tensor,
+    activation: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    dy, x, precision, gated = _rows(grad_output), _rows(input), input_precision(input.dtype), gate_weight is not None
+    grads: list[Tensor | None] = [None] * 7
+    with device_guard(input.device):
+        launcher = implementation("feed_forward", input.device)
+        if z.dim() == 1:
+            hidden, z, g = launcher.forward(x, weight1, bias1, gate_weight, gate_bias, activation, True, precision)
+        if any(needs[:5]):
+            repeat = needs[5] and hidden.dim() == 1
+            dz, dg, again = launcher.hidden_backward(dy, weight2, z, g, gated, activation, repeat, precision)
+            hidden = again if repeat else hidden
+            gate = (dg, gate_weight) if gated else (None, None)
+            if needs[0]:
+                grads[0] = launcher.input_backward(dz, weight1, *gate, precision).view(input.shape)
+            for i, d in ((1, dz), (3, dg)):
+                grads[i] = _weight_gradient(d, x) if needs[i] else None
+                grads[i + 1] = _bias_gradient(d) if needs[i + 1] else None
+        elif needs[5] and hidden.dim() == 1:
+            hidden = launcher.forward(x, weight1, bias1, gate_weight, gate_bias, activation, False, precision)[0]
+        grads[5] = _weight_gradient(dy, hidden) if needs[5] else None
+        grads[6] = _bias_gradient(dy) if needs[6] else None
+    return tuple(input.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _backward_fake(
+    grad_output: Tensor,
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    z: Tensor,
+    g: Tensor,
+    hidden: Tensor,
+    activation: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    tensors = (input, weight1, bias1, gate_weight, gate_bias, weight2, bias2)
+    return tuple(input.new_empty(t.shape if t is not None and n else 0) for t, n in zip(tensors, needs))
+
+
+FEED_FORWARD_BACKWARD = define(
+    "feed_forward_backward(Tensor grad_output, Tensor input, Tensor weight1, Tensor? bias1, Tensor? gate_weight, "
+    "Tensor? gate_bias, Tensor weight2, Tensor? bias2, Tensor z, Tensor g, Tensor hidden, str activation, "
+    "bool[] needs) -> (Tensor grad_input, Tensor grad_weight1, Tensor grad_bias1, Tensor grad_gate_weight, "
+    "Tensor grad_gate_bias, Tensor grad_weight2, Tensor grad_bias2)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _second_gradient(
+    needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    grad_output, *rest = arguments
+    tensors, activation, taken = rest[:7], rest[10], rest[11]
+    of_grads, of_tensors = replay(
+        lambda *xs: (_definition(xs, activation),), taken, (grad_output,), tensors, grad_outputs
+    )
+    return [*of_grads, *of_tensors, *[None] * 5]
+
+
+differentiate(FEED_FORWARD, _gradient, keep_outputs=(1, 2, 3))
+differentiate(FEED_FORWARD_BACKWARD, _second_gradient)
