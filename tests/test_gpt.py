@@ -1,0 +1,325 @@
+"""The example GPT against an independent plain-PyTorch GPT with the same weights, and what is special about it."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastattn.backend
+from fastattn.models import GPT, GPTConfig, KVCache, loss
+from fastattn.models.gpt import sample
+from fastattn.models.loss import chunked_cross_entropy
+
+TINY = GPTConfig(vocab_size=61, context_length=24, num_layers=2, num_heads=3, d_model=24, d_ff=40)
+VARIANTS = {
+    "default": TINY,
+    "no-bias": GPTConfig(61, context_length=24, num_layers=2, num_heads=2, d_model=24, bias=False),
+    "untied": GPTConfig(61, context_length=24, num_layers=1, num_heads=1, d_model=16, tie_weights=False),
+}
+
+
+def make(config: GPTConfig = TINY, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> GPT:
+    torch.manual_seed(seed)
+    model = GPT(config)
+    for parameter in model.parameters():  # away from zero biases and unit norms, which would hide their misuse
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.to(dtype)
+
+
+def batch(config: GPTConfig = TINY, rows: int = 2, length: int = 24, seed: int = 1) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(config.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(seed))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def reference_logits(state: dict[str, Tensor], config: GPTConfig, tokens: Tensor) -> Tensor:
+    """GPT-2 written out, head by head, from the weights alone."""
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return scaled * state[f"{name}.weight"] + state.get(f"{name}.bias", 0.0)
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ state[f"{name}.weight"].mT + state.get(f"{name}.bias", 0.0)
+
+    x = state["token_embedding.weight"][tokens] + state["position_embedding.weight"][: tokens.shape[1]]
+    future = torch.ones(tokens.shape[1], tokens.shape[1]).triu(1).bool()
+    width = config.d_model // config.num_heads
+    for index in range(config.num_layers):
+        name = f"blocks.{index}"
+        query, key, value = linear(norm(x, f"{name}.norm1"), f"{name}.attention.in_proj").split(config.d_model, dim=-1)
+        heads = []
+        for start in range(0, config.d_model, width):
+            q, k, v = (t[..., start : start + width] for t in (query, key, value))
+            scores = (q @ k.mT / math.sqrt(width)).masked_fill(future, -math.inf)
+            heads.append(scores.softmax(-1) @ v)
+        x = x + linear(torch.cat(heads, -1), f"{name}.attention.out_proj")
+        inner = linear(norm(x, f"{name}.norm2"), f"{name}.feed_forward.linear1")
+        inner = 0.5 * inner * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
+        x = x + linear(inner, f"{name}.feed_forward.linear2")
+    return norm(x, "norm") @ state.get("output.weight", state["token_embedding.weight"]).mT
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_logits_loss_and_gradients_are_those_of_a_plain_gpt(config: GPTConfig) -> None:
+    model = make(config)
+    tokens, targets = batch(config)
+    targets = targets.clone()
+    targets[0, :5] = -100
+    exact = {name: p.detach().double().requires_grad_() for name, p in model.state_dict(keep_vars=True).items()}
+    expected = reference_logits(exact, config, tokens)
+    expected_loss = F.cross_entropy(expected.flatten(0, 1), targets.flatten())
+    expected_loss.backward()
+
+    logits, none = model(tokens)
+    assert none is None
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-5)
+    none, value = model(tokens, targets)
+    assert none is None
+    torch.testing.assert_close(value.double(), expected_loss, rtol=1e-5, atol=0)
+    value.backward()
+    for name, parameter in model.named_parameters():
+        largest = exact[name].grad.abs().max()
+        assert (parameter.grad - exact[name].grad).abs().max() < 1e-4 * largest, name
+
+
+def test_logits_and_loss_together() -> None:
+    model, (tokens, targets) = make(), batch()
+    logits, value = model(tokens, targets, return_logits=True)
+    torch.testing.assert_close(value, model(tokens, targets)[1])
+    assert logits.shape == (2, 24, TINY.vocab_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_chunked_cross_entropy(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In uneven chunks, with rows left out and a scaled gradient; the error is that of PyTorch at the same dtype."""
+    monkeypatch.setitem(loss.LOGITS_PER_CHUNK, "cpu", 7 * 50)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(33, 16), torch.randn(50, 16)
+    target = torch.randint(50, (33,))
+    target[::5] = -100
+
+    def run(function: object, dtype: torch.dtype) -> list[Tensor]:
+        h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        value = function(h, w)
+        return [t.double() for t in (value.detach(), *torch.autograd.grad(3 * value, (h, w)))]
+
+    def plain(h: Tensor, w: Tensor) -> Tensor:
+        return F.cross_entropy((h @ w.mT).to(torch.promote_types(h.dtype, torch.float32)), target)
+
+    ours = run(lambda h, w: chunked_cross_entropy(h, w, target), dtype)
+    torchs = run(plain, dtype)
+    exact = run(plain, torch.float64)
+    for mine, its, true in zip(ours, torchs, exact):
+        assert (mine - true).abs().max() <= 2 * (its - true).abs().max() + 1e-6 * true.abs().max()
+
+
+def test_weights_are_tied_unless_asked() -> None:
+    tied, untied = make(), make(VARIANTS["untied"])
+    assert tied.output_weight is tied.token_embedding.weight
+    assert "output.weight" not in tied.state_dict()
+    assert untied.output_weight is not untied.token_embedding.weight
+    assert tied.num_parameters() == sum(p.numel() for p in tied.parameters())
+
+
+def test_initial_loss_is_that_of_guessing() -> None:
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=500, context_length=32, num_layers=4, num_heads=2, d_model=64)
+    model = GPT(config)
+    assert abs(model(*batch(config, 8, 32))[1].item() - math.log(500)) < 0.1
+    writers = [p for name, p in model.named_parameters() if name.endswith(("out_proj.weight", "linear2.weight"))]
+    assert len(writers) == 2 * config.num_layers
+    for parameter in writers:
+        assert parameter.std().item() == pytest.approx(0.02 / math.sqrt(8), rel=0.1)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model = make(GPTConfig(61, context_length=24, num_layers=1, num_heads=2, d_model=16, dropout=0.5))
+    tokens, _ = batch()
+    assert not torch.equal(model(tokens)[0], model(tokens)[0])
+    model.eval()
+    torch.testing.assert_close(model(tokens)[0], model(tokens)[0], rtol=0, atol=0)
+
+
+def test_cached_generation_is_what_the_whole_sequence_gives() -> None:
+    """Greedy and batched, past the end of the context, where the last half is read again."""
+    model = make().eval()
+    prompt, _ = batch(rows=3, length=5)
+    tokens, window = prompt, prompt
+    for _ in range(40):
+        if window.shape[1] > TINY.context_length:
+            window = window[:, -(TINY.context_length // 2) :]
+        token = model(window)[0][:, -1].argmax(-1, keepdim=True)
+        tokens, window = torch.cat([tokens, token], 1), torch.cat([window, token], 1)
+    torch.testing.assert_close(model.generate(prompt, 40, temperature=0), tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_reading_in_pieces_through_the_cache(dtype: torch.dtype) -> None:
+    model, (tokens, _) = make(dtype=dtype).eval(), batch()
+    cache = KVCache(TINY.context_length)
+    with torch.no_grad():
+        exact = model.float().hidden(tokens)
+        model.to(dtype)
+        whole = model.hidden(tokens)
+        pieces = torch.cat([model.hidden(piece, cache) for piece in tokens.split([7, 1, 9, 1, 6], dim=1)], dim=1)
+    assert cache.length == 24
+    assert (pieces - exact).abs().max() <= 2 * (whole - exact).abs().max() + 1e-5
+
+
+def test_a_prompt_longer_than_the_context_is_cropped() -> None:
+    model = make()
+    prompt, _ = batch(length=40)
+    whole = model.generate(prompt, 5, seed=0)
+    torch.testing.assert_close(whole[:, :40], prompt)
+    torch.testing.assert_close(whole[:, 16:], model.generate(prompt[:, 16:], 5, seed=0))
+
+
+def test_a_seed_repeats_and_global_state_is_untouched() -> None:
+    model = make().train()
+    prompt, _ = batch(length=4)
+    before = torch.get_rng_state()
+    first, again, other = (model.generate(prompt, 15, seed=seed) for seed in (5, 5, 6))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(model.generate(prompt, 15), model.generate(prompt, 15))
+    assert torch.equal(torch.stack(list(model.stream(prompt, 15, seed=5)), 1), first[:, 4:])
+
+
+def test_sampling_frequencies() -> None:
+    """Draws follow the tempered softmax, restricted to the prefix that top-k or top-p keeps."""
+    probabilities = torch.tensor([0.05, 0.4, 0.0, 0.15, 0.3, 0.1])
+    logits = probabilities.log().expand(200_000, -1)
+    generator = torch.Generator().manual_seed(0)
+
+    def frequencies(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+        drawn = sample(logits, temperature, top_k, top_p, generator)
+        return torch.bincount(drawn, minlength=6) / len(drawn)
+
+    def kept(*tokens: int) -> Tensor:
+        mask = torch.zeros(6)
+        mask[list(tokens)] = 1
+        return probabilities * mask / (probabilities * mask).sum()
+
+    squared = probabilities.square() / probabilities.square().sum()
+    everything = (frequencies(), frequencies(temperature=0.5), frequencies(top_k=3), frequencies(top_p=0.65))
+    expected = (probabilities, squared, kept(1, 4, 3), kept(1, 4))
+    for drawn, exact in zip(everything, expected):
+        assert (drawn - exact).abs().max() < 0.005
+        assert (drawn[exact == 0] == 0).all()
+    assert (frequencies(top_k=2, top_p=0.5) - kept(1)).abs().max() == 0  # 0.4 / 0.7 alone reaches one half
+    assert (frequencies(temperature=0) - kept(1)).abs().max() == 0
+
+
+def test_saved_and_loaded(tmp_path) -> None:
+    for name, config in VARIANTS.items():
+        model = make(config, dtype=torch.bfloat16)
+        model.save_pretrained(tmp_path / name)
+        loaded = GPT.from_pretrained(tmp_path / name)
+        assert loaded.config == config
+        assert not loaded.training
+        for key, value in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], value), key
+    assert GPT.from_pretrained(tmp_path / "default", dtype=torch.float32).norm.weight.dtype == torch.float32
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_loading_names_what_is_wrong(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        GPT.from_pretrained(tmp_path)
+    make().save_pretrained(tmp_path)
+    good = json.loads((tmp_path / "config.json").read_text())
+    for change, message in (
+        ({"model": "Classifier"}, "holds a Classifier, not a GPT"),
+        ({"wings": 2}, r"unknown settings \['wings'\]"),
+        ({"d_model": 48}, "does not fit config.json"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(good | change))
+        with pytest.raises(ValueError, match=message):
+            GPT.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[")
+    with pytest.raises(ValueError, match="is not a JSON object"):
+        GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size must be a positive integer, got 0"),
+        ({"num_layers": 1.5}, "num_layers must be a positive integer, got 1.5"),
+        ({"num_heads": 5}, "d_model must be a multiple of num_heads, got 384 and 5"),
+        ({"d_model": 1024, "num_heads": 2}, "must be at most 256, got 512"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_bad_configurations(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**({"vocab_size": 10} | change))
+
+
+def test_bad_calls() -> None:
+    model, (tokens, targets) = make(), batch()
+    for arguments, error, message in (
+        ((tokens.int(),), TypeError, "tokens must be an int64 tensor, got dtype int32"),
+        ((tokens[0],), ValueError, "tokens must have 2 dimensions"),
+        ((torch.full((1, 2), 61),), ValueError, r"tokens must be in \[0, 61\)"),
+        ((tokens, targets - 1000), ValueError, "targets must be in"),
+        ((tokens, targets[:, 1:]), ValueError, "targets must have the shape of tokens"),
+        ((tokens.repeat(1, 2),), ValueError, "context_length is 24"),
+    ):
+        with pytest.raises(error, match=message):
+            model(*arguments)
+    for settings, message in (
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(tokens, **({"max_new_tokens": 1} | settings))
+    with pytest.raises(ValueError, match="at least one token"):
+        model.generate(tokens[:, :0], 3)
+
+
+def test_empty_batch_and_no_new_tokens() -> None:
+    model, (tokens, _) = make(), batch()
+    assert model(tokens[:0])[0].shape == (0, 24, 61)
+    assert torch.equal(model.generate(tokens, 0), tokens)
+
+
+def train(config: GPTConfig, backend: str, steps: int) -> list[float]:
+    torch.manual_seed(0)
+    model = GPT(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    with fastattn.backend.use(backend):
+        for step in range(steps):
+            _, value = model(*batch(config, 2, config.context_length, seed=step % 2))
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(value.item())
+    return losses
+
+
+def test_triton_and_eager_train_alike() -> None:
+    config = GPTConfig(vocab_size=40, context_length=32, num_layers=2, num_heads=2, d_model=32)
+    eager, triton = train(config, "eager", 6), train(config, "triton", 6)
+    assert eager[-1] < eager[0] - 0.2
+    torch.testing.assert_close(torch.tensor(triton), torch.tensor(eager), rtol=2e-5, atol=0)
+
+
+def test_autocast_trains_close_to_fp32() -> None:
+    model, (tokens, targets) = make(), batch()
+    exact = model(tokens, targets)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(tokens, targets)[1]
+    rounded.backward()
+    assert rounded.dtype == torch.float32
+    assert 0 < abs(rounded.item() - exact.item()) < 0.05
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
