@@ -13,10 +13,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -113,3 +114,30 @@ def input_precision(dtype: torch.dtype) -> str:
     """How fp32 tiles are multiplied: "ieee", or "tf32" where torch's matmul precision setting allows it."""
     tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return "tf32" if tf32 else "ieee"
+
+
+def explain(function: Callable[..., Any], *args: Any, **options: Any) -> str:
+    """Says which implementation a call would run, why, and with which tiles or path. Nothing is computed.
+
+    Args:
+        function: one of the package's ops, such as `fastattn.attention`.
+        args, options: the call's arguments.
+
+    Raises:
+        TypeError: `function` is not an op of this package.
+
+    Example:
+        >>> q = torch.zeros(1, 8, 1024, 64)
+        >>> print(fastattn.explain(fastattn.attention, q, q, q, causal=True))
+        attention on cpu: eager, because tensors on the CPU run in PyTorch
+          PyTorch's fused CPU attention, one call (is_causal)
+    """
+    folder, _, name = str(getattr(function, "__module__", "")).rpartition(".")
+    if folder != "fastattn.ops":
+        raise TypeError(f"function must be one of fastattn's ops, such as fastattn.attention, got {function!r}")
+    tensor = next((a for a in (*args, *options.values()) if isinstance(a, torch.Tensor)), None)
+    if tensor is None:
+        raise TypeError(f"the call of {function.__name__} has no tensor argument")
+    backend, reason = choose(tensor.device)
+    details = importlib.import_module(f"fastattn.ops.{name}").explain(function, *args, **options)
+    return "\n  ".join([f"{function.__name__} on {tensor.device}: {backend}, because {reason}", *details])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,8 +141,8 @@ def _grouped(x: Tensor, kv: Tensor) -> Tensor:
     return x.reshape(x.shape[0], kv.shape[1], x.shape[1] // kv.shape[1] * x.shape[2], x.shape[3])
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-    """(out, lse) of one block, differentiable by any of torch's means. q, k, v are the block's, any dtype."""
+def _weights(q: Tensor, k: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+    """(P·l after dropout, l, lse) of one block, differentiable: P = exp(S - m) / l; l is 1 for a row that sees nothing."""
     s, _ = _logits(q.float(), k.float(), block)
     m = s.detach().amax(-1, keepdim=True)
     if block.sinks is not None:
@@ -153,10 +154,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tens
     if block.sinks is not None:
         l = l + torch.exp(sink - m)
     dead = l == 0
-    l_safe = l.masked_fill(dead, 1.0)
+    l = l.masked_fill(dead, 1.0)
+    lse = (m + torch.log(l)).masked_fill(dead, float("-inf")).squeeze(-1)
     z = block.dropout_factors(p)
-    out = (_grouped(p if z is None else p * z, v) @ v.float()).reshape(*q.shape[:3], v.shape[3]) / l_safe
-    lse = (m + torch.log(l_safe)).masked_fill(dead, float("-inf")).squeeze(-1)
+    return p if z is None else p * z, l, lse
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """(out, lse) of one block, differentiable by any of torch's means. q, k, v are the block's, any dtype."""
+    p, l, lse = _weights(q, k, block)
+    out = (_grouped(p, v) @ v.float()).reshape(*q.shape[:3], v.shape[3]) / l
     return out.to(q.dtype), lse
 
 
@@ -201,7 +208,12 @@ def definition(
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 
-# ---- forward
+def weights(query: Tensor, key: Tensor, *rules: Any) -> Tensor:
+    """The attention weights after dropout, (B, Hq, Nq, Nk) in the query's dtype; rules as in `forward`. Differentiable."""
+    if 0 in (query.shape[2], key.shape[2]):
+        return query.new_zeros((*query.shape[:3], key.shape[2]))
+    p, l, _ = _weights(query, key, _whole(query, key, *rules))
+    return (p / l).to(query.dtype)
 
 
 def _fused_blocks(query: Tensor, key: Tensor, value: Tensor, whole: Block) -> tuple[list[Block], bool] | None:
@@ -270,9 +282,6 @@ def forward(
     return out, lse
 
 
-# ---- backward
-
-
 def _reduce_like(x: Tensor, pair: Tensor) -> Tensor:
     """x (B, Hq, n, m), summed over the dimensions in which `pair` has size 1."""
     over = [d for d in range(4) if pair.shape[d] == 1 and x.shape[d] != 1]
@@ -316,7 +325,7 @@ def backward(
     else:
         blocks, is_causal = fused
     lse = lse.masked_fill(lse == float("-inf"), 0.0 if fused else float("inf"))
-    if fused and len(blocks) == 1:
+    if fused and len(blocks) == 1 and len(blocks[0].columns) == key.shape[2]:
         grads = _fused_backward(
             grad_out, query, key, value, out, lse, 0.0, is_causal, attn_mask=_fused_mask(blocks[0], query), scale=scale
         )
@@ -407,3 +416,16 @@ def double_backward(
             if target is not None and grad is not None:
                 target += grad
     return tuple(None if g is None or t is None else g.to(t.dtype) for g, t in zip(total, inputs))
+
+
+def explain(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> list[str]:
+    """How `forward` does this call, in words."""
+    whole = _whole(query, key, *rules)
+    fused = _fused_blocks(query, key, value, whole)
+    if fused is None:
+        rows = min(_product_rows(query, key), query.shape[2])
+        return [f"matrix products on blocks of {rows} rows: PyTorch's fused CPU attention lacks this combination"]
+    blocks, is_causal = fused
+    if len(blocks) == 1:
+        return [f"PyTorch's fused CPU attention, one call{' (is_causal)' if is_causal else ''}"]
+    return [f"PyTorch's fused CPU attention, {len(blocks)} blocks of {_FUSED_ROWS} rows with the keys that each sees"]

@@ -14,7 +14,11 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attention_backward import backward
-from fastattn.kernels.config import attention_forward_config
+from fastattn.kernels.config import (
+    attention_backward_key_config,
+    attention_backward_query_config,
+    attention_forward_config,
+)
 from fastattn.kernels.launch import current_target, launch
 from fastattn.kernels.masks import LN2, LOG2E, LOWEST, base2_score, capped_score, is_visible, load_tile, visible_range
 from fastattn.kernels.random import keep
@@ -195,3 +199,19 @@ def forward(
         PLAIN=plain, PRECISION=precision, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse
+
+
+def explain(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> list[str]:
+    """The tiles that the kernels of this call would use."""
+    target, width = current_target(), max(head_block(query.shape[3]), head_block(value.shape[3]))
+    configs = {
+        "forward": attention_forward_config,
+        "backward, dQ": attention_backward_query_config,
+        "backward, dK and dV": attention_backward_key_config,
+    }
+    lines = [f"target {target.backend}" + (f" sm_{target.arch}" if target.arch else "")]
+    for name, choose in configs.items():
+        config = choose(target, width, query.element_size())
+        tile = f"{config.block_m} rows x {config.block_n} keys"
+        lines.append(f"{name}: {tile} a step, {config.num_warps} warps, {config.num_stages} stages")
+    return lines

@@ -1,6 +1,7 @@
 """Drop-in modules over the ops: the constructors, parameters and initialisation of torch's."""
 
+from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.feed_forward import FeedForward, GatedFeedForward
 from fastattn.nn.norm import LayerNorm, RMSNorm
 
-__all__ = ["FeedForward", "GatedFeedForward", "LayerNorm", "RMSNorm"]
+__all__ = ["FeedForward", "GatedFeedForward", "LayerNorm", "MultiheadAttention", "RMSNorm"]

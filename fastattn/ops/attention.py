@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -177,12 +179,12 @@ def _check_slopes(slopes: Tensor | None, query: Tensor) -> Tensor | None:
     return slopes.float().expand(batch, heads)
 
 
-def _attend(
+def canonical(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, slopes: Tensor | None,
     sinks: Tensor | None, scale: float | None, left: int | None, right: int | None, softcap: float | None,
     dropout_p: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Checks what all entry points share, then calls the op. window_right may be negative here."""
+) -> tuple[Any, ...]:  # fmt: skip
+    """The op's arguments, checked. `left` and `right` are the window's sides; `right` may be negative here."""
     query, key, value = autocast(query, key, value)  # type: ignore[assignment]
     _check_qkv(query, key, value)
     check_probability("dropout_p", dropout_p)
@@ -205,13 +207,16 @@ def _attend(
     seed = None
     if dropout_p > 0.0:
         seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=query.device)
-    arguments = (
+    return (
         _row_contiguous(query), _row_contiguous(key), _row_contiguous(value), mask, bias, slopes, sinks, seed,
         float(scale), left, right, float(softcap or 0.0), float(dropout_p),
     )  # fmt: skip
-    if needs_composite(query, key, value, bias, sinks):
-        return eager.definition(*arguments)
-    return attention_op(*arguments)
+
+
+def attend(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """(out, lse) of canonical arguments: the op, or its plain definition inside transforms and forward-mode AD."""
+    query, key, value, _, bias, _, sinks, *_ = arguments
+    return (eager.definition if needs_composite(query, key, value, bias, sinks) else attention_op)(*arguments)
 
 
 @overload
@@ -284,5 +289,84 @@ def attention(
         torch.Size([2, 8, 128, 64])
     """
     left, right = _check_window(window, causal)
-    out, lse = _attend(query, key, value, mask, bias, alibi_slopes, sinks, scale, left, right, softcap, dropout_p)
+    out, lse = attend(
+        canonical(query, key, value, mask, bias, alibi_slopes, sinks, scale, left, right, softcap, dropout_p)
+    )
     return (out, lse) if return_lse else out
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`: its arguments, its meaning, our kernels.
+
+    Unlike `attention`, `is_causal` is aligned at the top left: row i sees j <= i whatever Nq and Nk are.
+
+    Args:
+        query: (..., Nq, D), with any number of leading dimensions; the last of them is the heads where there are two or more.
+        key: (..., Nk, D).
+        value: (..., Nk, Dv).
+        attn_mask: broadcastable to (..., Nq, Nk): bool (True = attend) or floating (added to the scores, differentiable).
+        dropout_p: probability in [0, 1); applied whenever it is positive, as in torch.
+        is_causal: excludes `attn_mask`.
+        scale: None = 1 / sqrt(D).
+        enable_gqa: allow the query to have a multiple of the key's heads.
+
+    Returns:
+        (..., Nq, Dv). A row that sees nothing is 0.
+
+    Raises:
+        ValueError, TypeError: as `attention`; `attn_mask` with `is_causal`; unequal heads without `enable_gqa`.
+
+    Example:
+        >>> q, k, v = (torch.randn(2, 8, 128, 64) for _ in range(3))
+        >>> fastattn.scaled_dot_product_attention(q, k, v, is_causal=True).shape
+        torch.Size([2, 8, 128, 64])
+    """
+    if is_causal and attn_mask is not None:
+        raise ValueError("attn_mask must be None when is_causal=True")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, tensor)
+        if tensor.dim() < 2:
+            raise ValueError(
+                f"{name} must have at least 2 dimensions (length, head_dim), got shape {tuple(tensor.shape)}"
+            )
+    leading: tuple[int, ...] = tuple(query.shape[:-2])
+    if query.dim() != 4 or not enable_gqa:
+        leading = tuple(torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2]))
+        if query.dim() == 4 and not query.shape[1] == key.shape[1] == value.shape[1]:
+            got = f"{query.shape[1]}, {key.shape[1]} and {value.shape[1]}"
+            raise ValueError(f"query, key and value must have the same heads without enable_gqa=True, got {got}")
+        query, key, value = (t.expand(*leading, -1, -1) for t in (query, key, value))
+    pairs = (query.shape[-2], key.shape[-2])
+    if len(leading) != 2:
+        *batches, heads = leading or (1,)
+        batch = math.prod(batches)
+        query, key, value = (t.reshape(batch, heads, *t.shape[-2:]) for t in (query, key, value))
+        if attn_mask is not None and attn_mask.dim() > 2:
+            attn_mask = attn_mask.expand(*leading, *pairs).reshape(batch, heads, *pairs)
+    mask, bias = (attn_mask, None) if attn_mask is not None and attn_mask.dtype == torch.bool else (None, attn_mask)
+    right = pairs[0] - pairs[1] if is_causal else None  # row i stands at column i + Nk - Nq
+    out, _ = attend(canonical(query, key, value, mask, bias, None, None, scale, None, right, None, dropout_p))
+    return out.reshape(*leading, *out.shape[-2:]) if len(leading) != 2 else out
+
+
+def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[str]:
+    """What `fastattn.explain` says of a call of this module's functions."""
+    given = inspect.signature(function).bind(*args, **options)
+    given.apply_defaults()
+    o = given.arguments
+    left, right = _check_window(o.get("window"), o.get("causal", o.get("is_causal", False)))
+    arguments = canonical(
+        o["query"], o["key"], o["value"], o.get("mask"), o.get("bias"), o.get("alibi_slopes"), o.get("sinks"), o["scale"],
+        left, right, o.get("softcap"), o["dropout_p"],
+    )  # fmt: skip
+    return backend.implementation("attention", o["query"].device).explain(*arguments)

@@ -1,0 +1,110 @@
+"""`scaled_dot_product_attention` against torch's; `explain`; the choice of a backend."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastattn
+
+CALLS = {
+    "plain": ((2, 3, 5, 8), (2, 3, 7, 8), {}),
+    "causal": ((2, 3, 5, 8), (2, 3, 5, 8), {"is_causal": True}),
+    "causal_more_keys": ((2, 3, 5, 8), (2, 3, 7, 8), {"is_causal": True}),
+    "causal_more_queries": ((2, 3, 7, 8), (2, 3, 5, 8), {"is_causal": True}),
+    "no_batch": ((5, 8), (7, 8), {}),
+    "one_batch_dim": ((4, 5, 8), (4, 7, 8), {"attn_mask": torch.rand(4, 5, 7) > 0.2}),
+    "five_dims": ((2, 2, 3, 5, 8), (2, 2, 3, 7, 8), {"attn_mask": torch.randn(2, 1, 1, 5, 7)}),
+    "bool_mask": ((2, 3, 5, 8), (2, 3, 7, 8), {"attn_mask": torch.rand(5, 7) > 0.2}),
+    "float_mask": ((2, 3, 5, 8), (2, 3, 7, 8), {"attn_mask": torch.randn(2, 1, 5, 7), "scale": 0.2}),
+    "gqa": ((2, 6, 5, 8), (2, 3, 7, 8), {"enable_gqa": True}),
+    "broadcast_batch": ((2, 3, 5, 8), (1, 3, 7, 8), {}),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_equals_torchs(name):
+    shape_q, shape_k, options = CALLS[name]
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(shape, requires_grad=True) for shape in (shape_q, shape_k, shape_k))
+    expected = F.scaled_dot_product_attention(q, k, v, **options)
+    got = fastattn.scaled_dot_product_attention(q, k, v, **options)
+    assert got.shape == expected.shape
+    assert torch.allclose(got, expected, atol=1e-6)
+    for ours, theirs in zip(*(torch.autograd.grad(out.sin().sum(), (q, k, v)) for out in (got, expected))):
+        assert torch.allclose(ours, theirs, atol=2e-6)
+
+
+def test_what_torch_refuses_is_refused():
+    q = torch.randn(1, 4, 5, 8)
+    with pytest.raises(ValueError, match="attn_mask must be None when is_causal=True"):
+        fastattn.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(5, 5).bool(), is_causal=True)
+    with pytest.raises(ValueError, match="same heads without enable_gqa=True, got 4, 1 and 1"):
+        fastattn.scaled_dot_product_attention(q, q[:, :1], q[:, :1])
+    with pytest.raises(ValueError, match="at least 2 dimensions"):
+        fastattn.scaled_dot_product_attention(q[0, 0, 0], q, q)
+
+
+def test_explain_says_which_implementation_and_why():
+    q = torch.zeros(1, 8, 1024, 64)
+    with fastattn.backend.use("eager"):
+        assert "one call (is_causal)" in fastattn.explain(fastattn.attention, q, q, q, causal=True)
+        assert "4 blocks of 256 rows" in fastattn.explain(fastattn.attention, q, q, q, window=(64, 0))
+        assert "matrix products" in fastattn.explain(fastattn.attention, q, q, q, softcap=30.0)
+    with fastattn.backend.use("triton"):
+        text = fastattn.explain(fastattn.scaled_dot_product_attention, q, q, q)
+    assert "triton, because set by fastattn.backend.use" in text
+    assert "backward, dK and dV: 32 rows x 32 keys a step" in text
+    with pytest.raises(TypeError, match="must be one of fastattn's ops"):
+        fastattn.explain(torch.add, q, q)
+    with (
+        pytest.raises(ValueError, match="backend is 'cuda'; allowed: auto, triton, eager"),
+        fastattn.backend.use("cuda"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "eager, because tensors on the CPU run in PyTorch"),
+        ({"TRITON_INTERPRET": "1"}, "triton, because TRITON_INTERPRET=1"),
+        ({"TRITON_INTERPRET": "1", "FASTATTN_BACKEND": "eager"}, "eager, because set by the environment variable"),
+        ({"FASTATTN_BACKEND": "fast"}, "FASTATTN_BACKEND is 'fast'; allowed: auto, triton, eager"),
+    ],
+    ids=["default", "interpreter", "override", "wrong"],
+)
+def test_the_environment_decides(environment, expected):
+    code = "import torch, fastattn; q = torch.zeros(1, 1, 4, 8); print(fastattn.explain(fastattn.attention, q, q, q))"
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTATTN_BACKEND")}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**clean, **environment}, capture_output=True, text=True, check=False
+    )
+    assert expected in run.stdout + run.stderr
+
+
+def test_import_needs_no_triton_and_touches_no_gpu():
+    code = """
+import sys
+sys.modules["triton"] = None  # importing it raises ImportError
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
+import torch, fastattn, fastattn.nn, fastattn.models
+assert not torch.cuda.is_initialized()
+x = torch.randn(1, 2, 4, 8, requires_grad=True)
+fastattn.attention(x, x, x, causal=True).sum().backward()
+assert x.grad.abs().sum() > 0
+try:
+    with fastattn.backend.use("triton"):
+        fastattn.attention(x, x, x)
+except RuntimeError as error:
+    assert "pip install triton" in str(error)
+    print("fine")
+"""
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTATTN_BACKEND")}
+    run = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=False)
+    assert run.stdout == "fine\n", run.stderr
