@@ -48,6 +48,49 @@ def attention(
             torch.autograd.backward((out, lse), (torch.zeros_like(out), torch.zeros_like(lse)))
 
 
+def normalization(
+    dtype: str = "bfloat16", width: int = 768, rows: int = 64, op: str = "layer_norm", flags: tuple[str, ...] = ()
+) -> None:
+    """Forward and backward of layer or RMS norm; flags: "plain" (no weight), "residual", "modulation"."""
+    kind = getattr(torch, dtype)
+    row = torch.zeros(rows, width, dtype=kind, requires_grad=True)
+    weights = {} if "plain" in flags else {"weight": torch.ones(width, requires_grad=True)}
+    if weights and op == "layer_norm":
+        weights["bias"] = torch.zeros(width, requires_grad=True)
+    if "residual" in flags:
+        weights["residual"] = torch.zeros(rows, width, requires_grad=True)
+    if "modulation" in flags:
+        weights["scale"] = torch.zeros(width, dtype=kind, requires_grad=True)
+        weights["shift"] = torch.zeros(width, dtype=kind, requires_grad=True)
+    with fastattn.backend.use("triton"):
+        result = getattr(fastattn, op)(row, width, **weights)
+        outputs = result if isinstance(result, tuple) else (result,)
+        torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
+
+
+def feed_forward(
+    dtype: str = "bfloat16",
+    width: int = 256,
+    hidden: int = 1024,
+    rows: int = 256,
+    activation: str = "gelu",
+    gated: bool = False,
+    recompute: str = "none",
+) -> None:
+    """Forward and backward of a feed-forward layer with biases; `width` that 16 does not divide is a ragged product."""
+
+    def parameter(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=getattr(torch, dtype), requires_grad=True)
+
+    first, second = (parameter(hidden, width), parameter(hidden)), (parameter(width, hidden), parameter(width))
+    gate = {"gate_weight": parameter(hidden, width), "gate_bias": parameter(hidden)} if gated else {}
+    with fastattn.backend.use("triton"):
+        out = fastattn.feed_forward(
+            parameter(rows, width), *first, *second, activation=activation, recompute=recompute, **gate
+        )
+        out.backward(torch.zeros_like(out))
+
+
 @dataclass(frozen=True)
 class Case:
     """A function of this module with its arguments. The compile proof always runs the `core` cases."""
@@ -82,4 +125,38 @@ def _attention_cases() -> Iterator[Case]:
     yield case("bf16 D192 Dv128", head_dim=192, value_dim=128, flags=["causal"])
 
 
-CASES = [*_attention_cases()]
+def _normalization_cases() -> Iterator[Case]:
+    def case(name: str, core: bool = False, **arguments: Any) -> Case:
+        return Case(f"norm {name}", "normalization", arguments, core)
+
+    yield case("bf16 768", core=True)
+    yield case("fp32 100 residual modulation", core=True, dtype="float32", width=100, flags=["residual", "modulation"])
+    yield case("bf16 8192", core=True, width=8192)
+    yield case("fp16 20000", core=True, dtype="float16", width=20000)
+    yield case("bf16 4096 rms residual", core=True, width=4096, op="rms_norm", flags=["residual"])
+    for width in (64, 256, 1024, 2048, 4096, 16384, 65536):
+        for dtype in ("bfloat16", "float32"):
+            yield case(f"{dtype} {width} plain", dtype=dtype, width=width, flags=["plain"])
+            yield case(f"{dtype} {width} everything", dtype=dtype, width=width, flags=["residual", "modulation"])
+
+
+def _feed_forward_cases() -> Iterator[Case]:
+    def case(name: str, core: bool = False, **arguments: Any) -> Case:
+        return Case(f"feed_forward {name}", "feed_forward", arguments, core)
+
+    yield case("bf16 gelu", core=True)
+    yield case(
+        "fp16 gated silu recompute", core=True, dtype="float16", activation="silu", gated=True, recompute="hidden"
+    )
+    yield case("fp32 ragged relu", core=True, dtype="float32", width=50, hidden=130, activation="relu")
+    for activation in ("relu", "relu2", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"):
+        for gated in (False, True):
+            name = f"{activation}{' gated' if gated else ''}"
+            yield case(f"bf16 {name}", activation=activation, gated=gated)
+            yield case(f"fp32 {name}", dtype="float32", activation=activation, gated=gated)
+    for recompute in ("activation", "hidden"):
+        yield case(f"bf16 recompute {recompute}", recompute=recompute)
+        yield case(f"bf16 gated recompute {recompute}", recompute=recompute, gated=True)
+
+
+CASES = [*_attention_cases(), *_normalization_cases(), *_feed_forward_cases()]

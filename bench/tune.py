@@ -1,0 +1,154 @@
+"""Search tile sizes without a GPU: compile every candidate through the real launch path and rank by the bounds.
+
+    python -m bench.tune attention_forward --targets sm_80,sm_90 --head-dims 64,128 --flags causal
+
+A candidate that spills, needs more memory than the GPU has, or does not compile is out. The rest is ordered by the
+bound on tensor-core utilisation with tensor and other work in turns, then with perfect overlap, then by resident warps;
+of equals, the larger tile wins (fewer passes over the other operand). The bounds are predictions of a model
+(`bench.codegen.bounds`), not measurements: paste the table next to the configuration that it chose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+os.environ["TRITON_INTERPRET"] = "0"  # read at triton's first import
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """`configure` is the function, where the launcher looks it up, that a candidate replaces."""
+
+    name: str
+    configure: str
+    kernel: str
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    warps: tuple[int, ...] = (4, 8)
+    stages: tuple[int, ...] = (1, 2, 3)
+
+
+KERNELS = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel(
+            "attention_forward",
+            "fastattn.kernels.attention.attention_forward_config",
+            "_attention_forward",
+            rows=(64, 128, 256),
+            columns=(32, 64, 128),
+        ),
+        Kernel(
+            "attention_backward_query",
+            "fastattn.kernels.attention_backward.attention_backward_query_config",
+            "_attention_backward_query",
+            rows=(32, 64, 128),
+            columns=(32, 64, 128),
+        ),
+        Kernel(
+            "attention_backward_key",
+            "fastattn.kernels.attention_backward.attention_backward_key_config",
+            "_attention_backward_key",
+            rows=(32, 64, 128),
+            columns=(32, 64, 128),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate with what the compiler made of it; `problem` is empty where it may be used."""
+
+    config: tuple[int, int, int, int]
+    problem: str = ""
+    registers: int = 0
+    shared_bytes: int = 0
+    warps_resident: int = 0
+    instructions: int = 0
+    overlapped: float = 0.0
+    alternating: float = 0.0
+
+    def rank(self) -> tuple[float, ...]:
+        rows, columns, warps, _ = self.config
+        values = (round(self.alternating, 2), round(self.overlapped, 2), rows * columns / warps, self.warps_resident)
+        return (bool(self.problem), *(-value for value in values))
+
+
+def try_config(kernel: Kernel, target: str, config: tuple[int, int, int, int], arguments: dict[str, Any]) -> Trial:
+    """Compile one candidate; anything that goes wrong is its `problem`."""
+    import fastattn.kernels.attention  # noqa: F401  mock.patch needs the module to be loaded
+    from bench.codegen import cases
+    from bench.codegen.analysis import analyse
+    from bench.codegen.stand_in import stand_in
+    from fastattn.kernels.config import AttentionConfig
+
+    try:
+        with mock.patch(kernel.configure, return_value=AttentionConfig(*config)), stand_in(target) as launches:
+            cases.attention(backward="backward" in kernel.name, **arguments)
+    except Exception as error:
+        return Trial(config, problem=f"{type(error).__name__}: {error}".splitlines()[0][:60])
+    report = analyse(next(launch for launch in launches if launch.kernel == kernel.kernel))
+    resources, loop = report.resources, report.hot_loop
+    return Trial(
+        config,
+        "; ".join(resources.violations()),
+        resources.registers,
+        resources.shared_bytes,
+        report.occupancy.warps if report.occupancy else 0,
+        loop.instructions if loop else 0,
+        (loop.overlapped if loop else None) or 0.0,
+        (loop.alternating if loop else None) or 0.0,
+    )
+
+
+def candidates(kernel: Kernel, head_dim: int) -> list[tuple[int, int, int, int]]:
+    """All combinations less those whose accumulators alone cannot fit the registers of the block."""
+    product = itertools.product(kernel.rows, kernel.columns, kernel.warps, kernel.stages)
+    is_key_kernel = kernel.name.endswith("key")
+    kept = []
+    for rows, columns, warps, stages in product:
+        held = columns * head_dim * 2 if is_key_kernel else rows * head_dim
+        per_thread = (held + rows * columns) / (warps * 32)
+        if 16 <= per_thread <= 224:
+            kept.append((rows, columns, warps, stages))
+    return kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kernel", choices=KERNELS)
+    parser.add_argument("--targets", default="sm_80,sm_90,sm_100,sm_120")
+    parser.add_argument("--head-dims", default="64,128,256")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--flags", default="causal", help="features that are on, separated by commas")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--show", type=int, default=6, help="rows per table")
+    options = parser.parse_args()
+    kernel = KERNELS[options.kernel]
+    flags = [flag for flag in options.flags.split(",") if flag]
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for target, head_dim in itertools.product(options.targets.split(","), map(int, options.head_dims.split(","))):
+            arguments = {"dtype": options.dtype, "head_dim": head_dim, "flags": flags}
+            trials = [
+                pool.submit(try_config, kernel, target, config, arguments) for config in candidates(kernel, head_dim)
+            ]
+            ranked = sorted((trial.result() for trial in trials), key=Trial.rank)
+            usable = sum(not trial.problem for trial in ranked)
+            print(f"\n{kernel.name} {target} D{head_dim} {options.dtype} {flags}: {usable} of {len(ranked)} usable")
+            print("  rows cols warps stages | alternating overlapped | registers shared resident instructions")
+            for trial in ranked[: options.show]:
+                rows, columns, warps, stages = trial.config
+                bounds = f"{trial.alternating:11.0%} {trial.overlapped:10.0%}"
+                needs = f"{trial.registers:9} {trial.shared_bytes:6} {trial.warps_resident:8} {trial.instructions:12}"
+                print(f"  {rows:4} {columns:4} {warps:5} {stages:6} | {bounds} | {needs}  {trial.problem}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
