@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastattn.kernels.launch import Target
 
@@ -115,7 +115,12 @@ ELEMENTWISE_BLOCK = 1_024
 
 @dataclass(frozen=True)
 class MatmulConfig:
-    """A program computes block_m × block_n of the product, block_k of the depth at a time, by group_m rows."""
+    """A program computes block_m × block_n of the product, block_k of the depth at a time.
+
+    Attributes:
+        group_m: block rows that programs walk over together, so that they share operands in the L2 cache.
+        parts: pieces in which the block's columns are finished (1 or 2), so that an activation fits in registers.
+    """
 
     block_m: int
     block_n: int
@@ -123,18 +128,26 @@ class MatmulConfig:
     num_warps: int
     num_stages: int
     group_m: int = 8
+    parts: int = 1
 
 
-def matmul_config(target: Target, columns: int, depth: int, itemsize: int, products: int) -> MatmulConfig:
-    """columns, depth: of the right operand; products: how many accumulators a program keeps (2 where gated)."""
+def matmul_config(target: Target, columns: int, depth: int, itemsize: int, heavy: bool) -> MatmulConfig:
+    """columns, depth: of the right operand; heavy: the kernel has a gate, or the derivative of an activation.
+
+    The 16-bit configurations are the largest that compile without spills for every activation on their architecture.
+    """
     if target.backend == "interpreter":
-        return MatmulConfig(32, 32, 32, 4, 1)
-    if itemsize == 4:
+        block = MatmulConfig(32, 64, 32, 4, 1, parts=2)
+    elif itemsize == 4:
         block = MatmulConfig(64, 64, 32, 4, 2)
+    elif columns % 16 or depth % 16:  # element by element: the addresses need registers
+        block = MatmulConfig(64, 64, 32, 4, 2, parts=2)
     elif target.arch in (90, 100):
-        block = MatmulConfig(128, 256 // products, 64, 8, 3)
+        block = MatmulConfig(128, 128 if heavy else 256, 64, 8, 3, parts=2)
+    elif target.arch == 80:
+        block = MatmulConfig(128, 128, 32, 8, 4, parts=2)
     else:
-        block = MatmulConfig(128, 128 // products, 32, 4, 3)
+        block = MatmulConfig(128, 128, 64, 8, 2, parts=2)
     block_n = min(block.block_n, max(16, _power_of_2(columns)))
     block_k = min(block.block_k, max(16, _power_of_2(depth)))
-    return MatmulConfig(block.block_m, block_n, block_k, block.num_warps, block.num_stages, block.group_m)
+    return replace(block, block_n=block_n, block_k=block_k, parts=block.parts if block_n >= 64 else 1)

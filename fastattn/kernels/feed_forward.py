@@ -75,32 +75,23 @@ def store_block(POINTER, value, offsets, mask):
         tl.store(POINTER + offsets, value.to(POINTER.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def linear_kernel(
-    X, WEIGHT, BIAS, GATE_WEIGHT, GATE_BIAS, OUT, Z, G,
-    rows, columns, depth, stride_x, stride_wk, stride_wn, stride_gk, stride_gn,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """OUT = act(X W + b), or act(X Wg + bg) · (X W + b); Z and G keep the two products for the backward."""
-    start_m, start_n = block_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
-    offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
+@triton.jit
+def halves(block):
+    """The left and the right half of [BLOCK_M, BLOCK_N]."""
+    split: tl.constexpr = (block.shape[0], 2, block.shape[1] // 2)
+    return tl.split(tl.permute(tl.reshape(block, split), (0, 2, 1)))
+
+
+@triton.jit
+def finish_linear(z, g, BIAS, GATE_BIAS, OUT, Z, G, offs_m, offs_n, rows, columns, ACTIVATION: tl.constexpr):
+    """The end of `linear_kernel` for one part of its block; g is None without a gate."""
     offsets = offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
     mask = (offs_m < rows)[:, None] & (offs_n < columns)[None, :]
-    zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    z = multiply(
-        zeros, X, WEIGHT, offs_m, offs_n, rows, columns, depth, stride_x, stride_wk, stride_wn,
-        BLOCK_K, EVEN_K, PRECISION,
-    )  # fmt: skip
     z = add_bias(z, BIAS, offs_n, columns)
     store_block(Z, z, offsets, mask)
-    if GATE_WEIGHT is None:
+    if g is None:
         out, _ = activate(z, ACTIVATION)
     else:
-        g = multiply(
-            zeros, X, GATE_WEIGHT, offs_m, offs_n, rows, columns, depth, stride_x, stride_gk, stride_gn,
-            BLOCK_K, EVEN_K, PRECISION,
-        )  # fmt: skip
         g = add_bias(g, GATE_BIAS, offs_n, columns)
         store_block(G, g, offsets, mask)
         activated, _ = activate(g, ACTIVATION)
@@ -109,21 +100,44 @@ def linear_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def hidden_backward_kernel(
-    DY, WEIGHT, Z, G, DZ, DG, HIDDEN,
-    rows, columns, depth, stride_dy, stride_wk, stride_wn,
+def linear_kernel(
+    X, WEIGHT, BIAS, GATE_WEIGHT, GATE_BIAS, OUT, Z, G,
+    rows, columns, depth, stride_x, stride_wk, stride_wn, stride_gk, stride_gn,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """DZ = (DY W) act'(z), or the gated pair; HIDDEN, where it was not kept, is act(z) or act(g) · z once more."""
+    """OUT = act(X W + b), or act(X Wg + bg) · (X W + b); Z and G keep the two products for the backward."""
     start_m, start_n = block_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
+    zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    z = multiply(
+        zeros, X, WEIGHT, offs_m, offs_n, rows, columns, depth, stride_x, stride_wk, stride_wn,
+        BLOCK_K, EVEN_K, PRECISION,
+    )  # fmt: skip
+    g = None
+    if GATE_WEIGHT is not None:
+        g = multiply(
+            zeros, X, GATE_WEIGHT, offs_m, offs_n, rows, columns, depth, stride_x, stride_gk, stride_gn,
+            BLOCK_K, EVEN_K, PRECISION,
+        )  # fmt: skip
+    if PARTS == 1:
+        finish_linear(z, g, BIAS, GATE_BIAS, OUT, Z, G, offs_m, offs_n, rows, columns, ACTIVATION)
+    else:
+        offs_left = start_n + tl.arange(0, BLOCK_N // 2)
+        offs_right = offs_left + BLOCK_N // 2
+        z_left, z_right = halves(z)
+        g_left, g_right = None, None
+        if g is not None:
+            g_left, g_right = halves(g)
+        finish_linear(z_left, g_left, BIAS, GATE_BIAS, OUT, Z, G, offs_m, offs_left, rows, columns, ACTIVATION)
+        finish_linear(z_right, g_right, BIAS, GATE_BIAS, OUT, Z, G, offs_m, offs_right, rows, columns, ACTIVATION)
+
+
+@triton.jit
+def finish_hidden_backward(d_hidden, Z, G, DZ, DG, HIDDEN, offs_m, offs_n, rows, columns, ACTIVATION: tl.constexpr):
+    """The end of `hidden_backward_kernel` for one part of its block."""
     offsets = offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
     mask = (offs_m < rows)[:, None] & (offs_n < columns)[None, :]
-    d_hidden = multiply(
-        tl.zeros([BLOCK_M, BLOCK_N], tl.float32), DY, WEIGHT, offs_m, offs_n, rows, columns, depth,
-        stride_dy, stride_wk, stride_wn, BLOCK_K, EVEN_K, PRECISION,
-    )  # fmt: skip
     z = load_block(Z, offsets, mask)
     if G is None:
         hidden, derivative = activate(z, ACTIVATION)
@@ -137,11 +151,35 @@ def hidden_backward_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
+def hidden_backward_kernel(
+    DY, WEIGHT, Z, G, DZ, DG, HIDDEN,
+    rows, columns, depth, stride_dy, stride_wk, stride_wn,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """DZ = (DY W) act'(z), or the gated pair; HIDDEN, where it was not kept, is act(z) or act(g) · z once more."""
+    start_m, start_n = block_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
+    d_hidden = multiply(
+        tl.zeros([BLOCK_M, BLOCK_N], tl.float32), DY, WEIGHT, offs_m, offs_n, rows, columns, depth,
+        stride_dy, stride_wk, stride_wn, BLOCK_K, EVEN_K, PRECISION,
+    )  # fmt: skip
+    if PARTS == 1:
+        finish_hidden_backward(d_hidden, Z, G, DZ, DG, HIDDEN, offs_m, offs_n, rows, columns, ACTIVATION)
+    else:
+        offs_left = start_n + tl.arange(0, BLOCK_N // 2)
+        left, right = halves(d_hidden)
+        finish_hidden_backward(left, Z, G, DZ, DG, HIDDEN, offs_m, offs_left, rows, columns, ACTIVATION)
+        offs_right = offs_left + BLOCK_N // 2
+        finish_hidden_backward(right, Z, G, DZ, DG, HIDDEN, offs_m, offs_right, rows, columns, ACTIVATION)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def input_backward_kernel(
     DZ, WEIGHT, DG, GATE_WEIGHT, DX,
     rows, columns, depth, stride_dz, stride_wk, stride_wn, stride_dg, stride_gk, stride_gn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """DX = DZ W, or DZ W + DG Wg in one sum."""
     start_m, start_n = block_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
@@ -188,7 +226,7 @@ def forward(
     shape = (x.shape[0], weight.shape[0])
     out, z = x.new_empty(shape), x.new_empty(shape if save else 0)
     g = x.new_empty(shape if save and gated else 0)
-    constants, grid = _blocks(*shape, x.shape[1], x.element_size(), 2 if gated else 1, precision)
+    constants, grid = _blocks(*shape, x.shape[1], x.element_size(), gated, precision)
     launch(
         linear_kernel,
         grid,
@@ -225,7 +263,7 @@ def hidden_backward(
     shape = (dy.shape[0], weight.shape[1])
     dz, hidden = dy.new_empty(shape), dy.new_empty(shape if need_hidden else 0)
     dg = dy.new_empty(shape if gated else 0)
-    constants, grid = _blocks(*shape, dy.shape[1], dy.element_size(), 1, precision)
+    constants, grid = _blocks(*shape, dy.shape[1], dy.element_size(), True, precision)
     launch(
         hidden_backward_kernel,
         grid,
@@ -244,7 +282,7 @@ def input_backward(
     dz, dg = unit_rows(grad_z), None if grad_g is None else unit_rows(grad_g)
     shape = (dz.shape[0], weight.shape[1])
     dx = dz.new_empty(shape)
-    constants, grid = _blocks(*shape, dz.shape[1], dz.element_size(), 1, precision)
+    constants, grid = _blocks(*shape, dz.shape[1], dz.element_size(), False, precision)
     launch(
         input_backward_kernel,
         grid,
@@ -274,16 +312,17 @@ def _vector(tensor: Tensor | None) -> Tensor | None:
 
 
 def _blocks(
-    rows: int, columns: int, depth: int, itemsize: int, products: int, precision: str
+    rows: int, columns: int, depth: int, itemsize: int, heavy: bool, precision: str
 ) -> tuple[dict[str, Any], tuple[int]]:
     """The constants of a matrix product's kernel, and its grid."""
-    config = matmul_config(current_target(), columns, depth, itemsize, products)
+    config = matmul_config(current_target(), columns, depth, itemsize, heavy)
     constants = {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "EVEN_K": depth % config.block_k == 0,
         "GROUP_M": config.group_m,
+        "PARTS": config.parts,
         "PRECISION": precision,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,

@@ -168,7 +168,8 @@ def _weight_gradient(dz: Tensor, x: Tensor) -> Tensor:
 
 
 def _bias_gradient(dz: Tensor) -> Tensor:
-    return dz.sum(0, dtype=torch.float32).to(dz.dtype)
+    """db = Σ dz over the rows; torch accumulates in fp32."""
+    return dz.sum(0)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep: bool) -> tuple[Tensor, Tensor]:
