@@ -90,7 +90,6 @@ class Trainer:
         self.out: Path = arguments.out
         self.device = training.choose_device(arguments.device)
         self.dtype = training.choose_dtype(arguments.dtype, self.device)
-        self.lock = training.lock(self.out)
         saved = self.out / "checkpoint.pt"
         if saved.exists() and not (arguments.resume or arguments.overwrite):
             raise TrainingError(f"{saved} exists: add --resume to go on, --overwrite to start anew, or change --out")
@@ -253,12 +252,13 @@ class Trainer:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     try:
-        trainer = Trainer(arguments)
-        print(trainer.describe(), flush=True)
-        status = trainer.run()
-        if status == 0:
-            trainer.finish()
-        return status
+        with training.lock(arguments.out):
+            trainer = Trainer(arguments)
+            print(trainer.describe(), flush=True)
+            status = trainer.run()
+            if status == 0:
+                trainer.finish()
+            return status
     except (DataError, TrainingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

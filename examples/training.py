@@ -6,10 +6,11 @@ import json
 import math
 import os
 import signal
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,19 +69,20 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
 
 
-def lock(folder: Path) -> BinaryIO:
-    """Keep other runs out of `folder` until the file returned is closed or the process ends, however it ends."""
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keep other runs out of `folder`; the system takes the lock away when the process ends, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "wb")  # noqa: SIM115  (it stays open)
-    try:
-        import fcntl
+    with open(folder / ".lock", "wb") as file:
+        try:
+            import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows
-        pass
-    except BlockingIOError as error:
-        raise TrainingError(f"another process is training into {folder}") from error
-    return file
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except BlockingIOError as error:
+            raise TrainingError(f"another process is training into {folder}") from error
+        yield
 
 
 class StopSignal:

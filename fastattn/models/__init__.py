@@ -1,5 +1,6 @@
 """Example models on fastattn's ops, typed and tested like the rest."""
 
-from fastattn.models.gpt import GPT, GPTConfig, KVCache
+from fastattn.models.gpt import GPT, GPTConfig
+from fastattn.models.layers import KVCache
 
 __all__ = ["GPT", "GPTConfig", "KVCache"]

