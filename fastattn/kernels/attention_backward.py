@@ -16,74 +16,17 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
+from fastattn.kernels.attention_bias import attention_backward_bias
 from fastattn.kernels.config import attention_backward_key_config, attention_backward_query_config
 from fastattn.kernels.launch import current_target, launch
-from fastattn.kernels.masks import (
-    LOG2E,
-    base2_score,
-    capped_score,
-    capped_score_derivative,
-    is_visible,
-    load_tile,
-    visible_range,
-)
+from fastattn.kernels.masks import LOG2E, is_visible, load_tile, visible_range
 from fastattn.kernels.random import keep
+from fastattn.kernels.recompute import STATISTICS, load_pair, probability, row_statistics, score_gradient
 from fastattn.kernels.tiles import dropout_threshold, head_block, pair_strides, strides
 from fastattn.layout import new_heads
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-STATISTICS = 128  # the rows of a head's statistics are padded to a multiple of this
-
-
-@triton.jit
-def _row_statistics(ptr, batch_head, num_queries, STATISTICS: tl.constexpr):
-    """Where a head's (base-2 LSE, delta) rows start: padded, so that aligned loads of a whole block are possible."""
-    padded = tl.cdiv(num_queries, STATISTICS) * STATISTICS
-    lse_ptr = ptr + batch_head.to(tl.int64) * (2 * padded)
-    return lse_ptr, lse_ptr + padded
-
-
-@triton.jit
-def _probability(product, lse, mask, bias, slope, distance, visible, scale, softcap, PLAIN: tl.constexpr):
-    """-> (P, the capped score). `lse` broadcasts over the tile; `mask` and `visible` may be None."""
-    capped = product
-    if PLAIN:
-        logit = product
-    else:
-        capped = capped_score(product, scale, softcap)
-        logit = base2_score(capped, bias, slope, distance)
-    if visible is not None:
-        logit = tl.where(visible, logit, float("-inf"))
-    if mask is not None:
-        logit = tl.where(mask != 0, logit, float("-inf"))
-    if PLAIN:
-        return tl.exp2(tl.fma(logit, scale, -lse)), capped
-    else:
-        return tl.exp2(logit - lse), capped
-
-
-@triton.jit
-def _load_pair(ptr, stride, rows, columns, rows_ok, columns_ok):
-    """A tile of a mask or bias; None stays None."""
-    if ptr is None:
-        return None
-    else:
-        return load_tile(ptr + rows.to(tl.int64) * stride[2] + columns.to(tl.int64) * stride[3], rows_ok, columns_ok)
-
-
-@triton.jit
-def _score_gradient(p, dp, delta, capped, kept, keep_scale, softcap):
-    """-> (dS, dX): with respect to the logit, and to scale·q·k. `kept` is dropout's choice, or None."""
-    if kept is not None:
-        dp = tl.where(kept, dp * keep_scale, 0.0)
-    ds = p * (dp - delta)
-    if softcap is not None:
-        return ds, ds * capped_score_derivative(capped, softcap)
-    else:
-        return ds, ds
 
 
 @triton.jit
@@ -113,20 +56,20 @@ def _walk_keys(
         # [BLOCK_N, BLOCK_DV]
         v = load_tile(v_ptr + at * v_stride + v_offsets, keys_ok, columns_v)
         # [BLOCK_M, BLOCK_N] each
-        mask = _load_pair(mask_ptr, mask_stride, offs_m[:, None], columns, rows, columns_ok)
+        mask = load_pair(mask_ptr, mask_stride, offs_m[:, None], columns, rows, columns_ok)
         bias = None
         if bias_ptr is not None:
-            bias = _load_pair(bias_ptr, bias_stride, offs_m[:, None], columns, rows, columns_ok).to(tl.float32)
+            bias = load_pair(bias_ptr, bias_stride, offs_m[:, None], columns, rows, columns_ok).to(tl.float32)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         distance = (offs_m + shift)[:, None] - columns
-        p, capped = _probability(
+        p, capped = probability(
             product, lse[:, None], mask, bias, slope, distance, visible, scale, softcap, PLAIN
         )  # fmt: skip
         kept = None
         if seed is not None:
             kept = keep(seed, batch, head, offs_m[:, None], columns, threshold)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        _, dx = _score_gradient(p, dp, delta[:, None], capped, kept, keep_scale, softcap)
+        _, dx = score_gradient(p, dp, delta[:, None], capped, kept, keep_scale, softcap)
         dq = tl.dot(dx.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
@@ -180,7 +123,7 @@ def _attention_backward_query(
         delta -= tl.load(dlse_ptr + row_offsets, mask=in_bounds, other=0.0)
     lse = tl.load(lse_ptr + row_offsets, mask=in_bounds, other=float("inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)  # a row that sees nothing: P = 0
-    lse_rows, delta_rows = _row_statistics(statistics_ptr, batch_head, num_queries, STATISTICS)
+    lse_rows, delta_rows = row_statistics(statistics_ptr, batch_head, num_queries, STATISTICS)
     tl.store(lse_rows + offs_m, lse, mask=in_bounds)
     tl.store(delta_rows + offs_m, delta, mask=in_bounds)
 
@@ -256,13 +199,13 @@ def _walk_queries(
             lse = tl.load(lse_ptr + at + offs_m)
             delta = tl.load(delta_ptr + at + offs_m)
         # [BLOCK_N, BLOCK_M] each
-        mask = _load_pair(mask_ptr, mask_stride, queries, offs_n[:, None], rows, columns_ok)
+        mask = load_pair(mask_ptr, mask_stride, queries, offs_n[:, None], rows, columns_ok)
         bias = None
         if bias_ptr is not None:
-            bias = _load_pair(bias_ptr, bias_stride, queries, offs_n[:, None], rows, columns_ok).to(tl.float32)
+            bias = load_pair(bias_ptr, bias_stride, queries, offs_n[:, None], rows, columns_ok).to(tl.float32)
         product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         distance = queries + shift - offs_n[:, None]
-        p, capped = _probability(
+        p, capped = probability(
             product, lse[None, :], mask, bias, slope, distance, visible, scale, softcap, PLAIN
         )  # fmt: skip
         kept = None
@@ -272,7 +215,7 @@ def _walk_queries(
             p_kept = tl.where(kept, p * keep_scale, 0.0)
         dv = tl.dot(p_kept.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        _, dx = _score_gradient(p, dp, delta[None, :], capped, kept, keep_scale, softcap)
+        _, dx = score_gradient(p, dp, delta[None, :], capped, kept, keep_scale, softcap)
         dk = tl.dot(dx.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -332,7 +275,7 @@ def _attention_backward_key(
         h = head.to(tl.int64)
         q_head = q_ptr + b * q_strides[0] + h * q_strides[1]
         do_head = do_ptr + b * do_strides[0] + h * do_strides[1]
-        lse_head, delta_head = _row_statistics(statistics_ptr, b * num_heads + h, num_queries, STATISTICS)
+        lse_head, delta_head = row_statistics(statistics_ptr, b * num_heads + h, num_queries, STATISTICS)
         mask_head = None
         bias_head = None
         slope = None
@@ -365,98 +308,6 @@ def _attention_backward_key(
     dv_ptrs = dv_ptr + b * dv_strides[0] + kv_h * dv_strides[1] + n64 * dv_strides[2] + offs_dv[None, :]
     tl.store(dk_ptrs, (dk * scale).to(dk_ptr.dtype.element_ty), mask=columns_ok & (offs_d < D)[None, :])
     tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=columns_ok & (offs_dv < DV)[None, :])
-
-
-@triton.jit(do_not_specialize=[
-    "num_heads", "group", "num_queries", "num_keys", "left", "right", "threshold",
-    "bias_heads", "batches", "heads", "row_blocks", "column_blocks",
-])  # fmt: skip
-def _attention_backward_bias(
-    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, bias_ptr, bias_strides,
-    slopes_ptr, slopes_strides, seed_ptr, do_ptr, do_strides, statistics_ptr,  # as above
-    dbias_ptr, dbias_strides,  # the shape of the bias; stride 0 where it broadcasts
-    score_scale, scale, softcap, threshold, keep_scale, num_heads, group, num_queries, num_keys, left, right,
-    bias_heads, batches, heads, row_blocks, column_blocks,  # heads of the bias; what one program sums over
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
-    STATISTICS: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """dBias of one tile: dS summed over every batch, head, row and column that the bias is broadcast to."""
-    first_m = tl.program_id(1) * BLOCK_M
-    first_n = tl.program_id(2) * BLOCK_N
-    bias_b = tl.program_id(0) // bias_heads
-    bias_h = tl.program_id(0) % bias_heads
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
-    offs_dv = tl.arange(0, BLOCK_DV)[None, :]
-    columns_qk = None if D == BLOCK_D else offs_d < D
-    columns_v = None if DV == BLOCK_DV else offs_dv < DV
-    shift = num_keys - num_queries
-    seed = None
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(batches * heads * row_blocks * column_blocks):
-        start_n = first_n + step % column_blocks * BLOCK_N
-        start_m = first_m + step // column_blocks % row_blocks * BLOCK_M
-        head = bias_h + step // (column_blocks * row_blocks) % heads
-        batch = bias_b + step // (column_blocks * row_blocks * heads)
-        low, _, _, high = visible_range(start_m, num_queries, num_keys, shift, left, right, BLOCK_M, BLOCK_N)
-        if (start_n < high) & (start_n + BLOCK_N > low):
-            b, h, kv_h = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
-            offs_m = start_m + tl.arange(0, BLOCK_M)
-            offs_n = start_n + tl.arange(0, BLOCK_N)
-            rows = (offs_m < num_queries)[:, None]
-            columns = (offs_n < num_keys)[None, :]
-            keys_ok = (offs_n < num_keys)[:, None]
-            m64 = offs_m.to(tl.int64)[:, None]
-            n64 = offs_n.to(tl.int64)[:, None]
-            q = load_tile(q_ptr + b * q_strides[0] + h * q_strides[1] + m64 * q_strides[2] + offs_d, rows, columns_qk)
-            do = load_tile(
-                do_ptr + b * do_strides[0] + h * do_strides[1] + m64 * do_strides[2] + offs_dv, rows, columns_v
-            )
-            k = load_tile(
-                k_ptr + b * k_strides[0] + kv_h * k_strides[1] + n64 * k_strides[2] + offs_d, keys_ok, columns_qk
-            )
-            v = load_tile(
-                v_ptr + b * v_strides[0] + kv_h * v_strides[1] + n64 * v_strides[2] + offs_dv, keys_ok, columns_v
-            )
-            lse_head, delta_head = _row_statistics(statistics_ptr, b * num_heads + h, num_queries, STATISTICS)
-            lse = tl.load(lse_head + offs_m, mask=offs_m < num_queries, other=float("inf"))
-            delta = tl.load(delta_head + offs_m, mask=offs_m < num_queries, other=0.0)
-            mask = None
-            slope = None
-            kept = None
-            if mask_ptr is not None:
-                mask_head = mask_ptr + b * mask_strides[0] + h * mask_strides[1]
-                mask = _load_pair(mask_head, mask_strides, offs_m[:, None], offs_n[None, :], rows, columns)
-            bias_head = bias_ptr + b * bias_strides[0] + h * bias_strides[1]
-            bias = _load_pair(bias_head, bias_strides, offs_m[:, None], offs_n[None, :], rows, columns).to(tl.float32)
-            if slopes_ptr is not None:
-                slope = tl.load(slopes_ptr + b * slopes_strides[0] + h * slopes_strides[1])
-            visible = is_visible(offs_m[:, None], offs_n[None, :], num_keys, shift, left, right)
-            distance = (offs_m + shift)[:, None] - offs_n[None, :]
-            product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            p, capped = _probability(
-                product, lse[:, None], mask, bias, slope, distance, visible, score_scale, softcap, PLAIN
-            )  # fmt: skip
-            if seed_ptr is not None:
-                kept = keep(seed, batch, head, offs_m[:, None], offs_n[None, :], threshold)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            ds, _ = _score_gradient(p, dp, delta[:, None], capped, kept, keep_scale, softcap)
-            total += ds
-    dbias_ptr += bias_b.to(tl.int64) * dbias_strides[0] + bias_h.to(tl.int64) * dbias_strides[1]
-    offs_m = first_m + tl.arange(0, BLOCK_M)
-    offs_n = first_n + tl.arange(0, BLOCK_N)
-    rows = offs_m < (1 if SUM_ROWS else num_queries)
-    columns = offs_n < (1 if SUM_COLUMNS else num_keys)
-    if SUM_ROWS:
-        total = tl.where((offs_m == 0)[:, None], tl.sum(total, 0)[None, :], 0.0)
-    if SUM_COLUMNS:
-        total = tl.where((offs_n == 0)[None, :], tl.sum(total, 1)[:, None], 0.0)
-    pointers = (
-        dbias_ptr + offs_m.to(tl.int64)[:, None] * dbias_strides[2] + offs_n.to(tl.int64)[None, :] * dbias_strides[3]
-    )
-    tl.store(pointers, total.to(dbias_ptr.dtype.element_ty), mask=rows[:, None] & columns[None, :])
 
 
 def backward(
@@ -509,7 +360,7 @@ def backward(
         row_blocks, column_blocks = triton.cdiv(num_queries, config.block_m), triton.cdiv(num_keys, config.block_n)
         sum_rows, sum_columns = bias_rows == 1, bias_columns == 1
         launch(
-            _attention_backward_bias,
+            attention_backward_bias,
             (bias_batch * bias_heads, 1 if sum_rows else row_blocks, 1 if sum_columns else column_blocks), *inputs,
             grad_out, strides(grad_out), statistics, grad_bias, pair_strides(grad_bias), *scalars, heads, *lengths,
             bias_heads, batch // bias_batch, heads // bias_heads, row_blocks if sum_rows else 1,
@@ -524,6 +375,6 @@ def backward(
     )  # fmt: skip
     if sinks is not None and need_sinks:
         # the sink's probability exp(sink - LSE), 0 for a row without keys and with a sink of -inf, times -delta
-        probability = (sinks.float()[:, None] - lse).exp().nan_to_num(0.0)
-        grad_sinks = -(probability * statistics[:, :, 1, :num_queries]).sum((0, 2)).to(sinks.dtype)
+        share = (sinks.float()[:, None] - lse).exp().nan_to_num(0.0)
+        grad_sinks = -(share * statistics[:, :, 1, :num_queries]).sum((0, 2)).to(sinks.dtype)
     return grad_query, grad_key, grad_value, grad_bias, grad_sinks

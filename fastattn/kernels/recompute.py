@@ -1,0 +1,56 @@
+"""What every backward kernel of attention computes again: the probabilities, and the gradient of the scores."""
+
+import triton
+import triton.language as tl
+
+from fastattn.kernels.masks import base2_score, capped_score, capped_score_derivative, load_tile
+
+STATISTICS = 128  # the rows of a head's statistics are padded to a multiple of this
+
+
+@triton.jit
+def row_statistics(ptr, batch_head, num_queries, STATISTICS: tl.constexpr):
+    """Where a head's (base-2 LSE, delta) rows start: padded, so that aligned loads of a whole block are possible."""
+    padded = tl.cdiv(num_queries, STATISTICS) * STATISTICS
+    lse_ptr = ptr + batch_head.to(tl.int64) * (2 * padded)
+    return lse_ptr, lse_ptr + padded
+
+
+@triton.jit
+def probability(product, lse, mask, bias, slope, distance, visible, scale, softcap, PLAIN: tl.constexpr):
+    """-> (P, the capped score). `lse` broadcasts over the tile; `mask` and `visible` may be None."""
+    capped = product
+    if PLAIN:
+        logit = product
+    else:
+        capped = capped_score(product, scale, softcap)
+        logit = base2_score(capped, bias, slope, distance)
+    if visible is not None:
+        logit = tl.where(visible, logit, float("-inf"))
+    if mask is not None:
+        logit = tl.where(mask != 0, logit, float("-inf"))
+    if PLAIN:
+        return tl.exp2(tl.fma(logit, scale, -lse)), capped
+    else:
+        return tl.exp2(logit - lse), capped
+
+
+@triton.jit
+def load_pair(ptr, stride, rows, columns, rows_ok, columns_ok):
+    """A tile of a mask or bias; None stays None."""
+    if ptr is None:
+        return None
+    else:
+        return load_tile(ptr + rows.to(tl.int64) * stride[2] + columns.to(tl.int64) * stride[3], rows_ok, columns_ok)
+
+
+@triton.jit
+def score_gradient(p, dp, delta, capped, kept, keep_scale, softcap):
+    """-> (dS, dX): with respect to the logit, and to scale·q·k. `kept` is dropout's choice, or None."""
+    if kept is not None:
+        dp = tl.where(kept, dp * keep_scale, 0.0)
+    ds = p * (dp - delta)
+    if softcap is not None:
+        return ds, ds * capped_score_derivative(capped, softcap)
+    else:
+        return ds, ds
