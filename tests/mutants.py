@@ -1,0 +1,236 @@
+"""Plants bugs in the package, one at a time, and shows that the tests catch each: `python -m tests.mutants`.
+
+A mutant is a source text substitution in a temporary copy of the repository. It is caught when a test fails; the table
+shows the first line of that failure. The command ends with exit status 1 if a mutant survives, if the text that it
+replaces is no longer there exactly once, or if the tests do not pass without any bug.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+COPIED = ("fastattn", "tests", "bench", "pyproject.toml")
+
+FORWARD, BACKWARD = "kernels/attention.py", "kernels/attention_backward.py"
+ATTENTION = ("tests/test_attention.py", "-k", "triton")
+EAGER_ATTENTION = ("tests/test_attention.py", "-k", "eager")
+NORM = ("tests/test_normalization.py", "-k", "triton")
+FEED_FORWARD = ("tests/test_feed_forward.py", "-k", "triton")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` stands exactly once in fastattn/`file`; `tests` are the pytest arguments that must catch its replacement."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTANTS = (
+    Mutant("accumulator is not rescaled", FORWARD, "acc * rescale[:, None]", "acc", ATTENTION),
+    Mutant("denominator is not rescaled", FORWARD, "l = l * rescale + tl.sum(p, 1)", "l = l + tl.sum(p, 1)", ATTENTION),
+    Mutant("wrong key head under GQA", FORWARD, "(head // group).to(tl.int64)", "(head % 2).to(tl.int64)", ATTENTION),
+    Mutant("no guard for rows that see nothing", FORWARD, "tl.where(l > 0, l, 1.0)", "l", ATTENTION),
+    Mutant(
+        "causal edge is one too far",
+        "kernels/masks.py",
+        "y <= tl.minimum(x + (shift + ahead), other_length - 1)",
+        "y <= tl.minimum(x + (shift + ahead) + 1, other_length - 1)",
+        ATTENTION,
+    ),
+    Mutant(
+        "last visible block is skipped",
+        "kernels/masks.py",
+        "high = tl.minimum(tl.maximum(last + shift + ahead + 1, 0), other_length)",
+        "high = tl.minimum(tl.maximum(last + shift + ahead, 0), other_length)",
+        ATTENTION,
+    ),
+    Mutant(
+        "bottom-right offset is one off",
+        FORWARD,
+        "shift = num_keys - num_queries",
+        "shift = num_keys - num_queries - 1",
+        ATTENTION,
+    ),
+    Mutant(
+        "tail reads one key too many",
+        FORWARD,
+        "in_bounds = offs_n < num_keys - start",
+        "in_bounds = offs_n <= num_keys - start",
+        ATTENTION,
+    ),
+    Mutant("scale dropped in dQ", BACKWARD, "(dq * scale).to(", "dq.to(", ATTENTION),
+    Mutant("delta dropped", BACKWARD, "ds = p * (dp - delta)", "ds = p * dp", ATTENTION),
+    Mutant("gradient of the LSE has the wrong sign", BACKWARD, "delta -= tl.load(", "delta += tl.load(", ATTENTION),
+    Mutant(
+        "derivative of the softcap",
+        "kernels/masks.py",
+        "return 1.0 - ratio * ratio",
+        "return 1.0 + ratio * ratio",
+        ATTENTION,
+    ),
+    Mutant("dropout keeps the wrong share", "kernels/random.py", ">= threshold", "< threshold", ATTENTION),
+    Mutant(
+        "eager: window is one too wide",
+        "eager/attention.py",
+        "before = j < i - self.window_left",
+        "before = j < i - self.window_left - 1",
+        EAGER_ATTENTION,
+    ),
+    Mutant(
+        "statistics in the dtype of the input",
+        "kernels/normalization.py",
+        "mean = input.new_empty(rows if centered else 0, dtype=torch.float32)",
+        "mean = input.new_empty(rows if centered else 0)",
+        NORM,
+    ),
+    Mutant(
+        "partial sums of the weight gradient in the dtype of the input",
+        "kernels/normalization.py",
+        "hidden.new_empty(2, groups * programs, columns, dtype=torch.float32)",
+        "hidden.new_empty(2, groups * programs, columns)",
+        NORM,
+    ),
+    Mutant(
+        "last row of partial sums dropped",
+        "kernels/normalization.py",
+        "mask = (row < programs)[:, None] & mask_n[None, :]",
+        "mask = (row < programs - 1)[:, None] & mask_n[None, :]",
+        NORM,
+    ),
+    Mutant(
+        "padding counts as part of the row",
+        "kernels/normalization.py",
+        "h = tl.where(mask, h - mean[:, None], 0.0)",
+        "h = h - mean[:, None]",
+        NORM,
+    ),
+    Mutant(
+        "layer norm's gradient misses the mean",
+        "kernels/normalization.py",
+        "dh -= (tl.sum(g, 1) / columns)[:, None]",
+        "dh -= 0.0",
+        NORM,
+    ),
+    Mutant(
+        "derivative of SiLU",
+        "kernels/activations.py",
+        "s * (1.0 + z * (1.0 - s))",
+        "s * (1.0 + z * s)",
+        FEED_FORWARD,
+    ),
+    Mutant(
+        "derivative of the tanh form of GELU",
+        "kernels/activations.py",
+        "(1.0 + 0.134145 * z * z)",
+        "(1.0 + 0.044715 * z * z)",
+        FEED_FORWARD,
+    ),
+    Mutant(
+        "ragged depth of a product reads past the row",
+        "kernels/feed_forward.py",
+        "mask=mask_a & (offs_k < depth - start)[None, :]",
+        "mask=mask_a & (offs_k <= depth - start)[None, :]",
+        FEED_FORWARD,
+    ),
+    Mutant(
+        "bias gradient accumulates in bf16",
+        "ops/feed_forward.py",
+        "return dz.sum(0)",
+        "return sum(dz, torch.zeros_like(dz.sum(0)))",
+        ("tests/test_feed_forward.py",),
+    ),
+    Mutant(
+        "weight gradient accumulates in bf16",
+        "ops/feed_forward.py",
+        "return torch.mm(dz.t(), x)",
+        "return sum((torch.outer(a, b) for a, b in zip(dz, x)), torch.zeros_like(torch.mm(dz.t(), x)))",
+        ("tests/test_feed_forward.py",),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`verdict` is "caught", "SURVIVED", or what is wrong with the mutant itself."""
+
+    mutant: Mutant
+    verdict: str
+    evidence: str = ""
+
+
+def run_tests(copy: Path, tests: Iterable[str]) -> subprocess.CompletedProcess[str]:
+    """Run pytest in `copy`, stopping at the first failure."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(copy)}
+    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+
+
+def try_mutant(mutant: Mutant, copy: Path) -> Outcome:
+    """Apply `mutant` to `copy`, run its tests, and undo it."""
+    path = copy / "fastattn" / mutant.file
+    source = path.read_text()
+    if source.count(mutant.old) != 1:
+        return Outcome(mutant, f"text found {source.count(mutant.old)} times in {mutant.file}")
+    path.write_text(source.replace(mutant.old, mutant.new))
+    try:
+        result = run_tests(copy, mutant.tests)
+    finally:
+        path.write_text(source)
+    if result.returncode == 0:
+        return Outcome(mutant, "SURVIVED")
+    if result.returncode != 1:  # not a failing test, but pytest itself: nothing collected, import error
+        return Outcome(mutant, f"pytest ended with {result.returncode}", result.stdout.strip().splitlines()[-1])
+    failure = re.search(r"^E\s+(.*)", result.stdout, re.MULTILINE)
+    return Outcome(mutant, "caught", failure[1] if failure else "")
+
+
+def chosen_mutants(pattern: str) -> list[Mutant]:
+    chosen = [mutant for mutant in MUTANTS if pattern in f"{mutant.file} {mutant.name}"]
+    if not chosen:
+        raise SystemExit(f"no mutant has {pattern!r} in its file or name")
+    return chosen
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pattern", nargs="?", default="", help="only mutants with this text in their file or name")
+    mutants = chosen_mutants(parser.parse_args().pattern)
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory)
+        for name in COPIED:
+            source = REPOSITORY / name
+            if source.is_dir():
+                shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, copy / name)
+        for tests in dict.fromkeys(mutant.tests for mutant in mutants):
+            result = run_tests(copy, tests)
+            if result.returncode != 0:
+                print(f"without any bug, pytest {' '.join(tests)} fails:\n{result.stdout[-3000:]}")
+                return 1
+        outcomes = []
+        for mutant in mutants:
+            outcome = try_mutant(mutant, copy)
+            outcomes.append(outcome)
+            print(f"{outcome.verdict:9} {mutant.name} ({mutant.file}): {outcome.evidence[:90]}", flush=True)
+    caught = sum(outcome.verdict == "caught" for outcome in outcomes)
+    print(f"{caught} of {len(outcomes)} planted bugs caught")
+    return 0 if caught == len(outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
