@@ -7,7 +7,7 @@ OUT ?= runs/demo
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format types bench mutants clean
+.PHONY: help demo test gpu test-all lint format types bench mutants clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ demo: $(VENV)/.examples ## train a small GPT on Shakespeare: about 3 minutes on 
 
 test: $(VENV)/.dev ## run the tests
 	$(BIN)/python -m pytest
+
+gpu: $(VENV)/.dev ## run the tests that need a GPU, compiled, on this machine's
+	FASTATTN_TEST_GPU=1 $(BIN)/python -m pytest -m gpu
 
 test-all: $(VENV)/.dev ## run the tests and the exhaustive sweeps
 	$(BIN)/python -m pytest -m "slow or not slow"

@@ -1,4 +1,8 @@
-"""Where no GPU is, every kernel under test runs in Triton's interpreter, watched by the sanitizer."""
+"""Kernels under test run in Triton's interpreter, watched by the sanitizer, on every machine alike.
+
+`FASTATTN_TEST_GPU=1` (`make gpu`) runs the tests marked `gpu` instead, compiled, on the machine's GPU: interpreted and
+compiled kernels do not mix in one process.
+"""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +12,9 @@ import torch
 
 from bench.codegen.worker import CompileWorker
 
-if not torch.cuda.is_available():
+ON_GPU = os.environ.get("FASTATTN_TEST_GPU") == "1"
+
+if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read at triton's first import
     os.environ.setdefault("FASTATTN_BACKEND", "eager")  # kernel tests opt in: `with fastattn.backend.use("triton")`
 
@@ -19,10 +25,11 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    for item in items:
+        if "gpu" in item.keywords and not (ON_GPU and torch.cuda.is_available()):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: make gpu"))
+        elif "gpu" not in item.keywords and ON_GPU:
+            item.add_marker(pytest.mark.skip(reason="interpreted: make test"))
 
 
 @pytest.fixture(autouse=True)

@@ -126,12 +126,12 @@ CASES |= {
 def run(case, tensors, options, dtype, seed=1234):
     """(outputs, gradients) of ours, of the fp64 truth, and of plain PyTorch at this dtype."""
     batch, heads, n, nk = tensors[0].shape[0], tensors[0].shape[1], tensors[0].shape[2], tensors[1].shape[2]
-    generator = torch.manual_seed(seed)
-    drawn = int(torch.randint(torch.iinfo(torch.int64).max, (1,), generator=generator))
+    torch.manual_seed(seed)
+    drawn = int(torch.randint(torch.iinfo(torch.int64).max, (1,)))
     factors = None
     if case.dropout_p:
         keep = reference.philox_keep(drawn, (batch, heads, n, nk), case.dropout_p)
-        factors = keep.double() / (1 - case.dropout_p)
+        factors = keep.to(tensors[0].device).double() / (1 - case.dropout_p)
     grad_out = torch.randn(batch, heads, n, tensors[2].shape[3], dtype=torch.float64).to(dtype)
     grad_lse = torch.randn(batch, heads, n) if case.grad_lse else None
 
