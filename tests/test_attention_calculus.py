@@ -183,14 +183,14 @@ def test_backward_is_deterministic_bit_for_bit(name, backend):
     assert all(torch.equal(a, b) for a, b in zip(first[0] + first[1], second[0] + second[1]))
 
 
-def test_offsets_beyond_32_bits(monkeypatch):
-    """Rows 2^27 elements apart: the last one lies 2^32 elements into the (lazily allocated) storage."""
+@pytest.mark.parametrize(("rows", "stride"), [(150, 1 << 24), (33, 1 << 27)], ids=["rows_16m_apart", "copied"])
+def test_offsets_beyond_32_bits(rows, stride, monkeypatch):
+    """The last row lies more than 2^31 elements into the (lazily allocated) storage."""
     monkeypatch.setattr(sanitizer.Launch, "register", lambda *arguments: None)  # it keeps a state per element
     monkeypatch.setattr(sanitizer.Launch, "access", lambda *arguments: None)
-    rows, dim, stride = 33, 16, 1 << 27
-    memory = mmap.mmap(-1, (rows - 1) * stride * 2 + dim * 2)
-    far = torch.frombuffer(memory, dtype=torch.float16).as_strided((1, 1, rows, dim), (0, 0, stride, 1))
-    near = torch.randn(1, 1, rows, dim).half()
+    memory = mmap.mmap(-1, (rows - 1) * stride * 2 + 32)
+    far = torch.frombuffer(memory, dtype=torch.float16).as_strided((1, 1, rows, 16), (0, 0, stride, 1))
+    near = torch.randn(1, 1, rows, 16).half()
     far.copy_(near)
     with fastattn.backend.use("triton"):
         leaves = [far.requires_grad_(), near.requires_grad_()]

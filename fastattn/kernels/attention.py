@@ -40,8 +40,8 @@ def _walk_keys(
 ):  # fmt: skip
     """Adds the keys [low, high) to the running (acc, l, m). EDGE: some of them may be invisible to some row."""
     offs_n = tl.arange(0, BLOCK_N)
-    k_offsets = offs_n.to(tl.int64)[None, :] * k_stride + tl.arange(0, BLOCK_D)[:, None]
-    v_offsets = offs_n.to(tl.int64)[:, None] * v_stride + tl.arange(0, BLOCK_DV)[None, :]
+    k_offsets = offs_n[None, :] * k_stride + tl.arange(0, BLOCK_D)[:, None]
+    v_offsets = offs_n[:, None] * v_stride + tl.arange(0, BLOCK_DV)[None, :]
     for start in tl.range(low, high, BLOCK_N):
         in_bounds = offs_n < num_keys - start
         at = tl.cast(start, tl.int64)
@@ -117,10 +117,9 @@ def _attention_forward(
     shift = num_keys - num_queries
 
     # [BLOCK_M, BLOCK_D]
-    q = load_tile(
-        q_ptr + b * q_strides[0] + h * q_strides[1] + offs_m.to(tl.int64)[:, None] * q_strides[2] + offs_d[None, :],
-        rows, None if D == BLOCK_D else (offs_d < D)[None, :],
-    )  # fmt: skip
+    q_ptr += b * q_strides[0] + h * q_strides[1] + start_m.to(tl.int64) * q_strides[2]
+    local = tl.arange(0, BLOCK_M)[:, None]
+    q = load_tile(q_ptr + local * q_strides[2] + offs_d[None, :], rows, None if D == BLOCK_D else (offs_d < D)[None, :])
     k_ptr += b * k_strides[0] + kv_h * k_strides[1]
     v_ptr += b * v_strides[0] + kv_h * v_strides[1]
     slope = None
@@ -166,10 +165,8 @@ def _attention_forward(
     l_safe = tl.where(l > 0, l, 1.0)
     out = acc * (keep_scale / l_safe)[:, None]
     lse = tl.where(l > 0, (m + tl.log2(l_safe)) * LN2, float("-inf"))
-    out_ptrs = (
-        out_ptr + b * out_strides[0] + h * out_strides[1]
-        + offs_m.to(tl.int64)[:, None] * out_strides[2] + offs_dv[None, :]
-    )  # fmt: skip
+    out_ptr += b * out_strides[0] + h * out_strides[1] + start_m.to(tl.int64) * out_strides[2]
+    out_ptrs = out_ptr + local * out_strides[2] + offs_dv[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=rows & (offs_dv < DV)[None, :])
     tl.store(lse_ptr + batch_head.to(tl.int64) * num_queries + offs_m, lse, mask=offs_m < num_queries)
 
@@ -183,10 +180,11 @@ def forward(
     batch, heads, num_queries, head_dim = query.shape
     num_keys, value_dim = value.shape[2:]
     block_d, block_dv = head_block(head_dim), head_block(value_dim)
-    config = attention_forward_config(current_target(), max(block_d, block_dv), query.element_size())
     out = new_heads(query, heads, num_queries, value_dim)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     plain = bias is None and alibi_slopes is None and softcap == 0.0 and scale > 0.0
+    heavy = not plain or mask is not None or seed is not None
+    config = attention_forward_config(current_target(), max(block_d, block_dv), query.element_size(), heavy)
     arguments: tuple[Any, ...] = (
         query, strides(query), key, strides(key), value, strides(value), mask, pair_strides(mask), bias, pair_strides(bias),
         alibi_slopes, strides(alibi_slopes), sinks, seed, out, strides(out), lse,
@@ -201,8 +199,13 @@ def forward(
     return out, lse
 
 
-def explain(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> list[str]:
+def explain(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None,
+    sinks: Tensor | None, seed: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
+    softcap: float, dropout_p: float,
+) -> list[str]:  # fmt: skip
     """The tiles that the kernels of this call would use."""
+    heavy = any(x is not None for x in (mask, bias, alibi_slopes, seed)) or softcap != 0.0 or scale <= 0.0
     target, width = current_target(), max(head_block(query.shape[3]), head_block(value.shape[3]))
     configs = {
         "forward": attention_forward_config,
@@ -211,7 +214,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> list[str]
     }
     lines = [f"target {target.backend}" + (f" sm_{target.arch}" if target.arch else "")]
     for name, choose in configs.items():
-        config = choose(target, width, query.element_size())
+        config = choose(target, width, query.element_size(), heavy)
         tile = f"{config.block_m} rows x {config.block_n} keys"
         lines.append(f"{name}: {tile} a step, {config.num_warps} warps, {config.num_stages} stages")
     return lines

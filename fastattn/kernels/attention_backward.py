@@ -38,8 +38,8 @@ def _walk_keys(
 ):  # fmt: skip
     """Adds the keys [low, high) to dQ / scale of one block of query rows."""
     offs_n = tl.arange(0, BLOCK_N)
-    k_offsets = offs_n.to(tl.int64)[:, None] * k_stride + tl.arange(0, BLOCK_D)[None, :]
-    v_offsets = offs_n.to(tl.int64)[:, None] * v_stride + tl.arange(0, BLOCK_DV)[None, :]
+    k_offsets = offs_n[:, None] * k_stride + tl.arange(0, BLOCK_D)[None, :]
+    v_offsets = offs_n[:, None] * v_stride + tl.arange(0, BLOCK_DV)[None, :]
     for start in tl.range(low, high, BLOCK_N):
         in_bounds = offs_n < num_keys - start
         visible = None
@@ -69,7 +69,7 @@ def _walk_keys(
         if seed is not None:
             kept = keep(seed, batch, head, offs_m[:, None], columns, threshold)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        _, dx = score_gradient(p, dp, delta[:, None], capped, kept, keep_scale, softcap)
+        _ds, dx = score_gradient(p, dp, delta[:, None], capped, kept, keep_scale, softcap)
         dq = tl.dot(dx.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
@@ -106,17 +106,17 @@ def _attention_backward_query(
     columns_qk = None if D == BLOCK_D else (offs_d < D)[None, :]
     columns_v = None if DV == BLOCK_DV else (offs_dv < DV)[None, :]
     shift = num_keys - num_queries
-    m64 = offs_m.to(tl.int64)[:, None]
+    m = start_m.to(tl.int64)
+    local = tl.arange(0, BLOCK_M)[:, None]
 
     # [BLOCK_M, BLOCK_D]
-    q = load_tile(q_ptr + b * q_strides[0] + h * q_strides[1] + m64 * q_strides[2] + offs_d[None, :], rows, columns_qk)
+    q_ptr += b * q_strides[0] + h * q_strides[1] + m * q_strides[2]
+    q = load_tile(q_ptr + local * q_strides[2] + offs_d[None, :], rows, columns_qk)
     # [BLOCK_M, BLOCK_DV]
-    o = load_tile(
-        out_ptr + b * out_strides[0] + h * out_strides[1] + m64 * out_strides[2] + offs_dv[None, :], rows, columns_v
-    )
-    do = load_tile(
-        do_ptr + b * do_strides[0] + h * do_strides[1] + m64 * do_strides[2] + offs_dv[None, :], rows, columns_v
-    )
+    out_ptr += b * out_strides[0] + h * out_strides[1] + m * out_strides[2]
+    o = load_tile(out_ptr + local * out_strides[2] + offs_dv[None, :], rows, columns_v)
+    do_ptr += b * do_strides[0] + h * do_strides[1] + m * do_strides[2]
+    do = load_tile(do_ptr + local * do_strides[2] + offs_dv[None, :], rows, columns_v)
     row_offsets = batch_head.to(tl.int64) * num_queries + offs_m
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     if dlse_ptr is not None:
@@ -161,7 +161,8 @@ def _attention_backward_query(
         right, score_scale, softcap, threshold, keep_scale, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN,
         True, PRECISION,
     )  # fmt: skip
-    dq_ptrs = dq_ptr + b * dq_strides[0] + h * dq_strides[1] + m64 * dq_strides[2] + offs_d[None, :]
+    dq_ptr += b * dq_strides[0] + h * dq_strides[1] + m * dq_strides[2]
+    dq_ptrs = dq_ptr + local * dq_strides[2] + offs_d[None, :]
     tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=rows & (offs_d < D)[None, :])
 
 
@@ -170,13 +171,13 @@ def _walk_queries(
     dk, dv, k, v, q_ptr, q_stride, do_ptr, do_stride, lse_ptr, delta_ptr, mask_ptr, mask_stride, bias_ptr, bias_stride,
     slope, seed, low, high, batch, head, offs_n, columns_ok, num_queries, shift, left, right, scale, softcap, threshold,
     keep_scale, columns_qk, columns_v, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
+    PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """Adds the query rows [low, high) to dK / scale and dV of one block of keys, as transposed tiles (K Qᵀ)."""
     offs_m = tl.arange(0, BLOCK_M)
-    q_offsets = offs_m.to(tl.int64)[:, None] * q_stride + tl.arange(0, BLOCK_D)[None, :]
-    do_offsets = offs_m.to(tl.int64)[:, None] * do_stride + tl.arange(0, BLOCK_DV)[None, :]
-    for start in tl.range(low, high, BLOCK_M):
+    q_offsets = offs_m[:, None] * q_stride + tl.arange(0, BLOCK_D)[None, :]
+    do_offsets = offs_m[:, None] * do_stride + tl.arange(0, BLOCK_DV)[None, :]
+    for start in tl.range(low, high, BLOCK_M, disable_licm=not HOIST):
         in_bounds = offs_m < num_queries - start
         visible = None
         rows = None
@@ -215,12 +216,12 @@ def _walk_queries(
             p_kept = tl.where(kept, p * keep_scale, 0.0)
         dv = tl.dot(p_kept.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        _, dx = score_gradient(p, dp, delta[None, :], capped, kept, keep_scale, softcap)
+        _ds, dx = score_gradient(p, dp, delta[None, :], capped, kept, keep_scale, softcap)
         dk = tl.dot(dx.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "group", "num_queries", "num_keys", "left", "right", "threshold"])
+@triton.jit(do_not_specialize=["num_kv_heads", "num_queries", "num_keys", "left", "right", "threshold"])
 def _attention_backward_key(
     q_ptr, q_strides,  # (B, Hq, Nq, D)
     k_ptr, k_strides,  # (B, Hkv, Nk, D)
@@ -232,10 +233,10 @@ def _attention_backward_key(
     statistics_ptr,  # fp32 (B, Hq, 2, Nq padded): base-2 LSE and delta
     dk_ptr, dk_strides,  # (B, Hkv, Nk, D)
     dv_ptr, dv_strides,  # (B, Hkv, Nk, DV)
-    score_scale, scale, softcap, threshold, keep_scale, num_kv_heads, group, num_queries, num_keys, left, right,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    score_scale, scale, softcap, threshold, keep_scale, num_kv_heads, num_queries, num_keys, left, right,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
-    STATISTICS: tl.constexpr,
+    STATISTICS: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of keys: the sum over the query heads that share it, in a fixed order."""
     blocks = tl.cdiv(num_keys, BLOCK_N)
@@ -244,7 +245,7 @@ def _attention_backward_key(
     batch = batch_head // num_kv_heads
     kv_head = batch_head % num_kv_heads
     b, kv_h = batch.to(tl.int64), kv_head.to(tl.int64)
-    num_heads = num_kv_heads * group
+    num_heads = num_kv_heads * GROUP
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -252,16 +253,15 @@ def _attention_backward_key(
     columns_qk = None if D == BLOCK_D else (offs_d < D)[None, :]
     columns_v = None if DV == BLOCK_DV else (offs_dv < DV)[None, :]
     shift = num_keys - num_queries
-    n64 = offs_n.to(tl.int64)[:, None]
+    n = start_n.to(tl.int64)
+    local = tl.arange(0, BLOCK_N)[:, None]
 
     # [BLOCK_N, BLOCK_D]
-    k = load_tile(
-        k_ptr + b * k_strides[0] + kv_h * k_strides[1] + n64 * k_strides[2] + offs_d[None, :], columns_ok, columns_qk
-    )
+    k_ptr += b * k_strides[0] + kv_h * k_strides[1] + n * k_strides[2]
+    k = load_tile(k_ptr + local * k_strides[2] + offs_d[None, :], columns_ok, columns_qk)
     # [BLOCK_N, BLOCK_DV]
-    v = load_tile(
-        v_ptr + b * v_strides[0] + kv_h * v_strides[1] + n64 * v_strides[2] + offs_dv[None, :], columns_ok, columns_v
-    )
+    v_ptr += b * v_strides[0] + kv_h * v_strides[1] + n * v_strides[2]
+    v = load_tile(v_ptr + local * v_strides[2] + offs_dv[None, :], columns_ok, columns_v)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     seed = None
@@ -270,8 +270,8 @@ def _attention_backward_key(
     low, full_low, full_high, high = visible_range(
         start_n, num_keys, num_queries, -shift, right, left, BLOCK_N, BLOCK_M
     )
-    for member in range(group):
-        head = kv_head * group + member
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
         h = head.to(tl.int64)
         q_head = q_ptr + b * q_strides[0] + h * q_strides[1]
         do_head = do_ptr + b * do_strides[0] + h * do_strides[1]
@@ -290,22 +290,24 @@ def _attention_backward_key(
                 dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_head, delta_head,
                 mask_head, mask_strides, bias_head, bias_strides, slope, seed, low, tl.minimum(full_low, high), batch, head,
                 offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
-                columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_M, PLAIN, True, PRECISION,
+                columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_M, PLAIN, True, PRECISION, HOIST,
             )  # fmt: skip
         dk, dv = _walk_queries(
             dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_head, delta_head,
             mask_head, mask_strides, bias_head, bias_strides, slope, seed, full_low, full_high, batch, head,
             offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
-            columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_M, PLAIN, False, PRECISION,
+            columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_M, PLAIN, False, PRECISION, HOIST,
         )  # fmt: skip
         dk, dv = _walk_queries(
             dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_head, delta_head,
             mask_head, mask_strides, bias_head, bias_strides, slope, seed, full_high, high, batch, head,
             offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
-            columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_M, PLAIN, True, PRECISION,
+            columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_M, PLAIN, True, PRECISION, HOIST,
         )  # fmt: skip
-    dk_ptrs = dk_ptr + b * dk_strides[0] + kv_h * dk_strides[1] + n64 * dk_strides[2] + offs_d[None, :]
-    dv_ptrs = dv_ptr + b * dv_strides[0] + kv_h * dv_strides[1] + n64 * dv_strides[2] + offs_dv[None, :]
+    dk_ptr += b * dk_strides[0] + kv_h * dk_strides[1] + n * dk_strides[2]
+    dv_ptr += b * dv_strides[0] + kv_h * dv_strides[1] + n * dv_strides[2]
+    dk_ptrs = dk_ptr + local * dk_strides[2] + offs_d[None, :]
+    dv_ptrs = dv_ptr + local * dv_strides[2] + offs_dv[None, :]
     tl.store(dk_ptrs, (dk * scale).to(dk_ptr.dtype.element_ty), mask=columns_ok & (offs_d < D)[None, :])
     tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=columns_ok & (offs_dv < DV)[None, :])
 
@@ -323,6 +325,7 @@ def backward(
     block_d, block_dv = head_block(head_dim), head_block(value_dim)
     target, width = current_target(), max(block_d, block_dv)
     plain = bias is None and alibi_slopes is None and softcap == 0.0 and scale > 0.0
+    heavy = not plain or mask is not None or seed is not None
     statistics = lse.new_empty((batch, heads, 2, triton.cdiv(num_queries, STATISTICS) * STATISTICS))
     grad_query = new_heads(query, *query.shape[1:])
     grad_key, grad_value = new_heads(key, *key.shape[1:]), new_heads(value, *value.shape[1:])
@@ -335,7 +338,8 @@ def backward(
     scalars: tuple[Any, ...] = (
         scale * LOG2E.value if plain else scale, scale, softcap or None, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
     )  # fmt: skip
-    lengths: tuple[Any, ...] = (heads // kv_heads, num_queries, num_keys, window_left, window_right)
+    group = heads // kv_heads
+    lengths: tuple[Any, ...] = (num_queries, num_keys, window_left, window_right)
     constants: dict[str, Any] = dict(
         D=head_dim,
         DV=value_dim,
@@ -346,13 +350,13 @@ def backward(
         STATISTICS=STATISTICS,
     )
 
-    config = attention_backward_query_config(target, width, query.element_size())
+    config = attention_backward_query_config(target, width, query.element_size(), heavy)
     blocks = dict(
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages
     )
     launch(
         _attention_backward_query, (batch * heads * triton.cdiv(num_queries, config.block_m),), *inputs, out, strides(out),
-        grad_out, strides(grad_out), lse, grad_lse, statistics, grad_query, strides(grad_query), *scalars, heads, *lengths,
+        grad_out, strides(grad_out), lse, grad_lse, statistics, grad_query, strides(grad_query), *scalars, heads, group, *lengths,
         **constants, **blocks,
     )  # fmt: skip
     if bias is not None and grad_bias is not None:
@@ -362,16 +366,16 @@ def backward(
         launch(
             attention_backward_bias,
             (bias_batch * bias_heads, 1 if sum_rows else row_blocks, 1 if sum_columns else column_blocks), *inputs,
-            grad_out, strides(grad_out), statistics, grad_bias, pair_strides(grad_bias), *scalars, heads, *lengths,
+            grad_out, strides(grad_out), statistics, grad_bias, pair_strides(grad_bias), *scalars, heads, group, *lengths,
             bias_heads, batch // bias_batch, heads // bias_heads, row_blocks if sum_rows else 1,
             column_blocks if sum_columns else 1, SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, **constants, **blocks,
         )  # fmt: skip
-    config = attention_backward_key_config(target, width, query.element_size())
+    config = attention_backward_key_config(target, width, query.element_size(), heavy)
     launch(
         _attention_backward_key, (batch * kv_heads * triton.cdiv(num_keys, config.block_n),), *inputs, grad_out,
         strides(grad_out), statistics, grad_key, strides(grad_key), grad_value, strides(grad_value), *scalars, kv_heads,
-        *lengths, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
-        num_stages=config.num_stages, **constants,
+        *lengths, GROUP=group, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+        num_stages=config.num_stages, HOIST=config.hoist, **constants,
     )  # fmt: skip
     if sinks is not None and need_sinks:
         # the sink's probability exp(sink - LSE), 0 for a row without keys and with a sink of -inf, times -delta

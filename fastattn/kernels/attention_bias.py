@@ -41,7 +41,9 @@ def attention_backward_bias(
         start_m = first_m + step // column_blocks % row_blocks * BLOCK_M
         head = bias_h + step // (column_blocks * row_blocks) % heads
         batch = bias_b + step // (column_blocks * row_blocks * heads)
-        low, _, _, high = visible_range(start_m, num_queries, num_keys, shift, left, right, BLOCK_M, BLOCK_N)
+        low, _full_low, _full_high, high = visible_range(
+            start_m, num_queries, num_keys, shift, left, right, BLOCK_M, BLOCK_N
+        )
         if (start_n < high) & (start_n + BLOCK_N > low):
             b, h, kv_h = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
             offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -83,7 +85,7 @@ def attention_backward_bias(
             if seed_ptr is not None:
                 kept = keep(seed, batch, head, offs_m[:, None], offs_n[None, :], threshold)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            ds, _ = score_gradient(p, dp, delta[:, None], capped, kept, keep_scale, softcap)
+            ds, _dx = score_gradient(p, dp, delta[:, None], capped, kept, keep_scale, softcap)
             total += ds
     dbias_ptr += bias_b.to(tl.int64) * dbias_strides[0] + bias_h.to(tl.int64) * dbias_strides[1]
     offs_m = first_m + tl.arange(0, BLOCK_M)

@@ -3,53 +3,96 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from fastattn.kernels.launch import Target
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """One program handles block_m query rows against block_n key columns at a time."""
+    """One program handles block_m query rows against block_n key columns at a time.
+
+    Attributes:
+        hoist: whether the compiler may move address arithmetic out of the loop; off where registers are short.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    hoist: bool = True
 
 
-def attention_forward_config(target: Target, head_dim: int, itemsize: int) -> AttentionConfig:
-    """head_dim: the larger of Dq and Dv, padded to a power of two; itemsize: bytes per element."""
+_Table: TypeAlias = dict[int, tuple[int, ...]]
+
+# 16-bit attention, by architecture and width of a head: the best predicted share of the tensor cores' peak that
+# `python -m bench.tune` found without register spills (causal and not). "small" is every GPU with about 100 KB of shared
+# memory (sm_86, sm_89, sm_120) and whatever is unknown; on AMD nothing is pipelined.
+_FORWARD: dict[str, _Table] = {
+    "sm_80": {64: (128, 64, 4, 3), 128: (128, 32, 4, 3), 256: (64, 32, 8, 2)},
+    "sm_90": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+    "sm_100": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
+    "small": {64: (128, 32, 4, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
+    "amd": {64: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (64, 32, 4, 1)},
+}
+_BACKWARD_QUERY: dict[str, _Table] = {
+    "sm_80": {64: (128, 32, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 1)},
+    "sm_90": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 4, 1)},
+    "sm_100": {64: (128, 128, 8, 1), 128: (128, 64, 8, 1), 256: (128, 32, 8, 1)},
+    "small": {64: (128, 32, 4, 2), 128: (128, 32, 8, 2), 256: (64, 16, 8, 1)},
+    "amd": {64: (128, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
+}
+_BACKWARD_KEY: dict[str, _Table] = {
+    "sm_80": {64: (32, 128, 4, 2), 128: (32, 64, 4, 2), 256: (16, 64, 8, 1)},
+    "sm_90": {64: (64, 128, 8, 1), 128: (64, 128, 8, 1, False), 256: (16, 32, 4, 1)},
+    "sm_100": {64: (64, 128, 8, 1), 128: (64, 128, 8, 1), 256: (64, 64, 8, 1)},
+    "small": {64: (32, 64, 4, 2), 128: (32, 64, 8, 1), 256: (16, 64, 8, 1)},
+    "amd": {64: (32, 128, 4, 1), 128: (32, 64, 4, 1), 256: (16, 32, 4, 1)},
+}
+# With a mask, bias, ALiBi, softcap or dropout each score needs more registers, and with dropout its ten rounds of
+# integer products outweigh the tensor cores anyway: small tiles.
+_FORWARD_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 4, 1)}
+_BACKWARD_HEAVY: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1)}
+
+
+def _family(target: Target) -> str:
+    if target.backend == "hip":
+        return "amd"
+    return {80: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(target.arch, "small")
+
+
+def _from_table(table: _Table, head_dim: int) -> AttentionConfig:
+    block_m, block_n, num_warps, num_stages, *hoist = table[next(width for width in table if head_dim <= width)]
+    return AttentionConfig(block_m, block_n, num_warps, num_stages, not hoist)
+
+
+def attention_forward_config(target: Target, head_dim: int, itemsize: int, heavy: bool = False) -> AttentionConfig:
+    """head_dim: the larger of Dq and Dv; itemsize: bytes per element; heavy: scores need more than a scale and a window."""
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4:
-        return AttentionConfig(64, 32 if head_dim <= 128 else 16, 4, 1)
-    if target.arch in (90, 100):
-        return AttentionConfig(128, 64 if head_dim == 256 else 128, 4 if head_dim <= 64 else 8, 2)
-    if head_dim <= 64:
-        return AttentionConfig(128, 64, 4, 3)
-    return AttentionConfig(128, 32, 4, 3) if head_dim == 128 else AttentionConfig(64, 32, 4, 2)
+        return AttentionConfig(64 if head_dim <= 128 else 32, 32 if head_dim <= 64 else 16, 4, 1)
+    return _from_table(_FORWARD_HEAVY if heavy else _FORWARD[_family(target)], head_dim)
 
 
-def attention_backward_key_config(target: Target, head_dim: int, itemsize: int) -> AttentionConfig:
-    """For dK and dV: block_n key columns stay in registers, block_m query rows pass by."""
-    if target.backend == "interpreter":
-        return AttentionConfig(32, 32, 4, 1)
-    if itemsize == 4:
-        return AttentionConfig(32, 32, 4, 1)
-    if target.arch in (90, 100) and head_dim <= 128:
-        return AttentionConfig(64, 128, 8, 1)
-    return AttentionConfig(32, 128, 4, 2) if head_dim <= 64 else AttentionConfig(32, 64, 4, 1)
-
-
-def attention_backward_query_config(target: Target, head_dim: int, itemsize: int) -> AttentionConfig:
+def attention_backward_query_config(
+    target: Target, head_dim: int, itemsize: int, heavy: bool = False
+) -> AttentionConfig:
     """For dQ and dBias: block_m query rows stay in registers, block_n key columns pass by."""
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4:
+        return AttentionConfig(32 if head_dim <= 128 else 16, 32 if head_dim <= 128 else 16, 4, 1)
+    return _from_table(_BACKWARD_HEAVY if heavy else _BACKWARD_QUERY[_family(target)], head_dim)
+
+
+def attention_backward_key_config(target: Target, head_dim: int, itemsize: int, heavy: bool = False) -> AttentionConfig:
+    """For dK and dV: block_n key columns stay in registers, block_m query rows pass by."""
+    if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
-    if target.arch in (90, 100) and head_dim <= 128:
-        return AttentionConfig(64, 128, 4, 1)
-    return AttentionConfig(128, 32, 4, 2) if head_dim <= 64 else AttentionConfig(64, 32, 4, 1)
+    if itemsize == 4:
+        return AttentionConfig(32 if head_dim <= 128 else 16, 32 if head_dim <= 128 else 16, 4, 1)
+    return _from_table(_BACKWARD_HEAVY if heavy else _BACKWARD_KEY[_family(target)], head_dim)
 
 
 # Normalisation. A program keeps 32 numbers of a tile per thread in the forward, and 16 in the backward, where five such

@@ -117,7 +117,9 @@ differentiate(attention_backward_op, _double_gradient)
 
 
 def _row_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """`x`, copied where the last dimension is not contiguous or where rows lie so far apart (16M elements) that the
+    offsets inside one tile of a kernel, which are 32-bit to save registers, could overflow."""
+    return x if x.stride(-1) == 1 and x.stride(-2) <= 1 << 24 else x.contiguous()
 
 
 def _check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
