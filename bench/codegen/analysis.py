@@ -36,7 +36,8 @@ class KernelReport:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            **self.resources.as_json(),
+            "resources": self.resources.as_json(),
+            "violations": self.resources.violations(),
             "occupancy": asdict(self.occupancy) if self.occupancy else None,
             "loops": [loop.as_json() for loop in self.loops],
             "instruction_mix": self.instruction_mix,

@@ -3,8 +3,8 @@
 Interpreted and compiled kernels do not mix in one process, so tests that interpret ask a worker. The two sides talk
 JSON lines over the worker's standard input and output:
 
-    {"case": "tests.launch_cases:attention", "arguments": {"head_dim": 64}, "target": "sm_90"}
-    {"launches": [{"kernel": ..., "registers": ..., ...}, ...]}   or   {"error": "ValueError: ...", "traceback": ...}
+    {"case": "bench.codegen.cases:attention", "arguments": {"head_dim": 64}, "target": "sm_90"}
+    {"launches": [{"resources": {"kernel": ...}, ...}, ...]}   or   {"error": "ValueError: ...", "traceback": ...}
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,8 @@ class CompileWorker:
             text=True,
         )
 
-    def launches(self, case: str, target: str, **arguments: Any) -> list[Any]:
-        """The `Resources` of each kernel that the function `case` ("module:function") launches on `target`."""
-        from bench.codegen.resources import Resources
-
+    def reports(self, case: str, target: str, **arguments: Any) -> list[dict[str, Any]]:
+        """A `KernelReport` as JSON for each kernel that the function `case` ("module:function") launches on `target`."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         request = {"case": case, "target": target, "arguments": arguments}
@@ -56,7 +55,13 @@ class CompileWorker:
         reply = json.loads(line)
         if "error" in reply:
             raise WorkerError(f"{reply['error']}\n{reply['traceback']}")
-        return [Resources.from_json(launch) for launch in reply["launches"]]
+        return reply["launches"]
+
+    def launches(self, case: str, target: str, **arguments: Any) -> list[Any]:
+        """The `Resources` of each of these kernels."""
+        from bench.codegen.resources import Resources
+
+        return [Resources.from_json(report["resources"]) for report in self.reports(case, target, **arguments)]
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -72,18 +77,28 @@ class CompileWorker:
         self.close()
 
 
-def _answer(request: dict[str, Any]) -> dict[str, Any]:
-    from bench.codegen.resources import read_resources
+def report_launches(function: Callable[[], object], target: str) -> list[dict[str, Any]]:
+    """Call `function` under the stand-in driver; a `KernelReport` as JSON per launch, in order."""
+    from bench.codegen.analysis import analyse
     from bench.codegen.stand_in import stand_in
 
+    with stand_in(target) as launches:
+        function()
+    analysed: dict[str, dict[str, Any]] = {}
+    rows = []
+    for launch in launches:
+        if launch.metadata.hash not in analysed:
+            analysed[launch.metadata.hash] = analyse(launch).as_json()
+        row = analysed[launch.metadata.hash]
+        rows.append({**row, "resources": {**row["resources"], "grid": launch.grid}})
+    return rows
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         module_name, function_name = request["case"].split(":")
         function = getattr(importlib.import_module(module_name), function_name)
-        with stand_in(request["target"]) as launches:
-            function(**request["arguments"])
-        distinct = {launch.metadata.hash: read_resources(launch) for launch in launches}
-        rows = [{**distinct[launch.metadata.hash].as_json(), "grid": launch.grid} for launch in launches]
-        return {"launches": rows}
+        return {"launches": report_launches(lambda: function(**request["arguments"]), request["target"])}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
 
