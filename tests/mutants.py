@@ -73,7 +73,7 @@ MUTANTS = (
         ATTENTION,
     ),
     Mutant("scale dropped in dQ", BACKWARD, "(dq * scale).to(", "dq.to(", ATTENTION),
-    Mutant("delta dropped", BACKWARD, "ds = p * (dp - delta)", "ds = p * dp", ATTENTION),
+    Mutant("delta dropped", "kernels/recompute.py", "ds = p * (dp - delta)", "ds = p * dp", ATTENTION),
     Mutant("gradient of the LSE has the wrong sign", BACKWARD, "delta -= tl.load(", "delta += tl.load(", ATTENTION),
     Mutant(
         "derivative of the softcap",
