@@ -138,13 +138,18 @@ def test_bad_places_are_named(place, signature, message):
         user_file.launch(place, signature, "BLOCK=128")
 
 
-def test_the_command_reports_kernels_of_any_file(pytestconfig):
-    command = [sys.executable, "-m", "bench.codegen", "--targets", "sm_90", "--jobs", "1"]
-    launches = [*command, "tests/toy_launches.py:launch_matmul"]
-    result = subprocess.run(launches, cwd=pytestconfig.rootpath, capture_output=True, text=True, check=True)
+def test_a_kernel_of_any_file_with_its_signature(compile_worker):
+    options = {"signature": "x=*bf16,n=i32", "constants": "BLOCK=1024,num_warps=2"}
+    launched = "bench.codegen.user_file:launch"
+    (row,) = compile_worker.reports(launched, "sm_90", place="tests/toy_launches.py:double", **options)
+    assert (row["resources"]["kernel"], row["resources"]["num_warps"]) == ("double", 2)
+    assert row["loops"][0]["bytes_per_global_access"] == 16
+
+
+def test_the_command(pytestconfig):
+    places = ["tests/toy_launches.py:launch_matmul", "no.py:x"]
+    command = [sys.executable, "-m", "bench.codegen", "--targets", "sm_90", "--jobs", "1", *places]
+    result = subprocess.run(command, cwd=pytestconfig.rootpath, capture_output=True, text=True, check=False)
     assert "matmul_tile" in result.stdout
-    kernel = [*command, "tests/toy_launches.py:double", "--signature", "x=*bf16,n=i32", "--constants", "BLOCK=1024"]
-    result = subprocess.run(kernel, cwd=pytestconfig.rootpath, capture_output=True, text=True, check=True)
-    assert "16.0" in result.stdout  # bytes per access: vectorised
-    broken = subprocess.run([*command, "no.py:x"], cwd=pytestconfig.rootpath, capture_output=True, text=True)
-    assert broken.returncode == 1
+    assert "! no.py:x on sm_90: ValueError: 'no.py:x' is not path/to/file.py:name of an existing file" in result.stdout
+    assert result.returncode == 1

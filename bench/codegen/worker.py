@@ -9,6 +9,8 @@ JSON lines over the worker's standard input and output:
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib
 import json
 import os
@@ -17,7 +19,10 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bench.codegen.stand_in import Launch
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -79,19 +84,37 @@ class CompileWorker:
 
 def report_launches(function: Callable[[], object], target: str) -> list[dict[str, Any]]:
     """Call `function` under the stand-in driver; a `KernelReport` as JSON per launch, in order."""
-    from bench.codegen.analysis import analyse
+    from bench.codegen.analysis import minimum_bytes
     from bench.codegen.stand_in import stand_in
 
     with stand_in(target) as launches:
         function()
-    analysed: dict[str, dict[str, Any]] = {}
     rows = []
     for launch in launches:
-        if launch.metadata.hash not in analysed:
-            analysed[launch.metadata.hash] = analyse(launch).as_json()
-        row = analysed[launch.metadata.hash]
-        rows.append({**row, "resources": {**row["resources"], "grid": launch.grid}})
+        report = _cached_report(launch)
+        report["resources"]["grid"] = launch.grid
+        rows.append({**report, "minimum_bytes": minimum_bytes(launch.arguments)})
     return rows
+
+
+def _cached_report(launch: Launch) -> dict[str, Any]:
+    """The report on a kernel's machine code, kept on disk beside Triton's own cache: disassembly takes a while."""
+    from triton.runtime.cache import get_cache_manager
+
+    from bench.codegen.analysis import analyse
+
+    cache = get_cache_manager(hashlib.sha256(f"{launch.metadata.hash} {_analysis_version()}".encode()).hexdigest())
+    path = cache.get_file("report.json")
+    if path is None:
+        path = cache.put(json.dumps(analyse(launch).as_json()), "report.json", binary=False)
+    return json.loads(Path(path).read_text())
+
+
+@functools.cache
+def _analysis_version() -> str:
+    """Changes with any source of this folder."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
