@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bench.codegen import pipes, report, user_file
+from bench.codegen import pipes, report, timeline, user_file
 from bench.codegen.bounds import report_loop
 from bench.codegen.hardware import MULTIPROCESSORS
 from bench.codegen.loops import find_loops
@@ -153,3 +153,42 @@ def test_the_command(pytestconfig):
     assert "matmul_tile" in result.stdout
     assert "! no.py:x on sm_90: ValueError: 'no.py:x' is not path/to/file.py:name of an existing file" in result.stdout
     assert result.returncode == 1
+
+
+@pytest.mark.parametrize("window", [(None, None), (None, 0), (3, 0), (2, 5), (None, 1)])
+@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (4, 9), (9, 4)])
+def test_visible_pairs_are_counted_one_by_one(queries, keys, window):
+    left, right = window
+    expected = sum(
+        (left is None or j >= i + keys - queries - left) and (right is None or j <= i + keys - queries + right)
+        for i in range(queries)
+        for j in range(keys)
+    )
+    assert timeline.visible_pairs(queries, keys, left, right) == expected
+
+
+def test_predicted_time_of_a_launch_by_hand():
+    # a causal pass over (1, 132, 1000, 64) on sm_90: 132 SMs · 2048 · 2 FLOP/clock at half of the peak, 1.755 GHz
+    shape = {"shape": [1, 132, 1000, 64]}
+    row = {
+        "resources": {"kernel": "_attention_forward", "target": "sm_90", "grid": (198, 1, 1)},
+        "occupancy": {"blocks": 1},
+        "loops": [{"alternating": 0.5}],
+        "arguments": {"q_ptr": shape, "v_ptr": shape, "left": None, "right": 0},
+        "minimum_bytes": 1000,
+    }
+    step = timeline.predict(row)
+    assert step["flops"] == 4 * 132 * 64 * (1000 * 1001 // 2)
+    assert step["compute"] == pytest.approx(step["flops"] / (132 * 2048 * 1.755e3))
+    assert step["predicted"] == pytest.approx(step["compute"] * 2 / 1.5)  # one and a half waves of blocks take two
+    assert "1 launches" in timeline.table([step])
+
+
+def test_a_training_step_is_recorded_in_launch_order(compile_worker, tmp_path):
+    rows = compile_worker.reports("bench.codegen.cases:training_step", "sm_90")
+    kernels = [row["resources"]["kernel"] for row in rows]
+    assert kernels[:3] == ["norm_forward_kernel", "_attention_forward", "norm_forward_kernel"]
+    assert kernels.count("_attention_backward_key") == 2
+    steps = [timeline.predict(row) for row in rows]
+    assert all(step["predicted"] > 0 for step in steps)
+    assert timeline.plot(steps, tmp_path / "timeline.png").stat().st_size > 0

@@ -5,6 +5,7 @@ Without arguments it reports the kernels of the package at their real launches; 
     python -m bench.codegen --targets sm_80,sm_90 --kernels attention --output runs/codegen
     python -m bench.codegen my_kernels.py:launch_all
     python -m bench.codegen my_kernels.py:matmul --signature 'a=*bf16,b=*bf16,c=*bf16,n=i32' --constants BLOCK=128,num_warps=8
+    python -m bench.codegen --timeline training --targets sm_90
     python -m bench.codegen --write-budgets
 
 Exit status 1 where a kernel spills, needs more memory than its GPU has, or leaves the tensor cores idle in a dot.
@@ -21,7 +22,7 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # read at triton's first import; the processes of the pool inherit it
 
-from bench.codegen import budgets, cases, report, user_file
+from bench.codegen import budgets, cases, report, timeline, user_file
 from bench.codegen.targets import TARGETS, find_target
 from bench.codegen.worker import report_launches
 
@@ -54,9 +55,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--signature", default="", help="of a kernel given as file.py:kernel")
     parser.add_argument("--constants", default="", help="constexprs and launch options of that kernel")
     parser.add_argument("--output", type=Path, help="directory for report.md, report.json and the plots")
+    parser.add_argument("--timeline", choices=("training", "decode"), help="the launches of a GPT's step, in order")
     parser.add_argument("--write-budgets", action="store_true", help="record the core cases as the new budgets")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     return parser.parse_args()
+
+
+def report_timeline(step: str, target: str, output: Path | None) -> None:
+    """Print the launches of one step of a GPT with their predicted times; plot them into `output`."""
+    function = {"training": cases.training_step, "decode": cases.decode_step}[step]
+    steps = [timeline.predict(row) for row in report_launches(function, target)]
+    print(f"\n{step} step on {target}: {function.__doc__}\n{timeline.table(steps)}")
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+        print(f"wrote {timeline.plot(steps, output / f'timeline_{step}_{target}.png')}")
 
 
 def main() -> int:
@@ -67,6 +79,10 @@ def main() -> int:
             find_target(target)
     except ValueError as error:
         sys.exit(str(error))
+    if options.timeline:
+        for target in targets:
+            report_timeline(options.timeline, target, options.output)
+        return 0
     chosen = budgets.budget_cases() if options.write_budgets or not options.all else cases.CASES
     rows: list[report.Row] = []
     failures: list[str] = []

@@ -93,7 +93,7 @@ def report_launches(function: Callable[[], object], target: str) -> list[dict[st
     for launch in launches:
         report = _cached_report(launch)
         report["resources"]["grid"] = launch.grid
-        rows.append({**report, "minimum_bytes": minimum_bytes(launch.arguments)})
+        rows.append({**report, "arguments": launch.arguments, "minimum_bytes": minimum_bytes(launch.arguments)})
     return rows
 
 
