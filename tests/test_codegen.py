@@ -185,7 +185,7 @@ def test_predicted_time_of_a_launch_by_hand():
 
 
 def test_a_training_step_is_recorded_in_launch_order(compile_worker, tmp_path):
-    rows = compile_worker.reports("bench.codegen.cases:training_step", "sm_90")
+    rows = compile_worker.reports("bench.codegen.cases:training_step", "sm_90", batch=1)
     kernels = [row["resources"]["kernel"] for row in rows]
     assert kernels[:3] == ["norm_forward_kernel", "_attention_forward", "norm_forward_kernel"]
     assert kernels.count("_attention_backward_key") == 2

@@ -97,9 +97,9 @@ def _gpt() -> fastattn.models.GPT:
     return fastattn.models.GPT(config)
 
 
-def training_step() -> None:
+def training_step(batch: int = 4) -> None:
     """Forward and backward of two layers of GPT-2's width over 4 sequences of 1,024 tokens, bf16 autocast."""
-    tokens = torch.zeros(4, 1024, dtype=torch.long)
+    tokens = torch.zeros(batch, 1024, dtype=torch.long)
     with fastattn.backend.use("triton"), torch.autocast("cpu", torch.bfloat16):
         _, loss = _gpt()(tokens, tokens)
         loss.backward()
