@@ -24,8 +24,8 @@ COPIED = ("fastattn", "tests", "bench", "pyproject.toml")
 FORWARD, BACKWARD = "kernels/attention.py", "kernels/attention_backward*.py"
 ATTENTION = ("tests/test_attention.py", "-k", "triton")
 EAGER_ATTENTION = ("tests/test_attention.py", "-k", "eager")
-NORM = ("tests/test_normalization.py", "-k", "triton")
-FEED_FORWARD = ("tests/test_feed_forward.py", "-k", "triton")
+NORM = ("tests/test_precision.py", "tests/test_normalization.py", "-k", "triton")
+FEED_FORWARD = ("tests/test_precision.py", "tests/test_feed_forward.py", "-k", "triton")
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,8 @@ MUTANTS = (
     Mutant(
         "derivative of SiLU",
         "kernels/activations.py",
-        "s * (1.0 + z * (1.0 - s))",
-        "s * (1.0 + z * s)",
+        "value, derivative = z * s, s + z * slope\n",
+        "value, derivative = z * s, s + slope\n",
         FEED_FORWARD,
     ),
     Mutant(
@@ -151,14 +151,14 @@ MUTANTS = (
         "ops/feed_forward.py",
         "return dz.sum(0)",
         "return sum(dz, torch.zeros_like(dz.sum(0)))",
-        ("tests/test_feed_forward.py",),
+        FEED_FORWARD,
     ),
     Mutant(
         "weight gradient accumulates in bf16",
         "ops/feed_forward.py",
         "return torch.mm(dz.t(), x)",
         "return sum((torch.outer(a, b) for a, b in zip(dz, x)), torch.zeros_like(torch.mm(dz.t(), x)))",
-        ("tests/test_feed_forward.py",),
+        FEED_FORWARD,
     ),
 )
 
