@@ -21,19 +21,19 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 COPIED = ("fastattn", "tests", "bench", "pyproject.toml")
 
-FORWARD, BACKWARD = "kernels/attention.py", "kernels/attention_backward.py"
+FORWARD, BACKWARD = "kernels/attention.py", "kernels/attention_backward*.py"
 ATTENTION = ("tests/test_attention.py", "-k", "triton")
 EAGER_ATTENTION = ("tests/test_attention.py", "-k", "eager")
-NORM = ("tests/test_normalization.py", "-k", "triton")
-FEED_FORWARD = ("tests/test_feed_forward.py", "-k", "triton")
+NORM = ("tests/test_precision.py", "tests/test_normalization.py", "-k", "triton")
+FEED_FORWARD = ("tests/test_precision.py", "tests/test_feed_forward.py", "-k", "triton")
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old` stands exactly once in fastattn/`file`; `tests` are the pytest arguments that must catch its replacement."""
+    """`old` stands once in the files that match `where`; `tests` are the pytest arguments that must catch `new`."""
 
     name: str
-    file: str
+    where: str
     old: str
     new: str
     tests: tuple[str, ...]
@@ -73,7 +73,7 @@ MUTANTS = (
         ATTENTION,
     ),
     Mutant("scale dropped in dQ", BACKWARD, "(dq * scale).to(", "dq.to(", ATTENTION),
-    Mutant("delta dropped", BACKWARD, "ds = p * (dp - delta)", "ds = p * dp", ATTENTION),
+    Mutant("delta dropped", "kernels/recompute.py", "ds = p * (dp - delta)", "ds = p * dp", ATTENTION),
     Mutant("gradient of the LSE has the wrong sign", BACKWARD, "delta -= tl.load(", "delta += tl.load(", ATTENTION),
     Mutant(
         "derivative of the softcap",
@@ -92,35 +92,35 @@ MUTANTS = (
     ),
     Mutant(
         "statistics in the dtype of the input",
-        "kernels/normalization.py",
+        "kernels/norm*.py",
         "mean = input.new_empty(rows if centered else 0, dtype=torch.float32)",
         "mean = input.new_empty(rows if centered else 0)",
         NORM,
     ),
     Mutant(
         "partial sums of the weight gradient in the dtype of the input",
-        "kernels/normalization.py",
+        "kernels/norm*.py",
         "hidden.new_empty(2, groups * programs, columns, dtype=torch.float32)",
         "hidden.new_empty(2, groups * programs, columns)",
         NORM,
     ),
     Mutant(
         "last row of partial sums dropped",
-        "kernels/normalization.py",
+        "kernels/norm*.py",
         "mask = (row < programs)[:, None] & mask_n[None, :]",
         "mask = (row < programs - 1)[:, None] & mask_n[None, :]",
         NORM,
     ),
     Mutant(
         "padding counts as part of the row",
-        "kernels/normalization.py",
+        "kernels/norm*.py",
         "h = tl.where(mask, h - mean[:, None], 0.0)",
         "h = h - mean[:, None]",
         NORM,
     ),
     Mutant(
         "layer norm's gradient misses the mean",
-        "kernels/normalization.py",
+        "kernels/norm*.py",
         "dh -= (tl.sum(g, 1) / columns)[:, None]",
         "dh -= 0.0",
         NORM,
@@ -128,8 +128,8 @@ MUTANTS = (
     Mutant(
         "derivative of SiLU",
         "kernels/activations.py",
-        "s * (1.0 + z * (1.0 - s))",
-        "s * (1.0 + z * s)",
+        "value, derivative = z * s, s + z * slope\n",
+        "value, derivative = z * s, s + slope\n",
         FEED_FORWARD,
     ),
     Mutant(
@@ -151,14 +151,14 @@ MUTANTS = (
         "ops/feed_forward.py",
         "return dz.sum(0)",
         "return sum(dz, torch.zeros_like(dz.sum(0)))",
-        ("tests/test_feed_forward.py",),
+        FEED_FORWARD,
     ),
     Mutant(
         "weight gradient accumulates in bf16",
         "ops/feed_forward.py",
         "return torch.mm(dz.t(), x)",
         "return sum((torch.outer(a, b) for a, b in zip(dz, x)), torch.zeros_like(torch.mm(dz.t(), x)))",
-        ("tests/test_feed_forward.py",),
+        FEED_FORWARD,
     ),
 )
 
@@ -181,10 +181,11 @@ def run_tests(copy: Path, tests: Iterable[str]) -> subprocess.CompletedProcess[s
 
 def try_mutant(mutant: Mutant, copy: Path) -> Outcome:
     """Apply `mutant` to `copy`, run its tests, and undo it."""
-    path = copy / "fastattn" / mutant.file
+    files = [path for path in (copy / "fastattn").glob(mutant.where) if mutant.old in path.read_text()]
+    if len(files) != 1 or files[0].read_text().count(mutant.old) != 1:
+        return Outcome(mutant, f"the text stands in {len(files)} files, or more than once in one")
+    path = files[0]
     source = path.read_text()
-    if source.count(mutant.old) != 1:
-        return Outcome(mutant, f"text found {source.count(mutant.old)} times in {mutant.file}")
     path.write_text(source.replace(mutant.old, mutant.new))
     try:
         result = run_tests(copy, mutant.tests)
@@ -199,15 +200,15 @@ def try_mutant(mutant: Mutant, copy: Path) -> Outcome:
 
 
 def chosen_mutants(pattern: str) -> list[Mutant]:
-    chosen = [mutant for mutant in MUTANTS if pattern in f"{mutant.file} {mutant.name}"]
+    chosen = [mutant for mutant in MUTANTS if pattern in f"{mutant.where} {mutant.name}"]
     if not chosen:
-        raise SystemExit(f"no mutant has {pattern!r} in its file or name")
+        raise SystemExit(f"no mutant has {pattern!r} in its name or place")
     return chosen
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pattern", nargs="?", default="", help="only mutants with this text in their file or name")
+    parser.add_argument("pattern", nargs="?", default="", help="only mutants with this text in their name or place")
     mutants = chosen_mutants(parser.parse_args().pattern)
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory)
@@ -226,7 +227,7 @@ def main() -> int:
         for mutant in mutants:
             outcome = try_mutant(mutant, copy)
             outcomes.append(outcome)
-            print(f"{outcome.verdict:9} {mutant.name} ({mutant.file}): {outcome.evidence[:90]}", flush=True)
+            print(f"{outcome.verdict:9} {mutant.name} ({mutant.where}): {outcome.evidence[:90]}", flush=True)
     caught = sum(outcome.verdict == "caught" for outcome in outcomes)
     print(f"{caught} of {len(outcomes)} planted bugs caught")
     return 0 if caught == len(outcomes) else 1

@@ -81,6 +81,7 @@ CASES = {
     "decode": Case(n=1, nk=70, causal=True, kv_heads=1),
     "batch": Case(batch=3, n=20, nk=17),
     "causal": Case(causal=True, n=70, nk=70, grad_lse=True),
+    "causal_last_block_has_one_key": Case(causal=True, n=33, nk=65),
     "causal_more_keys": Case(causal=True, n=37, nk=75),
     "causal_more_queries": Case(causal=True, n=75, nk=37, grad_lse=True),  # the first rows see nothing
     "gqa": Case(heads=4, kv_heads=2, causal=True),

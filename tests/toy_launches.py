@@ -19,6 +19,22 @@ def matmul_tile(
 
 
 @triton.jit
+def softmax_numerators(x, w, out, n, stride, WHAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Σ exp2(x w - row) over blocks of columns; WHAT names a planted regression."""
+    offs_m, offs_n = tl.arange(0, ROWS), tl.arange(0, COLS)
+    x_tile = tl.load(x + offs_m[:, None] * ROWS + tl.arange(0, ROWS)[None, :])
+    total = tl.zeros([ROWS, COLS], tl.float32)
+    for start in range(0, n, COLS):
+        step = stride if WHAT == "scalar load" else 1
+        w_tile = tl.load(w + (start + tl.arange(0, ROWS)[:, None]) * COLS + offs_n[None, :] * step)
+        s = tl.dot(x_tile, w_tile)
+        if WHAT == "unsplit mask":
+            s = tl.where(offs_m[:, None] + n >= start + offs_n[None, :], s, float("-inf"))
+        total += tl.exp2(s * 0.125 - offs_m[:, None])
+    tl.store(out + offs_m[:, None] * COLS + offs_n[None, :], total)
+
+
+@triton.jit
 def double(x, n, BLOCK: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(x + offs, tl.load(x + offs, mask=offs < n) * 2, mask=offs < n)
@@ -40,6 +56,12 @@ def launch_matmul(dtype="bfloat16", precision="ieee", rows=64, cols=64, depth=64
 def launch_double(n=1000):
     for _ in range(2):
         double[(triton.cdiv(n, 256),)](torch.zeros(n), n, BLOCK=256, enable_fp_fusion=True)
+
+
+def launch_softmax_numerators(what="good"):
+    x, w = torch.zeros(64, 64, dtype=torch.bfloat16), torch.zeros(64 * 128, dtype=torch.bfloat16)
+    options = {"num_warps": 1 if what == "spill" else 4, "enable_fp_fusion": what != "no fusion"}
+    softmax_numerators[(1,)](x, w, torch.zeros(64, 128), 1024, 17, WHAT=what, ROWS=64, COLS=128, **options)
 
 
 def launch_what_does_not_compile():

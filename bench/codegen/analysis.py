@@ -20,15 +20,13 @@ from bench.codegen.stand_in import Launch
 class KernelReport:
     """`loops` are the innermost loops, hottest first; a kernel without a loop has one entry, the whole kernel.
 
-    `minimum_bytes` is what DRAM moves if every tensor argument is touched once. For gfx942 there is no pipe model:
-    `loops` is empty and `instruction_mix` counts the instructions of the whole kernel.
+    For gfx942 there is no pipe model: `loops` is empty and `instruction_mix` counts the whole kernel's instructions.
     """
 
     resources: Resources
     occupancy: Occupancy | None
     loops: list[LoopReport]
     instruction_mix: dict[str, int]
-    minimum_bytes: int
 
     @property
     def hot_loop(self) -> LoopReport | None:
@@ -36,20 +34,19 @@ class KernelReport:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            **self.resources.as_json(),
+            "resources": self.resources.as_json(),
+            "violations": self.resources.violations(),
             "occupancy": asdict(self.occupancy) if self.occupancy else None,
             "loops": [loop.as_json() for loop in self.loops],
             "instruction_mix": self.instruction_mix,
-            "minimum_bytes": self.minimum_bytes,
         }
 
 
 def analyse(launch: Launch) -> KernelReport:
     """Read the machine code behind `launch`."""
     resources = read_resources(launch)
-    minimum_bytes = _minimum_bytes(launch.arguments)
     if not launch.target.is_nvidia:
-        return KernelReport(resources, None, [], _amd_mix(launch.text("amdgcn")), minimum_bytes)
+        return KernelReport(resources, None, [], _amd_mix(launch.text("amdgcn")))
     program = disassemble(launch.binary)
     processor = MULTIPROCESSORS[launch.target.name]
     warps = resources.num_warps
@@ -63,17 +60,17 @@ def analyse(launch: Launch) -> KernelReport:
         everything = tuple(range(len(program.instructions)))
         loops = [report_loop(program, everything, processor, warps, is_whole_kernel=True)]
     mix = Counter(instruction.opcode for instruction in program.instructions)
-    return KernelReport(resources, occupancy(resources), loops, dict(mix.most_common()), minimum_bytes)
+    return KernelReport(resources, occupancy(resources), loops, dict(mix.most_common()))
 
 
-def _minimum_bytes(arguments: dict[str, Any]) -> int:
-    """The distinct elements of the tensor arguments in bytes; a broadcast dimension (stride 0) counts once."""
+def minimum_bytes(arguments: dict[str, Any]) -> int:
+    """What DRAM moves if every element of the tensor arguments is touched once, in bytes."""
     total = 0
     for argument in arguments.values():
         if isinstance(argument, dict):
             elements = 1
             for size, stride in zip(argument["shape"], argument["strides"]):
-                elements *= size if stride else 1
+                elements *= size if stride else 1  # a broadcast dimension
             total += elements * argument["itemsize"]
     return total
 

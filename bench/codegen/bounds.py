@@ -84,6 +84,7 @@ class LoopReport:
             "alternating": self.alternating,
             "serial": self.serial,
             "pipe_per_dram": self.pipe_per_dram,
+            "bytes_per_global_access": self.bytes_per_global_access,
             "global_widths": {str(size): count for size, count in sorted(self.global_widths.items())},
         }
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import fastattn
+import fastattn.models
 
 
 def attention(
@@ -89,6 +90,26 @@ def feed_forward(
             parameter(rows, width), *first, *second, activation=activation, recompute=recompute, **gate
         )
         out.backward(torch.zeros_like(out))
+
+
+def _gpt() -> fastattn.models.GPT:
+    config = fastattn.models.GPTConfig(512, context_length=1024, num_layers=2, num_heads=12, d_model=768)
+    return fastattn.models.GPT(config)
+
+
+def training_step(batch: int = 4) -> None:
+    """Forward and backward of two layers of GPT-2's width over 4 sequences of 1,024 tokens, bf16 autocast."""
+    tokens = torch.zeros(batch, 1024, dtype=torch.long)
+    with fastattn.backend.use("triton"), torch.autocast("cpu", torch.bfloat16):
+        _, loss = _gpt()(tokens, tokens)
+        loss.backward()
+
+
+def decode_step() -> None:
+    """Two tokens of 8 sequences after a prompt of 512, bf16: the prompt, then one step."""
+    tokens = torch.zeros(8, 512, dtype=torch.long)
+    with fastattn.backend.use("triton"):
+        _gpt().bfloat16().eval().generate(tokens, 2, temperature=0.0)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,8 @@ def find_loops(program: Program) -> list[Loop]:
     def indices(body: set[int]) -> tuple[int, ...]:
         return tuple(index for number in sorted(body) for index in range(blocks[number].start, blocks[number].stop))
 
-    spinning = {header: body for header, body in bodies.items() if _is_spin_loop(program, indices(body))}
+    innermost = {header for header, body in bodies.items() if not any(other < body for other in bodies.values())}
+    spinning = {header: bodies[header] for header in innermost if _is_spin_loop(program, indices(bodies[header]))}
     working = {header: body for header, body in bodies.items() if header not in spinning}
     loops = []
     for header in sorted(working):

@@ -3,20 +3,26 @@
 Interpreted and compiled kernels do not mix in one process, so tests that interpret ask a worker. The two sides talk
 JSON lines over the worker's standard input and output:
 
-    {"case": "tests.launch_cases:attention", "arguments": {"head_dim": 64}, "target": "sm_90"}
-    {"launches": [{"kernel": ..., "registers": ..., ...}, ...]}   or   {"error": "ValueError: ...", "traceback": ...}
+    {"case": "bench.codegen.cases:attention", "arguments": {"head_dim": 64}, "target": "sm_90"}
+    {"launches": [{"resources": {"kernel": ...}, ...}, ...]}   or   {"error": "ValueError: ...", "traceback": ...}
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib
 import json
 import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bench.codegen.stand_in import Launch
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -41,10 +47,8 @@ class CompileWorker:
             text=True,
         )
 
-    def launches(self, case: str, target: str, **arguments: Any) -> list[Any]:
-        """The `Resources` of each kernel that the function `case` ("module:function") launches on `target`."""
-        from bench.codegen.resources import Resources
-
+    def reports(self, case: str, target: str, **arguments: Any) -> list[dict[str, Any]]:
+        """A `KernelReport` as JSON for each kernel that the function `case` ("module:function") launches on `target`."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         request = {"case": case, "target": target, "arguments": arguments}
@@ -56,7 +60,13 @@ class CompileWorker:
         reply = json.loads(line)
         if "error" in reply:
             raise WorkerError(f"{reply['error']}\n{reply['traceback']}")
-        return [Resources.from_json(launch) for launch in reply["launches"]]
+        return reply["launches"]
+
+    def launches(self, case: str, target: str, **arguments: Any) -> list[Any]:
+        """The `Resources` of each of these kernels."""
+        from bench.codegen.resources import Resources
+
+        return [Resources.from_json(report["resources"]) for report in self.reports(case, target, **arguments)]
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -72,18 +82,46 @@ class CompileWorker:
         self.close()
 
 
-def _answer(request: dict[str, Any]) -> dict[str, Any]:
-    from bench.codegen.resources import read_resources
+def report_launches(function: Callable[[], object], target: str) -> list[dict[str, Any]]:
+    """Call `function` under the stand-in driver; a `KernelReport` as JSON per launch, in order."""
+    from bench.codegen.analysis import minimum_bytes
     from bench.codegen.stand_in import stand_in
 
+    with stand_in(target) as launches:
+        function()
+    rows = []
+    for launch in launches:
+        report = _cached_report(launch)
+        report["resources"]["grid"] = launch.grid
+        rows.append({**report, "arguments": launch.arguments, "minimum_bytes": minimum_bytes(launch.arguments)})
+    return rows
+
+
+def _cached_report(launch: Launch) -> dict[str, Any]:
+    """The report on a kernel's machine code, kept on disk beside Triton's own cache: disassembly takes a while."""
+    from triton.runtime.cache import get_cache_manager
+
+    from bench.codegen.analysis import analyse
+
+    cache = get_cache_manager(hashlib.sha256(f"{launch.metadata.hash} {_analysis_version()}".encode()).hexdigest())
+    path = cache.get_file("report.json")
+    if path is None:
+        path = cache.put(json.dumps(analyse(launch).as_json()), "report.json", binary=False)
+    return json.loads(Path(path).read_text())
+
+
+@functools.cache
+def _analysis_version() -> str:
+    """Changes with any source of this folder."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         module_name, function_name = request["case"].split(":")
         function = getattr(importlib.import_module(module_name), function_name)
-        with stand_in(request["target"]) as launches:
-            function(**request["arguments"])
-        distinct = {launch.metadata.hash: read_resources(launch) for launch in launches}
-        rows = [{**distinct[launch.metadata.hash].as_json(), "grid": launch.grid} for launch in launches]
-        return {"launches": rows}
+        return {"launches": report_launches(lambda: function(**request["arguments"]), request["target"])}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
 

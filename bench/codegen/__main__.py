@@ -1,0 +1,115 @@
+"""What the GPU would run, without one: `python -m bench.codegen [path/to/file.py:name ...]`.
+
+Without arguments it reports the kernels of the package at their real launches; with arguments, those of any file:
+
+    python -m bench.codegen --targets sm_80,sm_90 --kernels attention --output runs/codegen
+    python -m bench.codegen my_kernels.py:launch_all
+    python -m bench.codegen my_kernels.py:matmul --signature 'a=*bf16,b=*bf16,c=*bf16,n=i32' --constants BLOCK=128,num_warps=8
+    python -m bench.codegen --timeline training --targets sm_90
+    python -m bench.codegen --write-budgets
+
+Exit status 1 where a kernel spills, needs more memory than its GPU has, or leaves the tensor cores idle in a dot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # read at triton's first import; the processes of the pool inherit it
+
+from bench.codegen import budgets, cases, report, timeline, user_file
+from bench.codegen.targets import TARGETS, find_target
+from bench.codegen.worker import report_launches
+
+
+def report_case(case: cases.Case, target: str) -> list[report.Row]:
+    """A row per distinct kernel of a case; a case that fails to compile is one row that says so."""
+    function = getattr(cases, case.function)
+    return _distinct(case.name, report_launches(lambda: function(**case.arguments), target))
+
+
+def report_place(place: str, target: str, signature: str, constants: str) -> list[report.Row]:
+    """The same for a function or kernel of a user's file."""
+    rows = report_launches(lambda: user_file.launch(place, signature, constants), target)
+    return _distinct(place.rpartition("/")[2], rows)
+
+
+def _distinct(name: str, rows: list[dict[str, Any]]) -> list[report.Row]:
+    kernels = {row["resources"]["kernel"]: row for row in rows}
+    return [{"case": name, **row} for row in kernels.values()]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.codegen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("places", nargs="*", metavar="file.py:name", help="a launching function or a kernel")
+    parser.add_argument("--targets", default="sm_80,sm_90,sm_100,sm_120,gfx942", help=f"of {', '.join(TARGETS)}")
+    parser.add_argument("--kernels", default="", help="only cases and kernels with this text in their name")
+    parser.add_argument("--all", action="store_true", help="all cases, not only the core ones")
+    parser.add_argument("--signature", default="", help="of a kernel given as file.py:kernel")
+    parser.add_argument("--constants", default="", help="constexprs and launch options of that kernel")
+    parser.add_argument("--output", type=Path, help="directory for report.md, report.json and the plots")
+    parser.add_argument("--timeline", choices=("training", "decode"), help="the launches of a GPT's step, in order")
+    parser.add_argument("--write-budgets", action="store_true", help="record the core cases as the new budgets")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
+    return parser.parse_args()
+
+
+def report_timeline(step: str, target: str, output: Path | None) -> None:
+    """Print the launches of one step of a GPT with their predicted times; plot them into `output`."""
+    function = {"training": cases.training_step, "decode": cases.decode_step}[step]
+    steps = [timeline.predict(row) for row in report_launches(function, target)]
+    print(f"\n{step} step on {target}: {function.__doc__}\n{timeline.table(steps)}")
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+        print(f"wrote {timeline.plot(steps, output / f'timeline_{step}_{target}.png')}")
+
+
+def main() -> int:
+    options = parse_arguments()
+    targets = budgets.TARGETS if options.write_budgets else tuple(options.targets.split(","))
+    try:
+        for target in targets:
+            find_target(target)
+    except ValueError as error:
+        sys.exit(str(error))
+    if options.timeline:
+        for target in targets:
+            report_timeline(options.timeline, target, options.output)
+        return 0
+    chosen = budgets.budget_cases() if options.write_budgets or not options.all else cases.CASES
+    rows: list[report.Row] = []
+    failures: list[str] = []
+    with ProcessPoolExecutor(options.jobs) as pool:
+        jobs: list[Any] = []
+        for target in targets:
+            if options.places:
+                for place in options.places:
+                    job = pool.submit(report_place, place, target, options.signature, options.constants)
+                    jobs.append((f"{place} on {target}", job))
+            else:
+                matching = [c for c in chosen if options.kernels in c.name or options.kernels in c.function]
+                jobs += [(f"{case.name} on {target}", pool.submit(report_case, case, target)) for case in matching]
+        for name, job in jobs:
+            if problem := job.exception():
+                failures.append(f"{name}: {type(problem).__name__}: {problem}".splitlines()[0])
+            else:
+                rows += job.result()
+    print(report.terminal_table(rows))
+    for failure in failures:
+        print(f"  ! {failure}")
+    if options.output:
+        print("wrote " + ", ".join(str(path) for path in report.write_report(rows, options.output)))
+    if options.write_budgets and not failures:
+        print("\n".join(["budgets (! worse, ~ changed, + new, - gone):", *budgets.write(rows)]))
+    return 1 if failures or any(row["violations"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

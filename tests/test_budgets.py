@@ -1,0 +1,50 @@
+"""No kernel needs more than its recorded budget: `python -m bench.codegen --write-budgets` records new ones."""
+
+import pytest
+import triton
+
+from bench.codegen import budgets
+
+RECORDED = budgets.read()
+CASES = {case.name: case for case in budgets.budget_cases()}
+REFERENCE = [(name, target) for name in CASES for target in budgets.TARGETS]
+
+
+def toy_budget(worker, what):
+    (row,) = worker.reports("tests.toy_launches:launch_softmax_numerators", "sm_90", what=what)
+    return budgets.budget_of(row)
+
+
+@pytest.mark.parametrize(
+    ("what", "figure"),
+    [
+        ("spill", "spill_bytes"),
+        ("scalar load", "bytes_per_global_access"),
+        ("no fusion", "instructions"),
+        ("unsplit mask", "instructions"),
+    ],
+)
+def test_a_planted_regression_is_caught(compile_worker, what, figure):
+    good, bad = toy_budget(compile_worker, "good"), toy_budget(compile_worker, what)
+    assert budgets.regressions(good, good) == []
+    assert any(line.startswith(figure) for line in budgets.regressions(bad, good))
+
+
+def test_every_budget_is_free_of_spills():
+    assert [key for key, budget in RECORDED["budgets"].items() if budget["spill_bytes"]] == []
+
+
+def test_budgets_were_recorded_with_the_tested_compiler():
+    assert RECORDED["triton"] == triton.__version__
+
+
+@pytest.mark.parametrize(("name", "target"), REFERENCE)
+def test_kernels_keep_their_budget(compile_worker, name, target):
+    case = CASES[name]
+    rows = [{"case": name, **row} for row in compile_worker.reports(case.path, target, **case.arguments)]
+    worse = []
+    for row in rows:
+        budget = RECORDED["budgets"].get(budgets.key_of(row))
+        assert budget is not None, f"no budget for {budgets.key_of(row)}"
+        worse += [f"{budgets.key_of(row)}: {line}" for line in budgets.regressions(budgets.budget_of(row), budget)]
+    assert not worse, "\n".join(worse)
