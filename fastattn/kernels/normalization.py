@@ -85,8 +85,10 @@ def norm_forward_kernel(
     h = load_hidden(X, RESIDUAL, HIDDEN, offs_m, offs_n, mask, stride_x, stride_residual, columns)
     if MEAN is not None:
         mean = tl.sum(h, 1) / columns
-        tl.store(MEAN + offs_m, mean, mask=mask_m)
         h = tl.where(mask, h - mean[:, None], 0.0)
+        rest = tl.sum(h, 1) / columns  # what rounding left of the mean, which counts where the mean is large
+        tl.store(MEAN + offs_m, mean + rest, mask=mask_m)
+        h = tl.where(mask, h - rest[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(h * h, 1) / columns + eps)
     tl.store(RSTD + offs_m, rstd, mask=mask_m)
     y = affine(h * rstd[:, None], WEIGHT, BIAS, SCALE, SHIFT, group, offs_n, mask_n, stride_scale, weight_offset)
