@@ -1,10 +1,12 @@
 """Layer norm and RMS norm: the contract over every option, and the numbers that are hard."""
 
+import math
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from tests import contract, reference
@@ -12,17 +14,27 @@ from tests.compare import assert_close
 from tests.contract import BACKENDS, DTYPES, Op
 
 
-def norm(shape, dims=1, *, weight=True, bias=True, rms=False, offset=0.0, dtypes=None, shifts=None, eps=1e-5, **others):
+def norm(shape, dims=1, *, weight=True, bias=True, rms=False, offset=0.0, dropout_p=0.0, dtypes=None, **others):
     """A case: `others` are the shapes of residual, scale and shift."""
+    eps = 1e-5
     normalized = shape[-dims:]
     shapes = {"input": shape}
     shapes |= {"weight": normalized} if weight else {}
     shapes |= {"bias": normalized} if bias else {}
     shapes |= others
-    ours = fastattn.rms_norm if rms else fastattn.layer_norm
-    ours = partial(ours, normalized_shape=normalized, eps=eps, weight_offset=offset)
+    op = fastattn.rms_norm if rms else fastattn.layer_norm
+    op = partial(op, normalized_shape=normalized, eps=eps, weight_offset=offset)
+    seed = int(torch.randint(torch.iinfo(torch.int64).max, (1,), generator=torch.manual_seed(3)))
+    keep = reference.philox_keep(seed, (1, 1, math.prod(shape[:-dims]), math.prod(normalized)), dropout_p)
+    factors = keep.reshape(shape) / (1 - dropout_p)
+
+    def ours(**tensors):
+        if dropout_p:
+            torch.manual_seed(3)
+        return op(**tensors, dropout_p=dropout_p)
 
     def plain(input, weight=None, bias=None, residual=None, scale=None, shift=None):
+        input = input * factors.to(input.dtype) if dropout_p else input
         hidden = input if residual is None else (input + residual).to(residual.dtype)
         gain = torch.ones(normalized) + offset if weight is None else weight + offset
         gain = gain.to(hidden.dtype) if weight is None or weight.dtype == input.dtype else gain
@@ -37,9 +49,12 @@ def norm(shape, dims=1, *, weight=True, bias=True, rms=False, offset=0.0, dtypes
         y = (y if shift is None else y + shift).to(input.dtype)
         return y if residual is None else (y, hidden)
 
-    definition = partial(reference.normalise, dims=dims, eps=eps, centered=not rms, weight_offset=offset)
+    def definition(input, **tensors):
+        dropped = input * factors if dropout_p else input
+        return reference.normalise(dropped, **tensors, dims=dims, eps=eps, centered=not rms, weight_offset=offset)
+
     grows = ("input", "residual", *(name for name in others if others[name][0] == shape[0]))
-    return Op(ours, definition, shapes, plain, dtypes or {}, {}, shifts or {}, grows)
+    return Op(ours, definition, shapes, plain, dtypes or {}, grows=grows)
 
 
 CASES = {
@@ -62,14 +77,26 @@ CASES = {
     "shift_per_token": norm((3, 5, 24), weight=False, shift=(3, 5, 24)),
     "scale_shared_by_all": norm((3, 5, 24), scale=(24,)),
     "everything": norm((3, 5, 24), offset=1.0, residual=(3, 5, 24), scale=(3, 1, 24), shift=(3, 1, 24)),
+    "dropout": norm((3, 5, 23), dropout_p=0.4),
+    "dropout_residual": norm((3, 5, 23), dropout_p=0.4, residual=(3, 5, 23)),
+    "dropout_everything": norm(
+        (3, 24),
+        rms=True,
+        offset=1.0,
+        dropout_p=0.2,
+        residual=(3, 24),
+        scale=(3, 24),
+        dtypes={"residual": torch.float32},
+    ),
     "rms_everything": norm((3, 20), rms=True, residual=(3, 20), scale=(3, 20), shift=(3, 20)),
 }
-WIDE = {  # beyond what fits in registers: the backward above 8,192 columns, the forward above 16,384
-    "wide_backward": norm((5, 8_200)),
-    "wide": norm((3, 16_390), residual=(3, 16_390)),
-    "wide_rms_adaptive": norm((2, 2, 16_400), rms=True, bias=False, scale=(2, 1, 16_400)),
+WIDE = {  # more than fits in registers: 8,192 columns
+    "wide_by_one": norm((5, 8_193)),
+    "wide": norm((3, 9_000), residual=(3, 9_000), dropout_p=0.1),
+    "wide_rms_adaptive": norm((2, 2, 12_300), rms=True, bias=False, scale=(2, 1, 12_300)),
 }
 FEATURES = ["rank_4", "rms_2d_zero_centered_weight", "fp32_parameters", "no_parameters", "everything", "rms_everything"]
+DROPOUT = ["dropout", "dropout_residual", "dropout_everything"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -87,14 +114,14 @@ def test_values_of_wide_rows(name, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", [*FEATURES, *DROPOUT])
 def test_strides_and_determinism(name, backend):
     contract.check_strides(CASES[name], backend)
     contract.check_determinism(CASES[name], backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", [*FEATURES, *DROPOUT])
 def test_double_backward(name, backend):
     contract.check_double_backward(CASES[name], backend)
 
@@ -105,7 +132,7 @@ def test_transforms(name):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["rank_4", "no_parameters", "everything"])
+@pytest.mark.parametrize("name", ["rank_4", "no_parameters", "everything", "dropout_everything"])
 def test_registration(name, backend):
     contract.check_registration(CASES[name], backend)
 
@@ -129,7 +156,7 @@ def test_empty(shape, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("columns", [768, 20_000], ids=["narrow", "wide"])
+@pytest.mark.parametrize("columns", [768, 9_000], ids=["narrow", "wide"])
 def test_large_mean_and_tiny_variance(columns, backend):
     """One-pass variance, E[x²] - E[x]², has no correct digit here."""
     x = 1e4 + torch.randint(-8, 9, (2, columns)) / 128
@@ -156,6 +183,21 @@ def test_parameter_gradients_add_in_fp32(dtype, backend, rows):
         y = fastattn.layer_norm(x.to(dtype), 4, weight.to(dtype), bias)
         (grad,) = torch.autograd.grad(y, bias, torch.ones_like(y))
     assert torch.equal(grad, torch.full((4,), float(rows)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_checkpointing_replays_dropout(backend):
+    x = torch.randn(6, 40, requires_grad=True)
+
+    def layer(x):
+        return fastattn.layer_norm(x, 40, dropout_p=0.5, residual=x)[0]
+
+    with fastattn.backend.use(backend):
+        torch.manual_seed(1)
+        (plain,) = torch.autograd.grad(layer(x).sin().sum(), x)
+        torch.manual_seed(1)
+        (replayed,) = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).sin().sum(), x)
+    assert torch.equal(plain, replayed)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -213,6 +255,11 @@ ERRORS = {
         ValueError,
         r"residual_dtype .* needs residual",
         dict(input=X, normalized_shape=4, residual_dtype=torch.float32),
+    ),
+    "dropout": (
+        ValueError,
+        r"dropout_p must be in \[0, 1\), got 1.0",
+        dict(input=X, normalized_shape=4, dropout_p=1.0),
     ),
     "eps": (ValueError, r"eps must be at least 0, got -1", dict(input=X, normalized_shape=4, eps=-1.0)),
 }
