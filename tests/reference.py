@@ -4,6 +4,8 @@ The functions compute in the dtype of their inputs: with float64 inputs they are
 they are the plain PyTorch whose error sets the tolerance.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -71,3 +73,64 @@ def attention(
     if dropout_factors is not None:
         weights = weights * dropout_factors.to(weights.dtype)
     return weights @ value, lse
+
+
+def normalise(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    dims: int = 1,
+    eps: float = 1e-5,
+    centered: bool = True,
+    weight_offset: float = 0.0,
+) -> tuple[Tensor, ...]:
+    """Layer norm, or RMS norm if not centered: (y,), or (y, input + residual)."""
+    over = tuple(range(-dims, 0))
+    hidden = input if residual is None else input + residual
+    y = hidden - hidden.mean(over, keepdim=True) if centered else hidden
+    y = y / torch.sqrt((y * y).mean(over, keepdim=True) + eps)
+    y = y if weight is None else y * (weight + weight_offset)
+    y = y if bias is None else y + bias
+    y = y if scale is None else y * (1 + scale)
+    y = y if shift is None else y + shift
+    return (y,) if residual is None else (y, hidden)
+
+
+def activation(z: Tensor, name: str) -> Tensor:
+    """From the definitions, not from torch.nn.functional."""
+    root = math.sqrt(2 / math.pi)
+    return {
+        "identity": lambda: z,
+        "relu": lambda: z * (z > 0),
+        "relu2": lambda: z * z * (z > 0),
+        "gelu": lambda: z * torch.special.ndtr(z),
+        "gelu_tanh": lambda: z * (1 + torch.tanh(root * (z + 0.044715 * z**3))) / 2,
+        "silu": lambda: z / (1 + torch.exp(-z)),
+        "sigmoid": lambda: 1 / (1 + torch.exp(-z)),
+        "tanh": lambda: torch.tanh(z),
+    }[name]()
+
+
+def feed_forward(
+    input: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    bias1: Tensor | None = None,
+    bias2: Tensor | None = None,
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    *,
+    act: str = "gelu",
+) -> Tensor:
+    z = linear(input, weight1, bias1)
+    hidden = activation(z, act) if gate_weight is None else activation(linear(input, gate_weight, gate_bias), act) * z
+    return linear(hidden, weight2, bias2)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = (input[..., None, :] * weight).sum(-1)
+    return y if bias is None else y + bias

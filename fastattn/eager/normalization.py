@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastattn.eager.random import keep
+
 BLOCK_NUMBERS = 1 << 16  # numbers in a block of rows: it stays in the cache
 
 
@@ -38,9 +40,19 @@ def modulate(
     return y if shift is None else y + shift.float()
 
 
+def drop(tensor: Tensor, seed: Tensor | None, dropout_p: float, rows: range, columns: int) -> Tensor:
+    """tensor · keep / (1 - p) in fp32, of (rows, columns), with the choice of element (row, column) of the whole."""
+    if seed is None:
+        return tensor.float()
+    zero, row = seed.new_zeros(()), torch.arange(rows.start, rows.stop, device=seed.device)[:, None]
+    kept = keep(seed, zero, zero, row, range(columns), dropout_p)
+    return torch.where(kept, tensor.float() / (1.0 - dropout_p), 0.0)
+
+
 def forward(
     input: Tensor,
     residual: Tensor | None,
+    seed: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     scale: Tensor | None,
@@ -51,14 +63,18 @@ def forward(
     eps: float,
     centered: bool,
     weight_offset: float,
+    dropout_p: float,
     output_dtype: torch.dtype,
     hidden_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(output, hidden, mean, rstd), as `fastattn.ops.normalization` describes them."""
-    if residual is None:
-        hidden, h = input.new_empty(0, dtype=hidden_dtype), input.reshape(rows, columns)
-    else:
-        hidden = (input.float() + residual).to(hidden_dtype).contiguous()
+    h, added = input.reshape(rows, columns), None if residual is None else residual.reshape(rows, columns)
+    keeps = residual is not None or seed is not None
+    hidden = input.new_empty(input.shape if keeps else 0, dtype=hidden_dtype)
+    if keeps:
+        for block in _blocks(rows, columns):
+            x = drop(h[block], seed, dropout_p, range(block.start, block.stop), columns)
+            hidden.view(rows, columns)[block] = x if added is None else x + added[block]
         h = hidden.view(rows, columns)
     if centered and scale is None and shift is None and output_dtype == h.dtype:
         gain, added = _gain(weight, columns, weight_offset, h), None if bias is None else bias.reshape(columns).float()
@@ -83,6 +99,7 @@ def backward(
     grad_output: Tensor,
     grad_hidden: Tensor | None,
     hidden: Tensor,
+    seed: Tensor | None,
     weight: Tensor | None,
     scale: Tensor | None,
     mean: Tensor,
@@ -91,25 +108,29 @@ def backward(
     rows: int,
     columns: int,
     weight_offset: float,
+    dropout_p: float,
+    has_residual: bool,
     input_dtype: torch.dtype,
     sums_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dh, dh in the input's dtype where that differs, A, B), as `fastattn.ops.normalization` describes them."""
+    """(dh, dx where it differs from dh, A, B), as `fastattn.ops.normalization` describes them."""
     dy, h = grad_output.reshape(rows, columns), hidden.reshape(rows, columns)
     gain, plain = _gain(weight, columns, weight_offset, h), mean.numel() > 0 and groups == 1 and scale is None
-    if plain and h.dtype == input_dtype == torch.float32 and grad_hidden is None:
+    if plain and seed is None and h.dtype == input_dtype == torch.float32 and grad_hidden is None:
         grad, a, b = _fused(dy.float(), h, gain, mean, rstd)
         return grad.view(hidden.shape), hidden.new_empty(0), *_sums(a[None], b[None], sums_dtype)
-    grad = hidden.new_empty(hidden.shape)
-    grad_input = hidden.new_empty(0 if input_dtype == hidden.dtype else hidden.shape, dtype=input_dtype)
+    separate = seed is not None or input_dtype != hidden.dtype
+    grad = hidden.new_empty(hidden.shape if has_residual or not separate else 0)
+    grad_input = hidden.new_empty(hidden.shape if separate else 0, dtype=input_dtype)
     added = None if grad_hidden is None else grad_hidden.reshape(rows, columns)
-    sums = hidden.new_zeros(2, groups, columns, dtype=torch.float32)
+    sums = [hidden.new_zeros(groups, columns, dtype=torch.float32) for _ in range(2)]
     for block in _blocks(rows, columns):
         dy_block, h_block, group = dy[block].float(), h[block].float(), _group_of(block, rows, groups, h)
         mean_block, rstd_block = (mean[block, None] if mean.numel() else None), rstd[block, None]
         if plain:
-            dh, *ab = _fused(dy_block, h_block, gain, mean[block], rstd[block])
-            sums += torch.stack(ab)[:, None]
+            dh, *summands = _fused(dy_block, h_block, gain, mean[block], rstd[block])
+            for total, summand in zip(sums, summands):
+                total += summand
         else:
             x_hat = (h_block if mean_block is None else h_block - mean_block) * rstd_block
             g = dy_block * (gain if scale is None else gain * (1.0 + scale[group].float()))
@@ -118,9 +139,11 @@ def backward(
             for total, summand in zip(sums, (dy_block * x_hat, dy_block)):
                 total.index_add_(0, group, summand)
         dh = dh if added is None else dh + added[block]
-        grad.view(rows, columns)[block] = dh
+        if grad.numel():
+            grad.view(rows, columns)[block] = dh
         if grad_input.numel():
-            grad_input.view(rows, columns)[block] = dh
+            dx = drop(dh, seed, dropout_p, range(block.start, block.stop), columns)
+            grad_input.view(rows, columns)[block] = dx
     return grad, grad_input, *_sums(sums[0], sums[1], sums_dtype)
 
 

@@ -16,9 +16,10 @@ def tanh(x):
 
 @triton.jit
 def sigmoid(x):
-    """σ(x) = 1 / (1 + e^{-x}), written so that nothing overflows."""
+    """(σ(x), σ'(x)): 1 / (1 + e^{-x}) and σ (1 - σ), from e^{-|x|}, so that nothing overflows or cancels."""
     e = tl.exp2(-1.4426950408889634 * tl.abs(x))
-    return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
+    inverse = 1.0 / (1.0 + e)
+    return tl.where(x < 0.0, e, 1.0) * inverse, e * inverse * inverse
 
 
 @triton.jit
@@ -33,14 +34,13 @@ def activate(z, ACTIVATION: tl.constexpr):
         density = 0.3989422804014327 * tl.exp2(-0.7213475204444817 * z * z)
         value, derivative = z * cdf, cdf + z * density
     elif ACTIVATION == "gelu_tanh":  # z σ(2u), which is z (1 + tanh u) / 2, with u = √(2/π) (z + 0.044715 z³)
-        s = sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-        value, derivative = z * s, s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+        s, slope = sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        value, derivative = z * s, s + z * slope * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
     elif ACTIVATION == "silu":
-        s = sigmoid(z)
-        value, derivative = z * s, s * (1.0 + z * (1.0 - s))
+        s, slope = sigmoid(z)
+        value, derivative = z * s, s + z * slope
     elif ACTIVATION == "sigmoid":
-        s = sigmoid(z)
-        value, derivative = s, s * (1.0 - s)
+        value, derivative = sigmoid(z)
     elif ACTIVATION == "tanh":
         t = tanh(z)
         value, derivative = t, 1.0 - t * t

@@ -95,10 +95,10 @@ def attention_backward_key_config(target: Target, head_dim: int, itemsize: int, 
     return _from_table(_BACKWARD_HEAVY if heavy else _BACKWARD_KEY[_family(target)], head_dim)
 
 
-# Normalisation. A program keeps 32 numbers of a tile per thread in the forward, and 16 in the backward, where five such
-# tiles are alive. Above `MAX_*_COLUMNS` whole rows would spill, so rows are taken in blocks of WIDE_COLUMNS.
-MAX_FORWARD_COLUMNS = 16_384
-MAX_BACKWARD_COLUMNS = 8_192
+# Normalisation. A program keeps 16 numbers of a tile per thread in the forward, and 8 in the backward, where five such
+# tiles are alive. Wider rows than MAX_COLUMNS, which would spill, are taken in blocks of WIDE_COLUMNS. (At 8,192 columns
+# the backward with both a residual and a scale spills up to 24 bytes a thread, which costs less than a second reading.)
+MAX_COLUMNS = 8_192
 WIDE_COLUMNS = 4_096
 PARTIAL_TILE = (16, 128)
 REDUCE_ROWS, REDUCE_COLUMNS = 32, 64
@@ -132,16 +132,16 @@ class NormConfig:
 
 def norm_forward_config(columns: int) -> NormConfig:
     """The forward of rows of `columns` numbers."""
-    if columns > MAX_FORWARD_COLUMNS:
+    if columns > MAX_COLUMNS:
         return NormConfig(wide=True, rows=1, columns=WIDE_COLUMNS, num_warps=8)
     block = _power_of_2(columns)
     rows = max(1, min(16, 4_096 // block))
-    return NormConfig(wide=False, rows=rows, columns=block, num_warps=max(4, block // 1_024))
+    return NormConfig(wide=False, rows=rows, columns=block, num_warps=max(4, rows * block // 512))
 
 
 def norm_backward_config(target: Target, columns: int) -> NormConfig:
     """The backward: as many programs as run at once, fewer for wider rows, since each writes two rows of partials."""
-    if columns > MAX_BACKWARD_COLUMNS:
+    if columns > MAX_COLUMNS:
         rows, partial_columns = PARTIAL_TILE
         programs = max(1, 4 * target.processors * partial_columns // columns)
         return NormConfig(True, rows, WIDE_COLUMNS, 8, programs, partial_columns)
@@ -149,7 +149,7 @@ def norm_backward_config(target: Target, columns: int) -> NormConfig:
     rows = max(1, min(16, 2_048 // block))
     per_processor = {256: 16, 1_024: 8, 2_048: 4, 4_096: 2, 8_192: 1}
     programs = target.processors * next(n for limit, n in per_processor.items() if columns <= limit)
-    return NormConfig(False, rows, block, max(4, block // 512), programs)
+    return NormConfig(False, rows, block, min(16, max(4, rows * block // 256)), programs)
 
 
 # Feed-forward: numbers per program of an elementwise kernel (8 per thread of 4 warps).
@@ -182,7 +182,7 @@ def matmul_config(target: Target, columns: int, depth: int, itemsize: int, heavy
     if target.backend == "interpreter":
         block = MatmulConfig(32, 64, 32, 4, 1, parts=2)
     elif itemsize == 4:
-        block = MatmulConfig(64, 64, 32, 4, 2)
+        block = MatmulConfig(64, 64, 32, 8, 2)
     elif columns % 16 or depth % 16:  # element by element: the addresses need registers
         block = MatmulConfig(64, 64, 32, 4, 2, parts=2)
     elif target.arch in (90, 100):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backend import device_guard, implementation
-from fastattn.eager.normalization import modulate, normalise
+from fastattn.eager.normalization import drop, modulate, normalise
 from fastattn.ops import checks
 from fastattn.ops.library import define, differentiate, needs_composite
 from fastattn.replay import replay
@@ -25,6 +25,7 @@ def layer_norm(
     eps: float = ..., *,
     residual: None = ..., residual_dtype: None = ..., scale: Tensor | None = ..., shift: Tensor | None = ...,
     weight_offset: float = ...,
+    dropout_p: float = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def layer_norm(
@@ -32,6 +33,7 @@ def layer_norm(
     eps: float = ..., *,
     residual: Tensor, residual_dtype: torch.dtype | None = ..., scale: Tensor | None = ..., shift: Tensor | None = ...,
     weight_offset: float = ...,
+    dropout_p: float = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def layer_norm(
     input: Tensor,
@@ -44,11 +46,12 @@ def layer_norm(
     residual_dtype: torch.dtype | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    dropout_p: float = 0.0,
     weight_offset: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Layer norm over the last dimensions (Ba et al., 2016, https://arxiv.org/abs/1607.06450).
 
-    With h = input + residual (or input), and mean and variance (not the unbiased one) over `normalized_shape`:
+    With h = dropout(input) + residual (or without them), and mean and variance (not the unbiased one) over `normalized_shape`:
 
         y = (1 + scale) · ((weight_offset + weight) · (h - mean) / sqrt(variance + eps) + bias) + shift
 
@@ -64,6 +67,8 @@ def layer_norm(
         residual_dtype: dtype of the new residual stream; default the residual's.
         scale: broadcastable to `input`: adaptive layer norm (Peebles and Xie, 2023, https://arxiv.org/abs/2212.09748).
         shift: broadcastable to `input`.
+        dropout_p: probability in [0, 1) of dropping a number of `input`, before the residual is added. The seed comes from
+            torch's generator; the choice depends on (seed, row, column) alone and is the same on every backend.
         weight_offset: added to the weight: 1 for weights that are stored minus one.
 
     Returns:
@@ -78,7 +83,18 @@ def layer_norm(
         tensor([[-1.,  1.]])
     """
     return _norm(
-        input, normalized_shape, weight, bias, eps, True, residual, residual_dtype, scale, shift, weight_offset
+        input,
+        normalized_shape,
+        weight,
+        bias,
+        eps,
+        True,
+        residual,
+        residual_dtype,
+        scale,
+        shift,
+        dropout_p,
+        weight_offset,
     )
 
 
@@ -88,6 +104,7 @@ def rms_norm(
     *, bias: Tensor | None = ...,
     residual: None = ..., residual_dtype: None = ..., scale: Tensor | None = ..., shift: Tensor | None = ...,
     weight_offset: float = ...,
+    dropout_p: float = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def rms_norm(
@@ -95,6 +112,7 @@ def rms_norm(
     *, bias: Tensor | None = ...,
     residual: Tensor, residual_dtype: torch.dtype | None = ..., scale: Tensor | None = ..., shift: Tensor | None = ...,
     weight_offset: float = ...,
+    dropout_p: float = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def rms_norm(
     input: Tensor,
@@ -107,6 +125,7 @@ def rms_norm(
     residual_dtype: torch.dtype | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    dropout_p: float = 0.0,
     weight_offset: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Root mean square norm (Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467).
@@ -120,7 +139,18 @@ def rms_norm(
     """
     eps = torch.finfo(torch.float32).eps if eps is None else eps
     return _norm(
-        input, normalized_shape, weight, bias, eps, False, residual, residual_dtype, scale, shift, weight_offset
+        input,
+        normalized_shape,
+        weight,
+        bias,
+        eps,
+        False,
+        residual,
+        residual_dtype,
+        scale,
+        shift,
+        dropout_p,
+        weight_offset,
     )
 
 
@@ -135,21 +165,24 @@ def _norm(
     residual_dtype: torch.dtype | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    dropout_p: float,
     weight_offset: float,
 ) -> Tensor | tuple[Tensor, Tensor]:
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     _check(input, shape, weight, bias, eps, residual, residual_dtype, scale, shift)
+    checks.check_probability("dropout_p", dropout_p)
+    seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=input.device) if dropout_p else None
     to_fp32 = input.device.type in AUTOCAST_TO_FP32 and torch.is_autocast_enabled(input.device.type)
     output_dtype = torch.float32 if to_fp32 else input.dtype
     hidden_dtype = residual_dtype or (input if residual is None else residual).dtype
     if needs_composite(input, residual, weight, bias, scale, shift):
-        h = input if residual is None else (input.float() + residual).to(hidden_dtype)
+        h = _hidden(input, residual, seed, dropout_p, len(shape)).to(hidden_dtype)
         x_hat = normalise(h, len(shape), eps, centered)
         y = modulate(x_hat, weight, bias, scale, shift, weight_offset).to(output_dtype)
         return y if residual is None else (y, h)
     scale, shift = _by_group(input, len(shape), scale, shift)
-    tensors = input, residual, weight, bias, scale, shift
-    y, h, _, _ = NORM(*tensors, len(shape), eps, centered, weight_offset, output_dtype, hidden_dtype)
+    tensors = input, residual, seed, weight, bias, scale, shift
+    y, h, _, _ = NORM(*tensors, len(shape), eps, centered, weight_offset, dropout_p, output_dtype, hidden_dtype)
     return y if residual is None else (y, h)
 
 
@@ -219,9 +252,18 @@ def _sizes(hidden: Tensor, dims: int, scale: Tensor | None, shift: Tensor | None
     return groups, math.prod(hidden.shape[:-dims]), math.prod(hidden.shape[-dims:])
 
 
+def _hidden(input: Tensor, residual: Tensor | None, seed: Tensor | None, dropout_p: float, dims: int) -> Tensor:
+    if seed is None:
+        return input if residual is None else input.float() + residual
+    _, rows, columns = _sizes(input, dims, None, None)
+    h = drop(input.reshape(rows, columns), seed, dropout_p, range(rows), columns).view(input.shape)
+    return h if residual is None else h + residual
+
+
 def _forward(
     input: Tensor,
     residual: Tensor | None,
+    seed: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     scale: Tensor | None,
@@ -230,19 +272,21 @@ def _forward(
     eps: float,
     centered: bool,
     weight_offset: float,
+    dropout_p: float,
     output_dtype: torch.dtype,
     hidden_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with device_guard(input.device):
         return implementation("normalization", input.device).forward(
-            *(input, residual, weight, bias, scale, shift, *_sizes(input, dims, scale, shift)),
-            *(eps, centered, weight_offset, output_dtype, hidden_dtype),
+            *(input, residual, seed, weight, bias, scale, shift, *_sizes(input, dims, scale, shift)),
+            *(eps, centered, weight_offset, dropout_p, output_dtype, hidden_dtype),
         )
 
 
 def _forward_fake(
     input: Tensor,
     residual: Tensor | None,
+    seed: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     scale: Tensor | None,
@@ -251,21 +295,22 @@ def _forward_fake(
     eps: float,
     centered: bool,
     weight_offset: float,
+    dropout_p: float,
     output_dtype: torch.dtype,
     hidden_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = math.prod(input.shape[:-dims])
     return (
         input.new_empty(input.shape, dtype=output_dtype),
-        input.new_empty(0 if residual is None else input.shape, dtype=hidden_dtype),
+        input.new_empty(0 if residual is None and seed is None else input.shape, dtype=hidden_dtype),
         input.new_empty(rows if centered else 0, dtype=torch.float32),
         input.new_empty(rows, dtype=torch.float32),
     )
 
 
 NORM = define(
-    "norm(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int dims, "
-    "float eps, bool centered, float weight_offset, ScalarType output_dtype, ScalarType hidden_dtype) "
+    "norm(Tensor input, Tensor? residual, Tensor? seed, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
+    "int dims, float eps, bool centered, float weight_offset, float dropout_p, ScalarType output_dtype, ScalarType hidden_dtype) "
     "-> (Tensor output, Tensor hidden, Tensor mean, Tensor rstd)",
     _forward,
     _forward_fake,
@@ -275,27 +320,28 @@ NORM = define(
 def _gradient(
     needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
-    input, residual, weight, bias, scale, shift, dims, eps, _, weight_offset, output_dtype, _ = arguments
+    input, residual, seed, *parameters, dims, eps, _, weight_offset, dropout_p, output_dtype, _ = arguments
     grad_output, grad_hidden = grad_outputs[:2]
     _, hidden, mean, rstd = outputs
-    if residual is None:
+    if residual is None and seed is None:
         hidden, grad_hidden = input, None
     if grad_output is None:
         grad_output = torch.zeros_like(input, dtype=output_dtype)
     grad, grad_input, *rest = NORM_BACKWARD(
-        *(grad_output, grad_hidden, hidden, weight, bias, scale, shift, mean, rstd),
-        *(dims, eps, weight_offset, input.dtype, any(needs[2:6])),
+        *(grad_output, grad_hidden, hidden, seed, *parameters, mean, rstd, dims, eps, weight_offset, dropout_p),
+        *(residual is not None, input.dtype, any(needs[3:7])),
     )
-    grads = [grad if input.dtype == hidden.dtype else grad_input, grad, *rest]
-    if residual is not None and residual.dtype != hidden.dtype:
-        grads[1] = grad.to(residual.dtype)
-    return [g if need else None for g, need in zip(grads, needs)] + [None] * 6
+    separate = seed is not None or input.dtype != hidden.dtype
+    grad_residual = None if residual is None else grad.to(residual.dtype)
+    grads = [grad_input if separate else grad, grad_residual, None, *rest]
+    return [g if need else None for g, need in zip(grads, needs)] + [None] * 7
 
 
 def _backward(
     grad_output: Tensor,
     grad_hidden: Tensor | None,
     hidden: Tensor,
+    seed: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     scale: Tensor | None,
@@ -305,6 +351,8 @@ def _backward(
     dims: int,
     eps: float,
     weight_offset: float,
+    dropout_p: float,
+    has_residual: bool,
     input_dtype: torch.dtype,
     needs_parameters: bool,
 ) -> tuple[Tensor, ...]:
@@ -313,8 +361,8 @@ def _backward(
     sums_dtype = (dtypes.pop() if len(dtypes) == 1 else torch.float32) if needs_parameters else None
     with device_guard(hidden.device):
         grad, grad_input, a, b = implementation("normalization", hidden.device).backward(
-            *(grad_output, grad_hidden, hidden, weight, scale, mean, rstd, *_sizes(hidden, dims, scale, shift)),
-            *(weight_offset, input_dtype, sums_dtype),
+            *(grad_output, grad_hidden, hidden, seed, weight, scale, mean, rstd, *_sizes(hidden, dims, scale, shift)),
+            *(weight_offset, dropout_p, has_residual, input_dtype, sums_dtype),
         )
     grads: list[Tensor | None] = [None] * 4
     if needs_parameters and modulated:  # A and B are (groups, columns)
@@ -335,6 +383,7 @@ def _backward_fake(
     grad_output: Tensor,
     grad_hidden: Tensor | None,
     hidden: Tensor,
+    seed: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     scale: Tensor | None,
@@ -344,12 +393,15 @@ def _backward_fake(
     dims: int,
     eps: float,
     weight_offset: float,
+    dropout_p: float,
+    has_residual: bool,
     input_dtype: torch.dtype,
     needs_parameters: bool,
 ) -> tuple[Tensor, ...]:
+    separate = seed is not None or input_dtype != hidden.dtype
     return (
-        hidden.new_empty(hidden.shape),
-        hidden.new_empty(0 if input_dtype == hidden.dtype else hidden.shape, dtype=input_dtype),
+        hidden.new_empty(hidden.shape if has_residual or not separate else 0),
+        hidden.new_empty(hidden.shape if separate else 0, dtype=input_dtype),
         *(
             hidden.new_empty(0) if p is None or not needs_parameters else p.new_empty(p.shape)
             for p in (weight, bias, scale, shift)
@@ -358,9 +410,9 @@ def _backward_fake(
 
 
 NORM_BACKWARD = define(
-    "norm_backward(Tensor grad_output, Tensor? grad_hidden, Tensor hidden, Tensor? weight, Tensor? bias, "
+    "norm_backward(Tensor grad_output, Tensor? grad_hidden, Tensor hidden, Tensor? seed, Tensor? weight, Tensor? bias, "
     "Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, int dims, float eps, float weight_offset, "
-    "ScalarType input_dtype, bool needs_parameters) -> (Tensor grad_hidden_stream, Tensor grad_input, "
+    "float dropout_p, bool has_residual, ScalarType input_dtype, bool needs_parameters) -> (Tensor grad_hidden_stream, Tensor grad_input, "
     "Tensor grad_weight, Tensor grad_bias, Tensor grad_scale, Tensor grad_shift)",
     _backward,
     _backward_fake,
@@ -370,7 +422,8 @@ NORM_BACKWARD = define(
 def _second_gradient(
     needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
-    grad_output, grad_hidden, hidden, *parameters, mean, _, dims, eps, weight_offset, _, needs_parameters = arguments
+    grad_output, grad_hidden, hidden, seed, *rest, needs_parameters = arguments
+    parameters, (mean, _, dims, eps, weight_offset, dropout_p, _, _) = rest[:4], rest[4:]
     groups, rows, columns = _sizes(hidden, dims, *parameters[2:])
 
     def definition(
@@ -384,12 +437,15 @@ def _second_gradient(
 
     of_hidden, of_input, *of_parameters = grad_outputs
     if of_input is not None:
-        of_hidden = of_input.to(hidden.dtype) if of_hidden is None else of_hidden + of_input.to(hidden.dtype)
+        through = drop(of_input.reshape(rows, columns), seed, dropout_p, range(rows), columns)
+        through = through.view(hidden.shape).to(hidden.dtype)
+        of_hidden = through if of_hidden is None else of_hidden + through
     taken = [True, *(p is not None and needs_parameters for p in parameters)]
     of_grads, of_tensors = replay(
         definition, taken, (grad_output, grad_hidden), (hidden, *parameters), (of_hidden, *of_parameters)
     )
-    return [*of_grads, *of_tensors, *[None] * 7]
+    of_hidden, *of_parameters = of_tensors
+    return [*of_grads, of_hidden, None, *of_parameters, *[None] * 9]
 
 
 differentiate(NORM, _gradient, keep_outputs=(1, 2, 3))
