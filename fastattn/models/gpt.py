@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastattn.models.layers import Block, KVCache
 from fastattn.models.loss import chunked_cross_entropy
-from fastattn.models.pretrained import Pretrained
+from fastattn.models.pretrained import Pretrained, check_sizes
 from fastattn.nn import LayerNorm
 
 IGNORE_INDEX = -100  # the default of torch.nn.functional.cross_entropy
@@ -57,16 +57,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         if self.d_ff is None:
             object.__setattr__(self, "d_ff", 4 * self.d_model)
-        for name in ("vocab_size", "context_length", "num_layers", "num_heads", "d_model", "d_ff"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if self.d_model % self.num_heads:
-            raise ValueError(f"d_model must be a multiple of num_heads, got {self.d_model} and {self.num_heads}")
-        if self.d_model // self.num_heads > 256:
-            raise ValueError(f"d_model / num_heads must be at most 256, got {self.d_model // self.num_heads}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        check_sizes(self, "vocab_size", "context_length", "num_layers", "num_heads", "d_model", "d_ff")
 
 
 class GPT(Pretrained):
