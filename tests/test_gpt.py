@@ -136,8 +136,9 @@ def test_initial_loss_is_that_of_guessing() -> None:
         assert parameter.std().item() == pytest.approx(0.02 / math.sqrt(8), rel=0.1)
 
 
-def test_dropout_acts_in_training_only() -> None:
-    model = make(GPTConfig(61, context_length=24, num_layers=1, num_heads=2, d_model=16, dropout=0.5))
+@pytest.mark.parametrize("name", ["dropout", "attention_dropout"])
+def test_dropout_acts_in_training_only(name: str) -> None:
+    model = make(GPTConfig(61, context_length=24, num_layers=1, num_heads=2, d_model=16, **{name: 0.5}))
     tokens, _ = batch()
     assert not torch.equal(model(tokens)[0], model(tokens)[0])
     model.eval()

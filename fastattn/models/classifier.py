@@ -31,7 +31,7 @@ class ClassifierConfig:
         vocab_size: number of different tokens.
         num_classes: number of labels.
         context_length: the longest text, in tokens.
-        num_layers, num_heads, d_model, d_ff, dropout, bias: as in `GPTConfig`.
+        num_layers, num_heads, d_model, d_ff, dropout, attention_dropout, bias: as in `GPTConfig`.
         activation: of the feed-forward layers, see `fastattn.feed_forward`.
         norm_first: pre-norm blocks and a norm at the end; otherwise post-norm, as in Vaswani et al. (2017).
         positions: "learned", or "sinusoidal" (Vaswani et al.: embeddings are scaled by √d_model, sines are added).
@@ -51,6 +51,7 @@ class ClassifierConfig:
     d_model: int = 128
     d_ff: int | None = None
     dropout: float = 0.1
+    attention_dropout: float = 0.0
     bias: bool = True
     activation: str = "gelu_tanh"
     norm_first: bool = True
@@ -112,8 +113,9 @@ class Classifier(Pretrained):
         assert config.d_ff is not None
         self.blocks = nn.ModuleList(
             Block(
-                width, config.num_heads, config.d_ff, dropout=config.dropout, bias=config.bias,
-                activation=config.activation, norm_first=config.norm_first,
+                width, config.num_heads, config.d_ff, dropout=config.dropout,
+                attention_dropout=config.attention_dropout, bias=config.bias, activation=config.activation,
+                norm_first=config.norm_first,
             )
             for _ in range(config.num_layers)
         )  # fmt: skip

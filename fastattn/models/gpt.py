@@ -35,8 +35,8 @@ class GPTConfig:
         num_heads: attention heads in each block; must divide d_model.
         d_model: width of the residual stream.
         d_ff: width inside the feed-forward network; None means 4 · d_model.
-        dropout: probability with which the embeddings, the attention weights and each branch's output are dropped in
-            training.
+        dropout: probability with which the embeddings and each branch's output are dropped in training.
+        attention_dropout: the same for the attention weights; on a CPU this costs more than the rest of the attention.
         bias: whether linear layers and norms have a bias.
         tie_weights: whether the output layer is the transposed token embedding.
 
@@ -51,6 +51,7 @@ class GPTConfig:
     d_model: int = 384
     d_ff: int | None = None
     dropout: float = 0.0
+    attention_dropout: float = 0.0
     bias: bool = True
     tie_weights: bool = True
 
@@ -82,9 +83,12 @@ class GPT(Pretrained):
         self.dropout = nn.Dropout(config.dropout)
         assert config.d_ff is not None
         self.blocks = nn.ModuleList(
-            Block(config.d_model, config.num_heads, config.d_ff, dropout=config.dropout, bias=config.bias)
+            Block(
+                config.d_model, config.num_heads, config.d_ff, dropout=config.dropout,
+                attention_dropout=config.attention_dropout, bias=config.bias,
+            )
             for _ in range(config.num_layers)
-        )
+        )  # fmt: skip
         self.norm = LayerNorm(config.d_model, bias=config.bias)
         if not config.tie_weights:
             self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)

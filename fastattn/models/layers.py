@@ -38,7 +38,7 @@ class KVCache:
 class SelfAttention(nn.Module):
     """Multi-head attention among the tokens of each sequence; (B, T, d_model) in and out."""
 
-    def __init__(self, d_model: int, num_heads: int, *, dropout: float, bias: bool) -> None:
+    def __init__(self, d_model: int, num_heads: int, *, dropout: float = 0.0, bias: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
@@ -81,15 +81,16 @@ class Block(nn.Module):
         num_heads: int,
         d_ff: int,
         *,
-        dropout: float,
-        bias: bool,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        bias: bool = True,
         activation: str = "gelu_tanh",
         norm_first: bool = True,
     ) -> None:
         super().__init__()
         self.norm_first = norm_first
         self.norm1 = LayerNorm(d_model, bias=bias)
-        self.attention = SelfAttention(d_model, num_heads, dropout=dropout, bias=bias)
+        self.attention = SelfAttention(d_model, num_heads, dropout=attention_dropout, bias=bias)
         self.norm2 = LayerNorm(d_model, bias=bias)
         self.feed_forward = FeedForward(d_model, d_ff, activation=activation, bias=bias)
         self.dropout = nn.Dropout(dropout)
