@@ -27,7 +27,7 @@ import torch
 import training
 from corpus import DataError
 from labelled import Labelled
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from training import TrainingError
 
@@ -133,8 +133,7 @@ class Trainer:
         self.tokens = [labelled.encode(self.tokenizer, part.texts, length) for part in (self.train, self.test)]
         torch.manual_seed(arguments.seed)
         self.model = Classifier(self.config).to(self.device)
-        decay = get_ema_multi_avg_fn(arguments.average)
-        self.averaged = AveragedModel(self.model, multi_avg_fn=decay) if arguments.average else None
+        self.averaged = AveragedModel(self.model, avg_fn=self._average) if arguments.average else None
         self.optimizer = training.make_optimizer(self.model, arguments.lr, arguments.weight_decay)
         names = ("epochs", "batch_size", "lr", "weight_decay", "average", "seed")
         identity = {
@@ -152,6 +151,10 @@ class Trainer:
             if self.averaged is not None:
                 self.averaged.load_state_dict(progress["averaged"])
         self.metrics = training.Metrics(self.out / "metrics.jsonl", self.epoch)
+
+    def _average(self, average: torch.Tensor, new: torch.Tensor, steps: torch.Tensor | int) -> torch.Tensor:
+        """Exponential moving average, of fewer steps at the start so that the random weights are soon forgotten."""
+        return average.lerp(new, 1 - min(self.arguments.average, (1 + float(steps)) / (10 + float(steps))))
 
     @property
     def steps_per_epoch(self) -> int:
