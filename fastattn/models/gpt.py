@@ -153,17 +153,17 @@ class GPT(Pretrained):
             ValueError: a shape that does not fit, or (on the CPU) a token outside [0, vocab_size).
         """
         self._check_tokens("tokens", tokens)
+        if targets is not None:
+            self._check_tokens("targets", targets, ignored=IGNORE_INDEX)
+            if targets.shape != tokens.shape:
+                shapes = f"{tuple(tokens.shape)}, got {tuple(targets.shape)}"
+                raise ValueError(f"targets must have the shape of tokens, {shapes}")
         hidden = self.hidden(tokens)
         logits = None
         if return_logits or (return_logits is None and targets is None):
             logits = F.linear(hidden, self.output_weight)
         if targets is None:
             return logits, None
-        self._check_tokens("targets", targets, ignored=IGNORE_INDEX)
-        if targets.shape != tokens.shape:
-            raise ValueError(
-                f"targets must have the shape of tokens, {tuple(tokens.shape)}, got {tuple(targets.shape)}"
-            )
         if logits is None:
             loss = chunked_cross_entropy(hidden.flatten(0, 1), self.output_weight, targets.flatten())
         else:
@@ -248,9 +248,10 @@ class GPT(Pretrained):
                     token = sample(F.linear(last, self.output_weight), temperature, top_k, top_p, generator)
                     unread = token[:, None]
                     window = torch.cat([window, unread], dim=1)[:, -context:]
-                yield token
+                yield token.clone()  # outside of inference mode: a tensor like any other
         finally:
-            self.train(was_training)
+            if was_training:
+                self.train()
 
     def _check_tokens(self, name: str, tokens: Tensor, ignored: int | None = None) -> None:
         if tokens.dtype != torch.int64:
@@ -278,7 +279,8 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the largest is 0 at any temperature
     order = None
     if top_k is not None:
         logits, order = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
