@@ -19,7 +19,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import labelled
 import numpy as np
@@ -166,7 +166,7 @@ class Trainer:
     @property
     def result(self) -> Classifier:
         """The model that counts: the moving average where there is one."""
-        return self.model if self.averaged is None else self.averaged.module
+        return self.model if self.averaged is None else cast(Classifier, self.averaged.module)
 
     def describe(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters())

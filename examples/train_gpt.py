@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import corpus
+import numpy as np
 import torch
 import training
 from corpus import DataError
@@ -166,7 +167,7 @@ class Trainer:
         self.step += 1
         return {"loss": total.item(), "lr": lr, "gradient_norm": norm.item()}
 
-    def _loss(self, tokens: object, starts: object) -> torch.Tensor:
+    def _loss(self, tokens: np.ndarray, starts: np.ndarray) -> torch.Tensor:
         inputs, targets = corpus.windows(tokens, starts, self.config.context_length)
         with training.autocast(self.device, self.dtype):
             _, loss = self.model(inputs.to(self.device), targets.to(self.device))
