@@ -234,7 +234,8 @@ class Trainer:
         manifest = self.corpus.manifest
         count = manifest["val_tokens"]
         bits = loss / math.log(2) * count / manifest["val_bytes"]
-        self.metrics.write(step=self.step, final_val_loss=loss, bits_per_byte=bits, **self.baselines)
+        if not any("final_val_loss" in record for record in self.metrics.records):
+            self.metrics.write(step=self.step, final_val_loss=loss, bits_per_byte=bits, **self.baselines)
         title = f"GPT on {Path(manifest['source']).name}"
         training.plot_losses(self.metrics, self.baselines, self.out / "loss.png", title)
         print(f"\nvalidation loss {loss:.3f} nats per token, {bits:.2f} bits per byte, on all {count:,} tokens")

@@ -184,6 +184,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(train: Callable[..., str], text:
     assert not list(copied.rglob("*.tmp"))
 
 
+def test_a_finished_run_only_reports_again(train: Callable[..., str], text: Path, copied: Path) -> None:
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file() and path.suffix != ".png"}
+    train(text, copied, 300, "--resume")
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_two_runs_do_not_share_a_folder(train: Callable[..., str], text: Path, tmp_path: Path) -> None:
     fcntl = pytest.importorskip("fcntl")
     with open(tmp_path / ".lock", "wb") as file:
