@@ -41,6 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "dropout": 0.3, "bigram_buckets": 2**17,
         },
         "epochs": 3, "batch_size": 32, "lr": 1e-3, "weight_decay": 0.1, "average": 0.998, "word_dropout": 0.3,
+        "dtype": "fp32",  # so small that converting to bf16 and back costs more than it saves
     },
     "original": {
         "model": {
@@ -48,6 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "dropout": 0.1, "activation": "relu", "norm_first": False, "positions": "sinusoidal",
         },
         "epochs": 10, "batch_size": 64, "lr": 1e-4, "weight_decay": 0.0, "average": 0.0, "word_dropout": 0.0,
+        "dtype": "auto",
     },
 }  # fmt: skip
 
@@ -75,7 +77,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--word-dropout", type=float, help="share of the words that are hidden in training")
     add("--seed", type=int, default=0)
     add("--device", default="auto")
-    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
+    add("--dtype", choices=("auto", "fp32", "bf16"), help="auto: bf16 autocast where it is fast")
     add("--baseline", action=argparse.BooleanOptionalAction, default=True, help="fit the logistic regression as well")
     either = parser.add_mutually_exclusive_group().add_argument
     either("--resume", action="store_true", help="go on after the last complete epoch in --out")
