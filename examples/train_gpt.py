@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import corpus
+import numpy as np
 import torch
 import training
 from corpus import DataError
@@ -33,10 +34,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     data = parser.add_argument_group("data")
     add = data.add_argument
-    add("--data", default=corpus.SHAKESPEARE, help=f"a UTF-8 file, a folder of them, or {corpus.SHAKESPEARE} (default)")
+    add("--data", default=corpus.SHAKESPEARE, help="file, folder or built-in source, see prepare.py (%(default)s)")
     add("--out", type=Path, default=Path("runs/gpt"), help="folder for everything this run writes (%(default)s)")
+    add("--tokens", type=Path, help="folder for the tokens, to share between runs (default: in --out)")
     add("--vocab-size", type=int, default=2048, help="size of the byte-pair vocabulary (%(default)s)")
-    add("--val-fraction", type=float, default=0.1, help="share of the text, at its end, held out (%(default)s)")
+    add("--val-fraction", type=float, default=0.1, help="share of the text held out (%(default)s)")
 
     model = parser.add_argument_group("model")
     add = model.add_argument
@@ -93,7 +95,7 @@ class Trainer:
         saved = self.out / "checkpoint.pt"
         if saved.exists() and not (arguments.resume or arguments.overwrite):
             raise TrainingError(f"{saved} exists: add --resume to go on, --overwrite to start anew, or change --out")
-        tokens = self.out / "tokens"
+        tokens = arguments.tokens or self.out / "tokens"
         self.corpus = corpus.prepare(arguments.data, tokens, arguments.vocab_size, arguments.val_fraction)
         try:
             self.config = GPTConfig(
@@ -165,7 +167,7 @@ class Trainer:
         self.step += 1
         return {"loss": total.item(), "lr": lr, "gradient_norm": norm.item()}
 
-    def _loss(self, tokens: object, starts: object) -> torch.Tensor:
+    def _loss(self, tokens: np.ndarray, starts: np.ndarray) -> torch.Tensor:
         inputs, targets = corpus.windows(tokens, starts, self.config.context_length)
         with training.autocast(self.device, self.dtype):
             _, loss = self.model(inputs.to(self.device), targets.to(self.device))
@@ -232,7 +234,8 @@ class Trainer:
         manifest = self.corpus.manifest
         count = manifest["val_tokens"]
         bits = loss / math.log(2) * count / manifest["val_bytes"]
-        self.metrics.write(step=self.step, final_val_loss=loss, bits_per_byte=bits, **self.baselines)
+        if not any("final_val_loss" in record for record in self.metrics.records):
+            self.metrics.write(step=self.step, final_val_loss=loss, bits_per_byte=bits, **self.baselines)
         title = f"GPT on {Path(manifest['source']).name}"
         training.plot_losses(self.metrics, self.baselines, self.out / "loss.png", title)
         print(f"\nvalidation loss {loss:.3f} nats per token, {bits:.2f} bits per byte, on all {count:,} tokens")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -197,11 +196,19 @@ class Metrics:
         return [step for step, _ in found], [value for _, value in found]
 
 
+def pyplot() -> Any:
+    """matplotlib's, drawing into files: a script on a server has no screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
 def plot_losses(metrics: Metrics, baselines: dict[str, float], path: Path, title: str) -> None:
     """Training and validation loss against steps, with the baselines as dashed lines."""
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     steps, losses = metrics.series("loss")
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)

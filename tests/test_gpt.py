@@ -136,8 +136,9 @@ def test_initial_loss_is_that_of_guessing() -> None:
         assert parameter.std().item() == pytest.approx(0.02 / math.sqrt(8), rel=0.1)
 
 
-def test_dropout_acts_in_training_only() -> None:
-    model = make(GPTConfig(61, context_length=24, num_layers=1, num_heads=2, d_model=16, dropout=0.5))
+@pytest.mark.parametrize("name", ["dropout", "attention_dropout"])
+def test_dropout_acts_in_training_only(name: str) -> None:
+    model = make(GPTConfig(61, context_length=24, num_layers=1, num_heads=2, d_model=16, **{name: 0.5}))
     tokens, _ = batch()
     assert not torch.equal(model(tokens)[0], model(tokens)[0])
     model.eval()
@@ -188,7 +189,9 @@ def test_a_seed_repeats_and_global_state_is_untouched() -> None:
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert not torch.equal(model.generate(prompt, 15), model.generate(prompt, 15))
-    assert torch.equal(torch.stack(list(model.stream(prompt, 15, seed=5)), 1), first[:, 4:])
+    streamed = list(model.stream(prompt, 15, seed=5))
+    assert torch.equal(torch.stack(streamed, 1), first[:, 4:])
+    assert not any(token.is_inference() for token in (first, *streamed))
 
 
 def test_sampling_frequencies() -> None:
@@ -214,6 +217,7 @@ def test_sampling_frequencies() -> None:
         assert (drawn[exact == 0] == 0).all()
     assert (frequencies(top_k=2, top_p=0.5) - kept(1)).abs().max() == 0  # 0.4 / 0.7 alone reaches one half
     assert (frequencies(temperature=0) - kept(1)).abs().max() == 0
+    assert (frequencies(temperature=1e-30) - kept(1)).abs().max() == 0
 
 
 def test_saved_and_loaded(tmp_path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastattn.models.layers import Block, KVCache
 from fastattn.models.loss import chunked_cross_entropy
-from fastattn.models.pretrained import Pretrained
+from fastattn.models.pretrained import Pretrained, check_sizes
 from fastattn.nn import LayerNorm
 
 IGNORE_INDEX = -100  # the default of torch.nn.functional.cross_entropy
@@ -35,8 +35,8 @@ class GPTConfig:
         num_heads: attention heads in each block; must divide d_model.
         d_model: width of the residual stream.
         d_ff: width inside the feed-forward network; None means 4 · d_model.
-        dropout: probability with which the embeddings, the attention weights and each branch's output are dropped in
-            training.
+        dropout: probability with which the embeddings and each branch's output are dropped in training.
+        attention_dropout: the same for the attention weights; on a CPU this costs more than the rest of the attention.
         bias: whether linear layers and norms have a bias.
         tie_weights: whether the output layer is the transposed token embedding.
 
@@ -51,22 +51,14 @@ class GPTConfig:
     d_model: int = 384
     d_ff: int | None = None
     dropout: float = 0.0
+    attention_dropout: float = 0.0
     bias: bool = True
     tie_weights: bool = True
 
     def __post_init__(self) -> None:
         if self.d_ff is None:
             object.__setattr__(self, "d_ff", 4 * self.d_model)
-        for name in ("vocab_size", "context_length", "num_layers", "num_heads", "d_model", "d_ff"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if self.d_model % self.num_heads:
-            raise ValueError(f"d_model must be a multiple of num_heads, got {self.d_model} and {self.num_heads}")
-        if self.d_model // self.num_heads > 256:
-            raise ValueError(f"d_model / num_heads must be at most 256, got {self.d_model // self.num_heads}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        check_sizes(self, "vocab_size", "context_length", "num_layers", "num_heads", "d_model", "d_ff")
 
 
 class GPT(Pretrained):
@@ -91,9 +83,12 @@ class GPT(Pretrained):
         self.dropout = nn.Dropout(config.dropout)
         assert config.d_ff is not None
         self.blocks = nn.ModuleList(
-            Block(config.d_model, config.num_heads, config.d_ff, dropout=config.dropout, bias=config.bias)
+            Block(
+                config.d_model, config.num_heads, config.d_ff, dropout=config.dropout,
+                attention_dropout=config.attention_dropout, bias=config.bias,
+            )
             for _ in range(config.num_layers)
-        )
+        )  # fmt: skip
         self.norm = LayerNorm(config.d_model, bias=config.bias)
         if not config.tie_weights:
             self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -158,17 +153,17 @@ class GPT(Pretrained):
             ValueError: a shape that does not fit, or (on the CPU) a token outside [0, vocab_size).
         """
         self._check_tokens("tokens", tokens)
+        if targets is not None:
+            self._check_tokens("targets", targets, ignored=IGNORE_INDEX)
+            if targets.shape != tokens.shape:
+                shapes = f"{tuple(tokens.shape)}, got {tuple(targets.shape)}"
+                raise ValueError(f"targets must have the shape of tokens, {shapes}")
         hidden = self.hidden(tokens)
         logits = None
         if return_logits or (return_logits is None and targets is None):
             logits = F.linear(hidden, self.output_weight)
         if targets is None:
             return logits, None
-        self._check_tokens("targets", targets, ignored=IGNORE_INDEX)
-        if targets.shape != tokens.shape:
-            raise ValueError(
-                f"targets must have the shape of tokens, {tuple(tokens.shape)}, got {tuple(targets.shape)}"
-            )
         if logits is None:
             loss = chunked_cross_entropy(hidden.flatten(0, 1), self.output_weight, targets.flatten())
         else:
@@ -253,9 +248,10 @@ class GPT(Pretrained):
                     token = sample(F.linear(last, self.output_weight), temperature, top_k, top_p, generator)
                     unread = token[:, None]
                     window = torch.cat([window, unread], dim=1)[:, -context:]
-                yield token
+                yield token.clone()  # outside of inference mode: a tensor like any other
         finally:
-            self.train(was_training)
+            if was_training:
+                self.train()
 
     def _check_tokens(self, name: str, tokens: Tensor, ignored: int | None = None) -> None:
         if tokens.dtype != torch.int64:
@@ -283,7 +279,8 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the largest is 0 at any temperature
     order = None
     if top_k is not None:
         logits, order = logits.topk(min(top_k, logits.shape[-1]), dim=-1)

@@ -20,25 +20,22 @@ class KVCache:
         self.length = 0
         self._blocks: list[Tensor] = []
 
-    def append(self, block: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the new tokens' key and value, (B, H, T, D), of one block; views of all of them are returned.
+    def append(self, block: int, new: Tensor) -> Tensor:
+        """Add the new tokens' keys and values of one block, stacked: (2, B, H, T, D); a view of all of them is returned.
 
         `length` is the caller's to advance, once all blocks have appended.
         """
         if block == len(self._blocks):
-            batch, heads, _, width = key.shape
-            self._blocks.append(key.new_empty(2, batch, heads, self.capacity, width))
-        keys, values = self._blocks[block].unbind()
-        end = self.length + key.shape[2]
-        keys[:, :, self.length : end] = key
-        values[:, :, self.length : end] = value
-        return keys[:, :, :end], values[:, :, :end]
+            self._blocks.append(new.new_empty(*new.shape[:3], self.capacity, new.shape[4]))
+        buffer, count = self._blocks[block], new.shape[3]
+        buffer.narrow(3, self.length, count).copy_(new)
+        return buffer.narrow(3, 0, self.length + count)
 
 
 class SelfAttention(nn.Module):
     """Multi-head attention among the tokens of each sequence; (B, T, d_model) in and out."""
 
-    def __init__(self, d_model: int, num_heads: int, *, dropout: float, bias: bool) -> None:
+    def __init__(self, d_model: int, num_heads: int, *, dropout: float = 0.0, bias: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
@@ -59,9 +56,10 @@ class SelfAttention(nn.Module):
         """
         batch, new, width = x.shape
         packed = self.in_proj(x).view(batch, new, 3, self.num_heads, width // self.num_heads)
-        query, key, value = packed.permute(2, 0, 3, 1, 4).unbind()  # views of (B, H, T, D): nothing is copied
+        packed = packed.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D), of which the three are views: nothing is copied
+        query, key, value = packed.unbind()
         if cache is not None:
-            key, value = cache.append(block, key, value)
+            key, value = cache.append(block, packed[1:]).unbind()
         # Bottom-right alignment lets T new tokens see all that is in the cache; one token alone sees everything anyway.
         dropout_p = self.dropout if self.training else 0.0
         out = attention(query, key, value, causal=causal and new > 1, mask=mask, dropout_p=dropout_p)
@@ -81,15 +79,16 @@ class Block(nn.Module):
         num_heads: int,
         d_ff: int,
         *,
-        dropout: float,
-        bias: bool,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        bias: bool = True,
         activation: str = "gelu_tanh",
         norm_first: bool = True,
     ) -> None:
         super().__init__()
         self.norm_first = norm_first
         self.norm1 = LayerNorm(d_model, bias=bias)
-        self.attention = SelfAttention(d_model, num_heads, dropout=dropout, bias=bias)
+        self.attention = SelfAttention(d_model, num_heads, dropout=attention_dropout, bias=bias)
         self.norm2 = LayerNorm(d_model, bias=bias)
         self.feed_forward = FeedForward(d_model, d_ff, activation=activation, bias=bias)
         self.dropout = nn.Dropout(dropout)

@@ -55,6 +55,21 @@ def _safetensors() -> ModuleType:
     return safetensors.torch
 
 
+def check_sizes(config: Any, *names: str) -> None:
+    """ValueError unless the fields `names` are positive integers, the heads divide d_model and dropouts are in [0, 1)."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    if config.d_model % config.num_heads:
+        raise ValueError(f"d_model must be a multiple of num_heads, got {config.d_model} and {config.num_heads}")
+    if config.d_model // config.num_heads > 256:
+        raise ValueError(f"d_model / num_heads must be at most 256, got {config.d_model // config.num_heads}")
+    for name in ("dropout", "attention_dropout"):
+        if not 0.0 <= getattr(config, name) < 1.0:
+            raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)!r}")
+
+
 class Pretrained(nn.Module):
     """A model that is built from one dataclass of settings, `config`, and saves itself to a folder.
 

@@ -1,0 +1,359 @@
+"""Train a transformer to tell texts apart: positive from negative reviews, or whatever your file says.
+
+    python examples/train_classifier.py                            IMDb reviews, preset "quick": under 5 minutes on two cores
+    python examples/train_classifier.py --preset original          the plain transformer of many tutorials, 10 epochs
+    python examples/train_classifier.py --data mine.csv            your own .csv or .jsonl with the fields text and label
+
+The folder --out receives the model after every epoch (config.json, model.safetensors, tokenizer.json, labels.json),
+checkpoint.pt for --resume, metrics.jsonl, report.json and curves.png. The test texts are never trained on, and nothing
+is chosen by their accuracy: the last epoch counts. They are also given to a logistic regression on single words and
+pairs of words, a baseline that many neural networks do not reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import labelled
+import numpy as np
+import torch
+import training
+from corpus import DataError
+from labelled import Labelled
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+from training import TrainingError
+
+from fastattn.models import Classifier, ClassifierConfig
+from fastattn.models.pretrained import atomic_write
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {
+        "model": {
+            "vocab_size": 30_000, "context_length": 256, "num_layers": 1, "num_heads": 4, "d_model": 64,
+            "dropout": 0.3, "bigram_buckets": 2**17,
+        },
+        "epochs": 3, "batch_size": 32, "lr": 1e-3, "weight_decay": 0.1, "average": 0.998, "word_dropout": 0.3,
+        "dtype": "fp32",  # so small that converting to bf16 and back costs more than it saves
+    },
+    "original": {
+        "model": {
+            "vocab_size": 10_000, "context_length": 60, "num_layers": 1, "num_heads": 8, "d_model": 512, "d_ff": 2048,
+            "dropout": 0.1, "activation": "relu", "norm_first": False, "positions": "sinusoidal",
+        },
+        "epochs": 10, "batch_size": 64, "lr": 1e-4, "weight_decay": 0.0, "average": 0.0, "word_dropout": 0.0,
+        "dtype": "auto",
+    },
+}  # fmt: skip
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", default="imdb", help="a .csv or .jsonl file, or the built-in imdb or bbc (%(default)s)")
+    add("--out", type=Path, default=Path("runs/classifier"), help="folder for everything written (%(default)s)")
+    add("--preset", choices=PRESETS, default="quick", help="the settings that the options below change (%(default)s)")
+    add("--test-size", type=int, help="texts held out; default 4904 for imdb, a fifth of others")
+    for field in dataclasses.fields(ClassifierConfig):
+        if field.name in ("num_classes", "bias"):
+            continue
+        kind = {"float": float, "str": str}.get(str(field.type), int)
+        if field.name == "norm_first":
+            add("--norm-first", action=argparse.BooleanOptionalAction, help="pre-norm instead of post-norm blocks")
+        else:
+            add(f"--{field.name.replace('_', '-')}", type=kind, help=f"see ClassifierConfig.{field.name}")
+    add("--epochs", type=int, help="passes over the training texts")
+    add("--batch-size", type=int)
+    add("--lr", type=float, help="peak learning rate")
+    add("--weight-decay", type=float)
+    add("--average", type=float, help="decay of the moving average of the weights that is evaluated; 0: none")
+    add("--word-dropout", type=float, help="share of the words that are hidden in training")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto")
+    add("--dtype", choices=("auto", "fp32", "bf16"), help="auto: bf16 autocast where it is fast")
+    add("--baseline", action=argparse.BooleanOptionalAction, default=True, help="fit the logistic regression as well")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--resume", action="store_true", help="go on after the last complete epoch in --out")
+    either("--overwrite", action="store_true", help="start anew where --out already holds a checkpoint")
+    arguments = parser.parse_args(argv)
+    preset = PRESETS[arguments.preset]
+    for name, value in preset.items():
+        if name != "model" and getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    given = {f.name: getattr(arguments, f.name, None) for f in dataclasses.fields(ClassifierConfig)}
+    arguments.model = preset["model"] | {name: value for name, value in given.items() if value is not None}
+    for name in ("epochs", "batch_size"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    if not arguments.lr > 0:
+        parser.error(f"--lr must be above 0, got {arguments.lr}")
+    for name in ("average", "word_dropout"):
+        if not 0.0 <= getattr(arguments, name) < 1.0:
+            parser.error(f"--{name.replace('_', '-')} must be in [0, 1), got {getattr(arguments, name)}")
+    return arguments
+
+
+def baseline_accuracy(train: Labelled, test: Labelled) -> float:
+    """Of logistic regression on the tf-idf of words and pairs of words."""
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+    except ImportError as error:
+        raise TrainingError("the baseline needs scikit-learn: pip install scikit-learn, or --no-baseline") from error
+    features = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
+    model = make_pipeline(features, LogisticRegression(max_iter=1000))
+    return float(model.fit(train.texts, train.labels).score(test.texts, test.labels))
+
+
+class Trainer:
+    """One run: its texts, model, optimizer and position."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.out: Path = arguments.out
+        self.device = training.choose_device(arguments.device)
+        self.dtype = training.choose_dtype(arguments.dtype, self.device)
+        saved = self.out / "checkpoint.pt"
+        if saved.exists() and not (arguments.resume or arguments.overwrite):
+            raise TrainingError(f"{saved} exists: add --resume to go on, --overwrite to start anew, or change --out")
+        data = labelled.read(arguments.data)
+        size = arguments.test_size or (4904 if arguments.data == "imdb" else len(data.texts) // 5)
+        self.train, self.test = data.split(size, seed=0)
+        self.tokenizer = labelled.train_tokenizer(self.train.texts, arguments.model["vocab_size"])
+        self.unknown = self.tokenizer.token_to_id(labelled.UNKNOWN)
+        settings = arguments.model | {"vocab_size": self.tokenizer.get_vocab_size(), "num_classes": len(data.names)}
+        try:
+            self.config = ClassifierConfig(**settings)
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
+        length = self.config.context_length
+        self.tokens = [labelled.encode(self.tokenizer, part.texts, length) for part in (self.train, self.test)]
+        torch.manual_seed(arguments.seed)
+        self.model = Classifier(self.config).to(self.device)
+        self.averaged = AveragedModel(self.model, avg_fn=self._average) if arguments.average else None
+        self.optimizer = training.make_optimizer(self.model, arguments.lr, arguments.weight_decay)
+        names = ("epochs", "batch_size", "lr", "weight_decay", "average", "word_dropout", "seed")
+        identity = {
+            "model": dataclasses.asdict(self.config),
+            "data": {"sha256": data.digest(), "test_size": size},
+            "training": {name: getattr(arguments, name) for name in names} | {"dtype": str(self.dtype)},
+        }
+        self.checkpoint = training.Checkpoint(saved, identity)
+        self.epoch = 0
+        if arguments.overwrite:
+            saved.unlink(missing_ok=True)
+        elif saved.exists():
+            progress = self.checkpoint.load(self.model, self.optimizer, self.device)
+            self.epoch = progress["epoch"]
+            if self.averaged is not None:
+                self.averaged.load_state_dict(progress["averaged"])
+        self.metrics = training.Metrics(self.out / "metrics.jsonl", self.epoch)
+
+    def _average(self, average: torch.Tensor, new: torch.Tensor, steps: torch.Tensor | int) -> torch.Tensor:
+        """Exponential moving average, of fewer steps at the start so that the random weights are soon forgotten."""
+        return average.lerp(new, 1 - min(self.arguments.average, (1 + float(steps)) / (10 + float(steps))))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.train.texts) / self.arguments.batch_size)
+
+    @property
+    def result(self) -> Classifier:
+        """The model that counts: the moving average where there is one."""
+        return self.model if self.averaged is None else cast(Classifier, self.averaged.module)
+
+    def describe(self) -> str:
+        parameters = sum(p.numel() for p in self.model.parameters())
+        precision = "fp32" if self.dtype == torch.float32 else "bf16 autocast"
+        return (
+            f"data   {self.arguments.data}: {len(self.train.texts):,} training and {len(self.test.texts):,} test texts, "
+            f"{len(self.train.names)} classes\n"
+            f"model  preset {self.arguments.preset}: {parameters:,} parameters, {self.config.num_layers} layers, "
+            f"width {self.config.d_model}, {self.config.context_length} tokens\n"
+            f"run    {self.arguments.epochs} epochs of {self.steps_per_epoch} steps on {self.device} in {precision}, "
+            f"into {self.out}"
+        )
+
+    def train_epoch(self, stop: training.StopSignal) -> dict[str, float] | None:
+        """Mean loss and accuracy over the epoch; None where a signal cut it short."""
+        arguments, steps = self.arguments, self.steps_per_epoch
+        random = np.random.default_rng((arguments.seed, self.epoch))
+        loss_sum, right, seen, start = 0.0, 0, 0, time.perf_counter()
+        batches = labelled.batches(self.tokens[0], self.train.labels, arguments.batch_size, random)
+        interval = 0.5 if sys.stderr.isatty() else 15.0
+        progress = tqdm(batches, f"epoch {self.epoch + 1}/{arguments.epochs}", steps, mininterval=interval, leave=False)
+        self.model.train()
+        for step, (tokens, mask, labels) in enumerate(progress, self.epoch * steps):
+            if stop.received:
+                return None
+            lr = training.learning_rate(step, arguments.epochs * steps, arguments.lr, min(100, steps))
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            tokens = tokens.masked_fill(torch.rand(tokens.shape) < arguments.word_dropout, self.unknown)
+            labels = labels.to(self.device)
+            with training.autocast(self.device, self.dtype):
+                logits, loss = self.model(tokens.to(self.device), mask.to(self.device), labels)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if self.averaged is not None:
+                self.averaged.update_parameters(self.model)
+            loss_sum += loss.item() * len(labels)
+            right += int((logits.argmax(-1) == labels).sum())
+            seen += len(labels)
+            if not math.isfinite(loss_sum):
+                raise TrainingError(f"the loss is not finite at step {step + 1}: try a smaller --lr")
+            progress.set_postfix_str(f"loss {loss_sum / seen:.3f}, accuracy {right / seen:.1%}", refresh=False)
+        seconds = time.perf_counter() - start
+        return {"train_loss": loss_sum / seen, "train_accuracy": right / seen, "seconds": seconds}
+
+    @torch.no_grad()
+    def test_probabilities(self) -> tuple[np.ndarray, np.ndarray]:
+        """(probabilities (texts, classes), labels (texts,)) of the test texts."""
+        model = self.result.eval()
+        probabilities, labels = [], []
+        for tokens, mask, batch in labelled.batches(self.tokens[1], self.test.labels, 64):
+            with training.autocast(self.device, self.dtype):
+                logits, _ = model(tokens.to(self.device), mask.to(self.device))
+            probabilities.append(logits.float().softmax(-1).cpu())
+            labels.append(batch)
+        return torch.cat(probabilities).numpy(), torch.cat(labels).numpy()
+
+    def save(self) -> None:
+        self.result.save_pretrained(self.out)
+        with atomic_write(self.out / "tokenizer.json") as file:
+            file.write(self.tokenizer.to_str().encode())
+        with atomic_write(self.out / "labels.json") as file:
+            file.write(json.dumps(self.train.names).encode())
+        averaged = None if self.averaged is None else self.averaged.state_dict()
+        self.checkpoint.save(self.model, self.optimizer, self.device, epoch=self.epoch, averaged=averaged)
+
+    def run(self) -> int:
+        """Train to the last epoch, or until a signal; the exit status is returned."""
+        with training.StopSignal() as stop:
+            while self.epoch < self.arguments.epochs:
+                record = self.train_epoch(stop)
+                if record is None:
+                    assert stop.received is not None
+                    print(f"{stop.received.name}: {self.epoch} complete epochs are saved; --resume goes on after them")
+                    return 128 + stop.received
+                self.epoch += 1
+                probabilities, labels = self.test_probabilities()
+                accuracy = float((probabilities.argmax(1) == labels).mean())
+                loss = float(-np.log(probabilities[np.arange(len(labels)), labels].clip(1e-12)).mean())
+                self.metrics.write(step=self.epoch, **record, test_loss=loss, test_accuracy=accuracy)
+                self.save()
+                print(
+                    f"epoch {self.epoch}: training loss {record['train_loss']:.3f}, accuracy {record['train_accuracy']:.2%}; "
+                    f"test loss {loss:.3f}, accuracy {accuracy:.2%} ({record['seconds']:.0f} s)",
+                    flush=True,
+                )
+        return 0
+
+    def finish(self) -> None:
+        """Measure the final model, fit the baseline, write report.json and curves.png."""
+        probabilities, labels = self.test_probabilities()
+        report = evaluate(probabilities, labels)
+        print(
+            f"\ntest accuracy {report['accuracy']:.2%}, macro F1 {report['f1']:.2%}, calibration error {report['ece']:.2%}"
+        )
+        if self.arguments.baseline:
+            report["baseline_accuracy"] = baseline_accuracy(self.train, self.test)
+            difference = report["accuracy"] - report["baseline_accuracy"]
+            verdict = f"{abs(difference):.2%} {'better' if difference > 0 else 'WORSE'}"
+            print(f"logistic regression on words and pairs {report['baseline_accuracy']:.2%}: the model is {verdict}")
+        print("confusion (rows: truth, columns: prediction)")
+        for name, row in zip(self.train.names, report["confusion"]):
+            print(f"  {name:>12} " + " ".join(f"{count:6d}" for count in row))
+        with atomic_write(self.out / "report.json") as file:
+            file.write(json.dumps(report, indent=2).encode() + b"\n")
+        plot(self.metrics, report, self.train.names, self.out / "curves.png")
+        print(f"curves {self.out / 'curves.png'}, report {self.out / 'report.json'}, model {self.out}")
+
+
+def evaluate(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> dict[str, Any]:
+    """Accuracy, macro F1, confusion matrix (truth, prediction), and the reliability of the stated confidence."""
+    classes, predicted, confidence = probabilities.shape[1], probabilities.argmax(1), probabilities.max(1)
+    confusion = np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
+    hits = confusion.diagonal()
+    f1 = 2 * hits / np.maximum(confusion.sum(0) + confusion.sum(1), 1)
+    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
+    count = np.bincount(bin_of, minlength=bins)
+    stated = np.bincount(bin_of, confidence, bins) / np.maximum(count, 1)
+    reached = np.bincount(bin_of, predicted == labels, bins) / np.maximum(count, 1)
+    return {
+        "accuracy": float(hits.sum() / len(labels)),
+        "f1": float(f1.mean()),
+        "confusion": confusion.tolist(),
+        "ece": float((count * abs(stated - reached)).sum() / len(labels)),
+        "reliability": [
+            {"confidence": float(s), "accuracy": float(r), "texts": int(n)}
+            for s, r, n in zip(stated, reached, count)
+            if n
+        ],
+    }
+
+
+def plot(metrics: training.Metrics, report: dict[str, Any], names: list[str], path: Path) -> None:
+    """Loss, accuracy, confusion and reliability in one picture."""
+    plt = training.pyplot()
+    figure, axes = plt.subplots(2, 2, figsize=(10, 8), layout="constrained")
+    for axis, quantity in zip(axes[0], ("loss", "accuracy")):
+        for part in ("train", "test"):
+            axis.plot(*metrics.series(f"{part}_{quantity}"), marker="o", label={"train": "training"}.get(part, part))
+        axis.set(xlabel="epoch", title=quantity)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    if "baseline_accuracy" in report:
+        value = report["baseline_accuracy"]
+        axes[0, 1].axhline(value, color="gray", linestyle="--", label=f"logistic regression, {value:.1%}")
+    for axis in axes[0]:
+        axis.legend()
+    confusion = np.array(report["confusion"])
+    axes[1, 0].imshow(confusion, cmap="Blues")
+    for (row, column), count in np.ndenumerate(confusion):
+        dark = count > confusion.max() / 2
+        axes[1, 0].text(column, row, str(count), ha="center", va="center", color="white" if dark else "black")
+    axes[1, 0].set_xticks(range(len(names)), names)
+    axes[1, 0].set_yticks(range(len(names)), names)
+    axes[1, 0].set(xlabel="prediction", ylabel="truth", title=f"test accuracy {report['accuracy']:.2%}")
+    points = [(bin["confidence"], bin["accuracy"]) for bin in report["reliability"]]
+    axes[1, 1].plot([0, 1], [0, 1], color="gray", linestyle="--", label="perfect")
+    axes[1, 1].plot(*zip(*points), marker="o", label="model")
+    axes[1, 1].set(xlabel="stated confidence", ylabel="accuracy", title=f"calibration error {report['ece']:.2%}")
+    axes[1, 1].legend()
+    axes[1, 1].grid(alpha=0.3)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    try:
+        with training.lock(arguments.out):
+            trainer = Trainer(arguments)
+            print(trainer.describe(), flush=True)
+            status = trainer.run()
+            if status == 0:
+                trainer.finish()
+            return status
+    except (DataError, TrainingError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; what was saved before is unharmed", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
