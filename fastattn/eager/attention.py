@@ -71,11 +71,12 @@ class Block:
     def hidden(self, device: torch.device) -> Tensor | None:
         """bool, broadcastable to (B, Hq, rows, columns): True = invisible. None where all is visible."""
         hidden = None
-        i, j = self.positions(device)
         first, last = self.rows.start + self.shift, self.rows.stop - 1 + self.shift
         if self.window_right is not None and self.columns.stop - 1 > first + self.window_right:
+            i, j = self.positions(device)
             hidden = j > i + self.window_right
         if self.window_left is not None and self.columns.start < last - self.window_left:
+            i, j = self.positions(device)
             before = j < i - self.window_left
             hidden = before if hidden is None else hidden | before
         if self.mask is not None:
@@ -107,11 +108,11 @@ class Block:
 
     def of_rows(self, tensor: Tensor) -> Tensor:
         """The block's rows of (B, H, Nq, ...)."""
-        return tensor[:, :, self.rows.start : self.rows.stop]
+        return tensor if tensor.shape[2] == len(self.rows) else tensor[:, :, self.rows.start : self.rows.stop]
 
     def of_columns(self, tensor: Tensor) -> Tensor:
         """The block's columns of (B, H, Nk, ...)."""
-        return tensor[:, :, self.columns.start : self.columns.stop]
+        return tensor if tensor.shape[2] == len(self.columns) else tensor[:, :, self.columns.start : self.columns.stop]
 
 
 def _cut(pair: Tensor | None, rows: range, columns: range) -> Tensor | None:
@@ -227,13 +228,13 @@ def _fused_blocks(query: Tensor, key: Tensor, value: Tensor, whole: Block) -> tu
         plain = whole.mask is None and whole.bias is None and whole.window_left is None
         # (PyTorch's own causal mask multiplies -inf by the scale, which must therefore be positive)
         if plain and whole.window_right == 0 and whole.shift == 0 and whole.scale > 0.0:
-            return [replace(whole, window_right=None)], True
+            return [whole], True
     return list(whole.split(_FUSED_ROWS)), False
 
 
-def _fused_mask(block: Block, query: Tensor) -> Tensor | None:
+def _fused_mask(block: Block, is_causal: bool, query: Tensor) -> Tensor | None:
     """The additive mask of a block in the fused kernel's form: 4 dimensions, whole in the last two."""
-    additive = block.additive(query.device)
+    additive = None if is_causal else block.additive(query.device)
     if additive is None:
         return None
     additive = additive.view((1,) * (4 - additive.dim()) + additive.shape)
@@ -248,7 +249,7 @@ def forward(
     """(out, lse). Shapes as in `fastattn.ops.attention`; `precision` is torch's own setting here."""
     if 0 in (query.shape[2], key.shape[2]) or query.numel() == 0:
         out, lse = _nothing(query, value, sinks)
-        return as_heads(out, query), lse.contiguous()
+        return as_heads(out), lse.contiguous()
     whole = _whole(
         query, key, mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p
     )
@@ -263,7 +264,7 @@ def forward(
         if fused is None:
             parts.append(_attend(q, k, v, block))
             continue
-        additive = _fused_mask(block, query)
+        additive = _fused_mask(block, is_causal, query)
         out, lse = _fused(q, k, v, 0.0, is_causal, attn_mask=additive, scale=scale)
         if additive is not None:  # the fused kernel says 0 for a row that sees nothing
             lse = lse.masked_fill(additive.amax(-1) == float("-inf"), float("-inf"))
@@ -273,7 +274,7 @@ def forward(
             lse = with_sink
         parts.append((out, lse))
     if len(parts) == 1:
-        return as_heads(parts[0][0], query), parts[0][1].contiguous()
+        return as_heads(parts[0][0]), parts[0][1].contiguous()
     out = new_heads(query, query.shape[1], query.shape[2], value.shape[3])
     lse = torch.empty(query.shape[:3], device=query.device)
     for block, (part, part_lse) in zip(blocks, parts):
@@ -306,7 +307,7 @@ def backward(
         grad_sinks = -(probability * delta).sum((0, 2)).to(sinks.dtype)
     grad_bias = None if not need_bias or bias is None else torch.zeros(bias.shape, device=bias.device)
     if 0 in (query.shape[2], key.shape[2]) or query.numel() == 0:
-        zeros = [as_heads(torch.zeros_like(t), t) for t in (query, key, value)]
+        zeros = [as_heads(torch.zeros_like(t)) for t in (query, key, value)]
         return (
             zeros[0],
             zeros[1],
@@ -327,9 +328,18 @@ def backward(
     lse = lse.masked_fill(lse == float("-inf"), 0.0 if fused else float("inf"))
     if fused and len(blocks) == 1 and len(blocks[0].columns) == key.shape[2]:
         grads = _fused_backward(
-            grad_out, query, key, value, out, lse, 0.0, is_causal, attn_mask=_fused_mask(blocks[0], query), scale=scale
+            grad_out,
+            query,
+            key,
+            value,
+            out,
+            lse,
+            0.0,
+            is_causal,
+            attn_mask=_fused_mask(blocks[0], is_causal, query),
+            scale=scale,
         )
-        dq, dk, dv = (as_heads(g, t) for g, t in zip(grads, (query, key, value)))
+        dq, dk, dv = (as_heads(g) for g, t in zip(grads, (query, key, value)))
         return dq, dk, dv, None, grad_sinks
     dq = new_heads(query, *query.shape[1:])
     dk = torch.zeros(key.shape, device=key.device)
@@ -339,7 +349,7 @@ def backward(
         do, o, row_lse = block.of_rows(grad_out), block.of_rows(out), block.of_rows(lse)
         if fused:
             dq_part, dk_part, dv_part = _fused_backward(
-                do, q, k, v, o, row_lse, 0.0, is_causal, attn_mask=_fused_mask(block, query), scale=scale
+                do, q, k, v, o, row_lse, 0.0, is_causal, attn_mask=_fused_mask(block, is_causal, query), scale=scale
             )
         else:
             assert delta is not None
@@ -353,7 +363,7 @@ def backward(
         block.of_rows(dq).copy_(dq_part)
         block.of_columns(dk).add_(dk_part)
         block.of_columns(dv).add_(dv_part)
-    dk, dv = as_heads(dk.to(key.dtype), key), as_heads(dv.to(value.dtype), value)
+    dk, dv = as_heads(dk.to(key.dtype)), as_heads(dv.to(value.dtype))
     return dq, dk, dv, None if grad_bias is None or bias is None else grad_bias.to(bias.dtype), grad_sinks
 
 

@@ -21,7 +21,7 @@ from fastattn.ops.checks import (
     check_tensor,
     name_of,
 )
-from fastattn.ops.library import define, differentiate, needs_composite
+from fastattn.ops.library import call, define, differentiate, needs_composite
 
 MAX_HEAD_DIM = 256
 
@@ -90,9 +90,10 @@ def _gradient(
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
     need_bias, need_sinks = needs[4], needs[6]
-    dq, dk, dv, dbias, dsinks = attention_backward_op(
-        grad_out, grad_lse, query, key, value, out, lse, mask, bias, slopes, sinks, *rest, need_bias, need_sinks
-    )
+    dq, dk, dv, dbias, dsinks = call(
+        attention_backward_op, grad_out, grad_lse, query, key, value, out, lse, mask, bias, slopes, sinks, *rest,
+        need_bias, need_sinks,
+    )  # fmt: skip
     return (
         dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None, None,
         dbias if need_bias else None, None, dsinks if need_sinks else None, *[None] * len(rest),
@@ -216,7 +217,9 @@ def canonical(
 def attend(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """(out, lse) of canonical arguments: the op, or its plain definition inside transforms and forward-mode AD."""
     query, key, value, _, bias, _, sinks, *_ = arguments
-    return (eager.definition if needs_composite(query, key, value, bias, sinks) else attention_op)(*arguments)
+    if needs_composite(query, key, value, bias, sinks):
+        return eager.definition(*arguments)
+    return call(attention_op, *arguments)
 
 
 @overload
