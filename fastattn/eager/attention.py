@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastattn.eager.random import keep
-from fastattn.layout import as_heads, new_heads
+from fastattn.layout import as_gradient, as_output, new_gradient, new_output
 from fastattn.replay import replay
 
 _FUSED_ROWS = 256  # rows of a fused block that needs an additive mask
@@ -249,7 +249,7 @@ def forward(
     """(out, lse). Shapes as in `fastattn.ops.attention`; `precision` is torch's own setting here."""
     if 0 in (query.shape[2], key.shape[2]) or query.numel() == 0:
         out, lse = _nothing(query, value, sinks)
-        return as_heads(out), lse.contiguous()
+        return as_output(out, query), lse.contiguous()
     whole = _whole(
         query, key, mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p
     )
@@ -274,8 +274,8 @@ def forward(
             lse = with_sink
         parts.append((out, lse))
     if len(parts) == 1:
-        return as_heads(parts[0][0]), parts[0][1].contiguous()
-    out = new_heads(query, query.shape[1], query.shape[2], value.shape[3])
+        return as_output(parts[0][0], query), parts[0][1].contiguous()
+    out = new_output(query, value.shape[3])
     lse = torch.empty(query.shape[:3], device=query.device)
     for block, (part, part_lse) in zip(blocks, parts):
         block.of_rows(out).copy_(part)
@@ -307,7 +307,7 @@ def backward(
         grad_sinks = -(probability * delta).sum((0, 2)).to(sinks.dtype)
     grad_bias = None if not need_bias or bias is None else torch.zeros(bias.shape, device=bias.device)
     if 0 in (query.shape[2], key.shape[2]) or query.numel() == 0:
-        zeros = [as_heads(torch.zeros_like(t)) for t in (query, key, value)]
+        zeros = [as_gradient(torch.zeros_like(t)) for t in (query, key, value)]
         return (
             zeros[0],
             zeros[1],
@@ -339,9 +339,9 @@ def backward(
             attn_mask=_fused_mask(blocks[0], is_causal, query),
             scale=scale,
         )
-        dq, dk, dv = (as_heads(g) for g, t in zip(grads, (query, key, value)))
+        dq, dk, dv = (as_gradient(g) for g, t in zip(grads, (query, key, value)))
         return dq, dk, dv, None, grad_sinks
-    dq = new_heads(query, *query.shape[1:])
+    dq = new_gradient(query)
     dk = torch.zeros(key.shape, device=key.device)
     dv = torch.zeros(value.shape, device=value.device)
     for block in blocks:
@@ -363,7 +363,7 @@ def backward(
         block.of_rows(dq).copy_(dq_part)
         block.of_columns(dk).add_(dk_part)
         block.of_columns(dv).add_(dv_part)
-    dk, dv = as_heads(dk.to(key.dtype)), as_heads(dv.to(value.dtype))
+    dk, dv = as_gradient(dk.to(key.dtype)), as_gradient(dv.to(value.dtype))
     return dq, dk, dv, None if grad_bias is None or bias is None else grad_bias.to(bias.dtype), grad_sinks
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastattn import backend
 from fastattn.eager import attention as eager
-from fastattn.layout import new_heads
+from fastattn.layout import new_gradient, new_output
 from fastattn.ops.checks import (
     autocast,
     check_probability,
@@ -38,7 +38,7 @@ def _attention(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> tuple[Tensor, Tensor]:
-    out = new_heads(query, query.shape[1], query.shape[2], value.shape[3])
+    out = new_output(query, value.shape[3])
     return out, query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
@@ -61,7 +61,7 @@ def _attention_backward_fake(
     mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     need_bias, need_sinks = rest[-2:]
-    dq, dk, dv = (new_heads(t, *t.shape[1:]) for t in (query, key, value))
+    dq, dk, dv = map(new_gradient, (query, key, value))
     dbias = bias.new_empty(bias.shape) if bias is not None and need_bias else grad_out.new_empty(0)
     dsinks = sinks.new_empty(sinks.shape) if sinks is not None and need_sinks else grad_out.new_empty(0)
     return dq, dk, dv, dbias, dsinks
