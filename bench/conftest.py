@@ -134,4 +134,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(text(found))
         about = machine.describe()
         state = "NOISY" if about["noisy"] else "quiet"
-        terminalreporter.write_line(f"{about['device']}, {about['threads']} threads, load {about['load']}: {state} machine")
+        terminalreporter.write_line(
+            f"{about['device']}, {about['threads']} threads, load {about['load']}: {state} machine"
+        )

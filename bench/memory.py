@@ -26,7 +26,9 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
     """`function(*arguments)` in a process of its own, forked off a server that has imported torch already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "fastattn", "bench.memory"])
-    with ProcessPoolExecutor(1, mp_context=context, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)) as pool:
+    with ProcessPoolExecutor(
+        1, mp_context=context, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
+    ) as pool:
         return pool.submit(function, *arguments).result()
 
 
