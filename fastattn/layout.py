@@ -1,4 +1,8 @@
-"""Memory layout of attention's outputs, the same on every backend (torch.compile relies on it)."""
+"""Memory layout of attention's results, the same on every backend (torch.compile relies on it).
+
+It is that of PyTorch's fused CPU attention, so that nothing has to be copied where that is what runs: the output lies like the
+query, and a row's heads lie together in the gradients, as the projections before attention want them.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +12,31 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def new_heads(like: Tensor, heads: int, rows: int, dim: int) -> Tensor:
-    """An uninitialised (B, heads, rows, dim) tensor in the order of `like` (B, H, N, D).
+def new_output(query: Tensor, value_dim: int) -> Tensor:
+    """An uninitialised (B, Hq, Nq, value_dim) tensor in the order of `query` (B, Hq, Nq, D).
 
-    Where `like` keeps a row's heads together, as a projection's output split into heads does, so does the result: merging
+    Where `query` keeps a row's heads together, as a projection's output split into heads does, so does the result: merging
     its heads again is then a view.
     """
-    if like.stride(1) < like.stride(2):
-        return like.new_empty((like.shape[0], rows, heads, dim)).transpose(1, 2)
-    return like.new_empty((like.shape[0], heads, rows, dim))
+    batch, heads, rows, _ = query.shape
+    if query.stride(1) < query.stride(2):
+        return query.new_empty((batch, rows, heads, value_dim)).transpose(1, 2)
+    return query.new_empty((batch, heads, rows, value_dim))
 
 
-def as_heads(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor` (B, heads, rows, dim), copied into the layout of `new_heads` unless it has it already."""
-    expected = new_heads_strides(tensor.shape, like)
-    if tensor.stride() == expected:
-        return tensor
-    return new_heads(like, *tensor.shape[1:]).copy_(tensor)
+def as_output(tensor: Tensor, query: Tensor) -> Tensor:
+    """`tensor` (B, Hq, Nq, value_dim), copied into the layout of `new_output` unless it has it already."""
+    if query.stride(1) < query.stride(2):
+        return as_gradient(tensor)
+    return tensor.contiguous()
 
 
-def new_heads_strides(shape: tuple[int, ...], like: Tensor) -> tuple[int, ...]:
-    """The strides of `new_heads(like, *shape[1:])`."""
-    _, heads, rows, dim = shape
-    if like.stride(1) < like.stride(2):
-        return heads * rows * dim, dim, heads * dim, 1
-    return heads * rows * dim, rows * dim, dim, 1
+def new_gradient(tensor: Tensor) -> Tensor:
+    """An uninitialised gradient of a query, key or value (B, H, N, D)."""
+    batch, heads, rows, dim = tensor.shape
+    return tensor.new_empty((batch, rows, heads, dim)).transpose(1, 2)
+
+
+def as_gradient(tensor: Tensor) -> Tensor:
+    """`tensor` (B, H, N, D), copied into the layout of `new_gradient` unless it has it already."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)

@@ -169,7 +169,14 @@ def test_parameter_gradients_add_in_fp32(dtype, backend):
 
 @pytest.mark.parametrize(
     ("gated", "recompute", "kept"),
-    [(False, "none", 2), (False, "activation", 1), (False, "hidden", 0), (True, "none", 3), (True, "activation", 2), (True, "hidden", 0)],
+    [
+        (False, "none", 2),
+        (False, "activation", 1),
+        (False, "hidden", 0),
+        (True, "none", 3),
+        (True, "activation", 2),
+        (True, "hidden", 0),
+    ],
 )
 def test_recompute_keeps_what_it_says(gated, recompute, kept):
     """`kept` · d_hidden numbers per row."""

@@ -125,13 +125,14 @@ def backward(
     added = None if grad_hidden is None else grad_hidden.reshape(rows, columns)
     sums = [hidden.new_zeros(groups, columns, dtype=torch.float32) for _ in range(2)]
     for block in _blocks(rows, columns):
-        dy_block, h_block, group = dy[block].float(), h[block].float(), _group_of(block, rows, groups, h)
-        mean_block, rstd_block = (mean[block, None] if mean.numel() else None), rstd[block, None]
+        dy_block, h_block = dy[block].float(), h[block].float()
         if plain:
             dh, *summands = _fused(dy_block, h_block, gain, mean[block], rstd[block])
             for total, summand in zip(sums, summands):
                 total += summand
         else:
+            mean_block, rstd_block = (mean[block, None] if mean.numel() else None), rstd[block, None]
+            group = _group_of(block, rows, groups, h)
             x_hat = (h_block if mean_block is None else h_block - mean_block) * rstd_block
             g = dy_block * (gain if scale is None else gain * (1.0 + scale[group].float()))
             dh = g - x_hat * (g * x_hat).mean(1, keepdim=True)

@@ -23,7 +23,7 @@ from fastattn.kernels.launch import current_target, launch
 from fastattn.kernels.masks import LN2, LOG2E, LOWEST, base2_score, capped_score, is_visible, load_tile, visible_range
 from fastattn.kernels.random import keep
 from fastattn.kernels.tiles import dropout_threshold, head_block, pair_strides, strides
-from fastattn.layout import new_heads
+from fastattn.layout import new_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,7 +180,7 @@ def forward(
     batch, heads, num_queries, head_dim = query.shape
     num_keys, value_dim = value.shape[2:]
     block_d, block_dv = head_block(head_dim), head_block(value_dim)
-    out = new_heads(query, heads, num_queries, value_dim)
+    out = new_output(query, value_dim)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     plain = bias is None and alibi_slopes is None and softcap == 0.0 and scale > 0.0
     heavy = not plain or mask is not None or seed is not None

@@ -23,7 +23,7 @@ from fastattn.kernels.masks import LOG2E, is_visible, load_tile, visible_range
 from fastattn.kernels.random import keep
 from fastattn.kernels.recompute import STATISTICS, load_pair, probability, row_statistics, score_gradient
 from fastattn.kernels.tiles import dropout_threshold, head_block, pair_strides, strides
-from fastattn.layout import new_heads
+from fastattn.layout import new_gradient
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -327,8 +327,7 @@ def backward(
     plain = bias is None and alibi_slopes is None and softcap == 0.0 and scale > 0.0
     heavy = not plain or mask is not None or seed is not None
     statistics = lse.new_empty((batch, heads, 2, triton.cdiv(num_queries, STATISTICS) * STATISTICS))
-    grad_query = new_heads(query, *query.shape[1:])
-    grad_key, grad_value = new_heads(key, *key.shape[1:]), new_heads(value, *value.shape[1:])
+    grad_query, grad_key, grad_value = map(new_gradient, (query, key, value))
     grad_bias = None if bias is None or not need_bias else bias.new_empty(bias.shape)
     grad_sinks = None
     inputs: tuple[Any, ...] = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from fastattn.kernels.launch import Target
 
@@ -23,7 +23,7 @@ class AttentionConfig:
     hoist: bool = True
 
 
-_Table: TypeAlias = dict[int, tuple[int, ...]]
+_Table: TypeAlias = dict[int, tuple[Any, ...]]
 
 # 16-bit attention, by architecture and width of a head: the best predicted share of the tensor cores' peak that
 # `python -m bench.tune` found without register spills (causal and not). "small" is every GPU with about 100 KB of shared
@@ -62,8 +62,7 @@ def _family(target: Target) -> str:
 
 
 def _from_table(table: _Table, head_dim: int) -> AttentionConfig:
-    block_m, block_n, num_warps, num_stages, *hoist = table[next(width for width in table if head_dim <= width)]
-    return AttentionConfig(block_m, block_n, num_warps, num_stages, not hoist)
+    return AttentionConfig(*table[next(width for width in table if head_dim <= width)])
 
 
 def attention_forward_config(target: Target, head_dim: int, itemsize: int, heavy: bool = False) -> AttentionConfig:

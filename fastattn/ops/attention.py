@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastattn import backend
 from fastattn.eager import attention as eager
-from fastattn.layout import new_heads
+from fastattn.layout import new_gradient, new_output
 from fastattn.ops.checks import (
     autocast,
     check_probability,
@@ -21,7 +21,7 @@ from fastattn.ops.checks import (
     check_tensor,
     name_of,
 )
-from fastattn.ops.library import define, differentiate, needs_composite
+from fastattn.ops.library import call, define, differentiate, needs_composite
 
 MAX_HEAD_DIM = 256
 
@@ -38,7 +38,7 @@ def _attention(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> tuple[Tensor, Tensor]:
-    out = new_heads(query, query.shape[1], query.shape[2], value.shape[3])
+    out = new_output(query, value.shape[3])
     return out, query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
@@ -61,7 +61,7 @@ def _attention_backward_fake(
     mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     need_bias, need_sinks = rest[-2:]
-    dq, dk, dv = (new_heads(t, *t.shape[1:]) for t in (query, key, value))
+    dq, dk, dv = map(new_gradient, (query, key, value))
     dbias = bias.new_empty(bias.shape) if bias is not None and need_bias else grad_out.new_empty(0)
     dsinks = sinks.new_empty(sinks.shape) if sinks is not None and need_sinks else grad_out.new_empty(0)
     return dq, dk, dv, dbias, dsinks
@@ -90,9 +90,10 @@ def _gradient(
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
     need_bias, need_sinks = needs[4], needs[6]
-    dq, dk, dv, dbias, dsinks = attention_backward_op(
-        grad_out, grad_lse, query, key, value, out, lse, mask, bias, slopes, sinks, *rest, need_bias, need_sinks
-    )
+    dq, dk, dv, dbias, dsinks = call(
+        attention_backward_op, grad_out, grad_lse, query, key, value, out, lse, mask, bias, slopes, sinks, *rest,
+        need_bias, need_sinks,
+    )  # fmt: skip
     return (
         dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None, None,
         dbias if need_bias else None, None, dsinks if need_sinks else None, *[None] * len(rest),
@@ -218,7 +219,9 @@ def canonical(
 def attend(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """(out, lse) of canonical arguments: the op, or its plain definition inside transforms and forward-mode AD."""
     query, key, value, _, bias, _, sinks, *_ = arguments
-    return (eager.definition if needs_composite(query, key, value, bias, sinks) else attention_op)(*arguments)
+    if needs_composite(query, key, value, bias, sinks):
+        return eager.definition(*arguments)
+    return call(attention_op, *arguments)
 
 
 @overload

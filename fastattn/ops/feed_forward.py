@@ -12,7 +12,7 @@ from torch import Tensor
 from fastattn.backend import device_guard, implementation, input_precision
 from fastattn.eager.feed_forward import ACTIVATIONS, definition
 from fastattn.ops import checks
-from fastattn.ops.library import define, differentiate, needs_composite
+from fastattn.ops.library import call, define, differentiate, needs_composite
 from fastattn.replay import replay
 
 RECOMPUTE = ("none", "activation", "hidden")
@@ -46,7 +46,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     if needs_composite(input, weight, bias):
         return definition(input, weight, bias, None, None, activation)
     keep = activation != "identity" and _differentiable(input, weight, bias)
-    return LINEAR(input, weight, bias, activation, keep)[0]
+    return call(LINEAR, input, weight, bias, activation, keep)[0]
 
 
 def feed_forward(
@@ -99,7 +99,7 @@ def feed_forward(
     if needs_composite(*tensors):
         return _definition(tensors, activation)
     keep = _differentiable(*tensors) and recompute != "hidden"
-    return FEED_FORWARD(*tensors, activation, keep, keep and recompute == "none")[0]
+    return call(FEED_FORWARD, *tensors, activation, keep, keep and recompute == "none")[0]
 
 
 def _differentiable(*tensors: Tensor | None) -> bool:
@@ -200,7 +200,7 @@ def _linear_gradient(
 ) -> Sequence[Tensor | None]:
     if grad_outputs[0] is None:
         return [None] * 5
-    grads = LINEAR_BACKWARD(grad_outputs[0], *arguments[:3], outputs[1], arguments[3], list(needs[:3]))
+    grads = call(LINEAR_BACKWARD, grad_outputs[0], *arguments[:3], outputs[1], arguments[3], list(needs[:3]))
     return [g if need else None for g, need in zip(grads, needs)] + [None] * 2
 
 
@@ -321,7 +321,7 @@ def _gradient(
 ) -> Sequence[Tensor | None]:
     if grad_outputs[0] is None:
         return [None] * 10
-    grads = FEED_FORWARD_BACKWARD(grad_outputs[0], *arguments[:7], *outputs[1:], arguments[7], list(needs[:7]))
+    grads = call(FEED_FORWARD_BACKWARD, grad_outputs[0], *arguments[:7], *outputs[1:], arguments[7], list(needs[:7]))
     return [g if need else None for g, need in zip(grads, needs)] + [None] * 3
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastattn.backend import device_guard, implementation
 from fastattn.eager.normalization import drop, modulate, normalise
 from fastattn.ops import checks
-from fastattn.ops.library import define, differentiate, needs_composite
+from fastattn.ops.library import call, define, differentiate, needs_composite
 from fastattn.replay import replay
 
 # Devices whose autocast runs torch's layer norm in fp32; on the others it runs in the input's dtype.
@@ -182,7 +182,7 @@ def _norm(
         return y if residual is None else (y, h)
     scale, shift = _by_group(input, len(shape), scale, shift)
     tensors = input, residual, seed, weight, bias, scale, shift
-    y, h, _, _ = NORM(*tensors, len(shape), eps, centered, weight_offset, dropout_p, output_dtype, hidden_dtype)
+    y, h, _, _ = call(NORM, *tensors, len(shape), eps, centered, weight_offset, dropout_p, output_dtype, hidden_dtype)
     return y if residual is None else (y, h)
 
 
@@ -327,7 +327,8 @@ def _gradient(
         hidden, grad_hidden = input, None
     if grad_output is None:
         grad_output = torch.zeros_like(input, dtype=output_dtype)
-    grad, grad_input, *rest = NORM_BACKWARD(
+    grad, grad_input, *rest = call(
+        NORM_BACKWARD,
         *(grad_output, grad_hidden, hidden, seed, *parameters, mean, rstd, dims, eps, weight_offset, dropout_p),
         *(residual is not None, input.dtype, any(needs[3:7])),
     )

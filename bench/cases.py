@@ -1,0 +1,132 @@
+"""What a benchmark is made of: a case (one job at one size) and providers (who can do it).
+
+A provider is one small function: it takes the case and returns what does the job, or raises `Unavailable` with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from bench import machine
+from bench.contest import Run
+from tests.compare import assert_close
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Unavailable(Exception):
+    """A provider cannot do a case here; the message says why."""
+
+
+def need(package: str) -> ModuleType:
+    """The package, or Unavailable where it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise Unavailable(f"the package {package} is not installed") from error
+
+
+@dataclass(frozen=True)
+class Case(ABC):
+    """One job at one size.
+
+    Attributes:
+        dtype: "fp32", "bf16" or "fp16".
+    """
+
+    dtype: str
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The title of the comparison."""
+
+    @property
+    def flops(self) -> float | None:
+        """Floating-point operations of one run, at least."""
+        return None
+
+    @property
+    def traffic(self) -> float | None:
+        """Bytes that one run has to read and write, at least."""
+        return None
+
+    @abstractmethod
+    def job(self, provider: Callable[[Any], Any]) -> Run:
+        """The job with inputs of its own, ready to run."""
+
+    @abstractmethod
+    def check(self, provider: Callable[[Any], Any]) -> None:
+        """AssertionError unless the provider's results at a small size agree with the fp64 definition."""
+
+
+C = TypeVar("C", bound="OpCase")
+Provider = Callable[[C], Callable[..., Tensor]]
+
+
+@dataclass(frozen=True)
+class OpCase(Case, Generic[C]):
+    """A function of tensors with one output, or that and its gradients.
+
+    Attributes:
+        backward: take the gradients of all the inputs that `differentiable` counts.
+    """
+
+    backward: bool
+
+    @abstractmethod
+    def small(self: C) -> C:
+        """The same job, so small that the definition can check it."""
+
+    @abstractmethod
+    def inputs(self) -> list[Tensor]:
+        """The tensors, differentiable ones first."""
+
+    @property
+    @abstractmethod
+    def differentiable(self) -> int:
+        """How many of the inputs get gradients."""
+
+    @abstractmethod
+    def definition(self, *inputs: Tensor) -> Tensor:
+        """What the result should be, in the dtype of the inputs."""
+
+    def job(self, provider: Provider[Any]) -> Run:
+        inputs = self.inputs()
+        return self._run(provider(self), inputs, self._grad_output(inputs))
+
+    def check(self, provider: Provider[Any]) -> None:
+        case = self.small()
+        torch.manual_seed(0)
+        inputs = case.inputs()
+        dy = case._grad_output(inputs)
+        got = case._run(provider(case), inputs, dy)()
+        wide = [x.double() if x.is_floating_point() else x for x in inputs]
+        truth, plain = case._run(case.definition, wide, dy.double())(), case._run(case.definition, inputs, dy)()
+        for i, tensors in enumerate(zip(got, truth, plain)):
+            assert_close(f"gradient {i}" if i else "output", *tensors)
+
+    def _grad_output(self, inputs: Sequence[Tensor]) -> Tensor:
+        return torch.randn_like(inputs[0])
+
+    def _run(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor) -> Callable[[], list[Tensor]]:
+        n = self.differentiable if self.backward else 0
+        leaves = [x.detach().requires_grad_(i < n) for i, x in enumerate(inputs)]
+
+        def run() -> list[Tensor]:
+            with torch.set_grad_enabled(self.backward):
+                out = function(*leaves)
+            return [out, *torch.autograd.grad(out, leaves[:n], dy)] if n else [out]
+
+        return run
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=machine.device()).to(DTYPES[self.dtype])

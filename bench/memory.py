@@ -1,0 +1,75 @@
+"""How much memory a job takes on top of its inputs: the highest growth during one run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.cases import Case
+
+
+def peak_growth(case: Case, provider: Callable[[Any], Any]) -> int:
+    """Bytes, from the CUDA allocator or the resident set of a fresh child process."""
+    if torch.cuda.is_available():
+        return _on_gpu(case, provider)
+    return in_child(_on_cpu, case, provider)
+
+
+def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)` in a process of its own, forked off a server that has imported torch already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "fastattn", "bench.memory"])
+    with ProcessPoolExecutor(
+        1, mp_context=context, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
+    ) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def growth(run: Callable[[], object]) -> int:
+    """Bytes by which this process's resident set grows at most while `run` runs."""
+    before = _reset_peak()
+    run()
+    return _peak() - before
+
+
+def _on_gpu(case: Case, provider: Callable[[Any], Any]) -> int:
+    run = case.job(provider)
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _on_cpu(case: Case, provider: Callable[[Any], Any]) -> int:
+    case.check(provider)  # thread pools, libraries and tables are set up: they do not count
+    return growth(case.job(provider))
+
+
+def _reset_peak() -> int:
+    """Forget the peak so far where the system can (Linux); the resident bytes to start from."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return _peak()
+    Path("/proc/self/clear_refs").write_text("5")
+    return _kilobytes("VmRSS")
+
+
+def _peak() -> int:
+    if Path("/proc/self/status").exists():
+        return _kilobytes("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _kilobytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024

@@ -1,0 +1,36 @@
+"""Comparisons as a table for people: a line a provider, in Markdown, which reads as plain text as well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+COLUMNS = ("case", "provider", "time / ours", "quartiles", "TFLOP/s", "GB/s", "share of limit", "memory MiB")
+
+
+def text(comparisons: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """{case: {provider: figures}} as an aligned table."""
+    rows = [COLUMNS]
+    for case, providers in comparisons.items():
+        for provider, figures in providers.items():
+            rows.append((case if provider == next(iter(providers)) else "", provider, *_cells(figures)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def _cells(figures: Mapping[str, Any]) -> tuple[str, ...]:
+    def cell(name: str, form: str) -> str:
+        return format(figures[name], form) if figures.get(name) is not None else ""
+
+    quartiles = f"{figures['times_ours_low']:.2f}-{figures['times_ours_high']:.2f}" if "times_ours" in figures else ""
+    share = figures.get("share_of_matmul", figures.get("share_of_copy"))
+    return (
+        cell("times_ours", ".2f"),
+        quartiles,
+        cell("TFLOP/s", ".3g"),
+        cell("GB/s", ".3g"),
+        "" if share is None else f"{share:.0%}",
+        cell("memory_MiB", ".1f"),
+    )
