@@ -382,7 +382,8 @@ def backward(
         dq, dk, dv = _fused_backward(
             grad_out, query, key, value, out, lse, 0.0, is_causal, attn_mask=additive, scale=scale
         )
-        return as_gradient(dq), *map(as_gradient, _as_stored(blocks, dk, dv)), None, grad_sinks
+        dk, dv = _as_stored(blocks, dk, dv)
+        return as_gradient(dq), as_gradient(dk), as_gradient(dv), None, grad_sinks
     dq = new_gradient(query)
     dk, dv = (new_gradient(t.float()).zero_() for t in (key, value))
     for block in blocks:

@@ -52,7 +52,7 @@ _BACKWARD_KEY: dict[str, _Table] = {
 # With a mask, bias, ALiBi, softcap or dropout each score needs more registers, and with dropout its ten rounds of
 # integer products outweigh the tensor cores anyway: small tiles.
 _FORWARD_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 4, 1)}
-_BACKWARD_HEAVY: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1)}
+_BACKWARD_HEAVY: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)}
 
 
 def _family(target: Target) -> str:
