@@ -13,8 +13,8 @@ import torch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter")
 
-FAR = 2**31 + 16  # elements
-ROW = 2**24 + 16  # 128 rows of this stride reach beyond 2³¹
+FAR = 2**30 + 16  # fits 32 bits itself, twice as much does not
+ROW = 70_000_000  # the rows of one block of 32 reach beyond 2³¹
 
 CHECK = """
 import torch, fastattn
@@ -44,13 +44,13 @@ def attend(q, k, v):
     return fastattn.attention(q, k, v, causal=True)
 """
 CHECKS = {
-    "attention, batches": f"same(attend, torch.randn(3, 2, 1, 40, 16).half().unbind(), 0, {FAR})",
-    "attention, heads": f"same(attend, torch.randn(3, 1, 2, 40, 16).half().unbind(), 1, {FAR})",
-    "attention, rows": f"same(attend, torch.randn(3, 1, 1, 140, 16).half().unbind(), 2, {ROW})",
-    "layer norm": f"same(lambda x: fastattn.layer_norm(x, 16), [torch.randn(3, 16).half()], 0, {FAR // 2})",
-    "wide layer norm": f"same(lambda x: fastattn.layer_norm(x, 16_390), [torch.randn(2, 16_390).half()], 0, {FAR})",
+    "attention, batches": f"same(attend, torch.randn(3, 3, 1, 40, 16).half().unbind(), 0, {FAR})",
+    "attention, heads": f"same(attend, torch.randn(3, 1, 3, 40, 16).half().unbind(), 1, {FAR})",
+    "attention, rows": f"same(attend, torch.randn(3, 1, 1, 40, 16).half().unbind(), 2, {ROW})",
+    "layer norm": f"same(lambda x: fastattn.layer_norm(x, 16), [torch.randn(3, 16).half()], 0, {FAR})",
+    "wide layer norm": f"same(lambda x: fastattn.layer_norm(x, 16_390), [torch.randn(3, 16_390).half()], 0, {FAR})",
     "linear": "weight = torch.randn(16, 16).half(); "
-    f"same(lambda x: fastattn.linear(x, weight, activation='gelu'), [torch.randn(3, 16).half()], 0, {FAR // 2})",
+    f"same(lambda x: fastattn.linear(x, weight, activation='gelu'), [torch.randn(3, 16).half()], 0, {FAR})",
 }
 
 
