@@ -72,6 +72,13 @@ MUTANTS = (
         "in_bounds = offs_n <= num_keys - start",
         ATTENTION,
     ),
+    Mutant(
+        "offset of the head in 32 bits",
+        FORWARD,
+        "b, h, kv_h = batch.to(tl.int64), head.to(tl.int64)",
+        "b, h, kv_h = batch, head",
+        ("tests/test_large_offsets.py",),
+    ),
     Mutant("scale dropped in dQ", BACKWARD, "(dq * scale).to(", "dq.to(", ATTENTION),
     Mutant("delta dropped", "kernels/recompute.py", "ds = p * (dp - delta)", "ds = p * dp", ATTENTION),
     Mutant("gradient of the LSE has the wrong sign", BACKWARD, "delta -= tl.load(", "delta += tl.load(", ATTENTION),
