@@ -175,7 +175,9 @@ def _hugging_face(case: GPTCase, attention: str) -> Any:
 def _loss_of(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
     def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
         logits = model(tokens).logits
-        return F.cross_entropy(logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
+        return F.cross_entropy(
+            logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten()
+        )
 
     return loss_of
 
@@ -214,9 +216,7 @@ class TorchGPT(nn.Module):
         layer = nn.TransformerEncoderLayer(
             case.width, case.heads, 4 * case.width, 0.0, nn.GELU("tanh"), batch_first=True, norm_first=True
         )
-        self.encoder = nn.TransformerEncoder(
-            layer, case.layers, nn.LayerNorm(case.width), enable_nested_tensor=False
-        )
+        self.encoder = nn.TransformerEncoder(layer, case.layers, nn.LayerNorm(case.width), enable_nested_tensor=False)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(case.context), persistent=False)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -278,7 +278,9 @@ def test_training_step_compiled(compare: Callable[..., None], case: TrainingStep
 
 @pytest.mark.parametrize("provider", GENERATION)
 @pytest.mark.parametrize(
-    "case", [Generation(dtype, batch=batch) for dtype in ("fp32", "bf16") for batch in (1, 8)], ids=lambda case: case.name
+    "case",
+    [Generation(dtype, batch=batch) for dtype in ("fp32", "bf16") for batch in (1, 8)],
+    ids=lambda case: case.name,
 )
 def test_generation(compare: Callable[..., None], case: Generation, provider: str) -> None:
     compare(case, provider, GENERATION)

@@ -67,6 +67,19 @@ def test_explain_says_which_implementation_and_why():
         pass
 
 
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_explain_knows_every_op(backend):
+    x, w1, w2 = torch.zeros(4, 64), torch.zeros(128, 64), torch.zeros(64, 128)
+    with fastattn.backend.use(backend):
+        norms = [fastattn.explain(f, x, (64,)) for f in (fastattn.layer_norm, fastattn.rms_norm)]
+        linear = fastattn.explain(fastattn.linear, x, w1, activation="relu")
+        layer = fastattn.explain(fastattn.feed_forward, x, w1, None, w2, None)
+    words = ("whole rows a step", "32 x 64 tiles") if backend == "triton" else ("layer norm kernel", "PyTorch's linear")
+    assert all(words[0] in text for text in norms)
+    assert words[1] in linear
+    assert layer.count("weight") == 2
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [

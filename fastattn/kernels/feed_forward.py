@@ -328,3 +328,9 @@ def _blocks(
         "num_stages": config.num_stages,
     }
     return constants, (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)
+
+
+def explain(columns: int, depth: int, itemsize: int, heavy: bool) -> str:
+    """The tiles of a forward product with a (columns, depth) weight."""
+    c = matmul_config(current_target(), columns, depth, itemsize, heavy)
+    return f"{c.block_m} x {c.block_n} tiles, {c.block_k} deep, {c.num_warps} warps, {c.num_stages} stages; activation fused"

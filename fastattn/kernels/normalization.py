@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels.config import norm_forward_config
-from fastattn.kernels.launch import launch
+from fastattn.kernels.config import norm_backward_config, norm_forward_config
+from fastattn.kernels.launch import current_target, launch
 from fastattn.kernels.norm_tiles import as_rows, dropout, load_gain, load_tile, parameter
 from fastattn.kernels.normalization_backward import backward
 from fastattn.kernels.tiles import dropout_threshold
@@ -173,3 +173,15 @@ def forward(
         num_warps=config.num_warps,
     )
     return output, hidden, mean, rstd
+
+
+def explain(columns: int) -> list[str]:
+    """The tiles of rows of this width."""
+    lines = []
+    for name, config in (
+        ("forward", norm_forward_config(columns)),
+        ("backward", norm_backward_config(current_target(), columns)),
+    ):
+        how = f"rows in blocks of {config.columns} columns" if config.wide else f"{config.rows} whole rows a step"
+        lines.append(f"{name}: {how}, {config.num_warps} warps")
+    return lines

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -405,3 +406,14 @@ def _second_gradient(
 
 differentiate(FEED_FORWARD, _gradient, keep_outputs=(1, 2, 3))
 differentiate(FEED_FORWARD_BACKWARD, _second_gradient)
+
+
+def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[str]:
+    """What `fastattn.explain` says of a call of this module's functions."""
+    given = inspect.signature(function).bind(*args, **options).arguments
+    weights = {name: given[name] for name in ("weight", "weight1", "weight2") if name in given}
+    gated = given.get("gate_weight") is not None
+    launchers = implementation("feed_forward", given["input"].device)
+    return [
+        f"{name}: {launchers.explain(*weight.shape, weight.element_size(), gated)}" for name, weight in weights.items()
+    ]

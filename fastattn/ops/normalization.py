@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
@@ -451,3 +452,11 @@ def _second_gradient(
 
 differentiate(NORM, _gradient, keep_outputs=(1, 2, 3))
 differentiate(NORM_BACKWARD, _second_gradient)
+
+
+def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[str]:
+    """What `fastattn.explain` says of a call of this module's functions."""
+    given = inspect.signature(function).bind(*args, **options).arguments
+    shape = given["normalized_shape"]
+    columns = shape if isinstance(shape, int) else math.prod(shape)
+    return implementation("normalization", given["input"].device).explain(columns)
