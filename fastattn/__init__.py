@@ -8,6 +8,7 @@ from fastattn.backend import explain
 from fastattn.ops.attention import attention, scaled_dot_product_attention
 from fastattn.ops.feed_forward import feed_forward, linear
 from fastattn.ops.normalization import layer_norm, rms_norm
+from fastattn.ops.varlen import varlen_attention
 
 __version__ = "0.1.0"
 
@@ -22,4 +23,5 @@ __all__ = [
     "nn",
     "rms_norm",
     "scaled_dot_product_attention",
+    "varlen_attention",
 ]

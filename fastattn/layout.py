@@ -6,10 +6,23 @@ query, and a row's heads lie together in the gradients, as the projections befor
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class Packing(NamedTuple):
+    """How sequences lie one after the other along the length dimension of (1, H, T, D) tensors.
+
+    cu_seqlens_q, cu_seqlens_k: int32 (B + 1,), where each sequence starts and the last one ends.
+    max_seqlen_q, max_seqlen_k: at least the longest sequence's length.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
 
 
 def new_output(query: Tensor, value_dim: int) -> Tensor:

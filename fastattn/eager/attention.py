@@ -51,6 +51,7 @@ class Block:
     columns: range
     shift: int  # Nk - Nq: row i stands at column i + shift
     num_keys: int
+    first_batch: int = 0  # batch index of the first sample, for dropout's choice
     mirrored: bool = False  # keys and values are given last first
 
     def narrow(self, rows: range) -> Block:
@@ -134,7 +135,7 @@ class Block:
         """fp32, the shape of `like` (B, Hq, rows, columns): 0 or 1 / (1 - p). None without dropout."""
         if self.seed is None:
             return None
-        b = torch.arange(like.shape[0], device=like.device)[:, None, None, None]
+        b = torch.arange(like.shape[0], device=like.device)[:, None, None, None] + self.first_batch
         h = torch.arange(like.shape[1], device=like.device)[:, None, None]
         i = torch.arange(self.rows.start, self.rows.stop, device=like.device)[:, None]
         return keep(self.seed, b, h, i, self.columns, self.dropout_p) / (1.0 - self.dropout_p)
@@ -214,11 +215,12 @@ def _nothing(query: Tensor, value: Tensor, sinks: Tensor | None) -> tuple[Tensor
 def _whole(
     query: Tensor, key: Tensor, mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None,
     sinks: Tensor | None, seed: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
-    softcap: float, dropout_p: float,
+    softcap: float, dropout_p: float, first_batch: int = 0,
 ) -> Block:  # fmt: skip
     n, nk = query.shape[2], key.shape[2]
     return Block(
-        mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p, range(n), range(nk), nk - n, nk
+        mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p, range(n), range(nk), nk - n, nk,
+        first_batch,
     )  # fmt: skip
 
 
@@ -230,14 +232,15 @@ def _product_rows(query: Tensor, key: Tensor) -> int:
 def definition(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None,
     sinks: Tensor | None, seed: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
-    softcap: float, dropout_p: float,
+    softcap: float, dropout_p: float, first_batch: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse) by plain differentiable PyTorch: what transforms and forward-mode AD run through."""
     if 0 in (query.shape[2], key.shape[2]):
         return _nothing(query, value, sinks)
     whole = _whole(
-        query, key, mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p
-    )
+        query, key, mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p,
+        first_batch,
+    )  # fmt: skip
     parts = [
         _attend(b.of_rows(query), b.of_columns(key), b.of_columns(value), b)
         for b in whole.split(_product_rows(query, key))
@@ -292,15 +295,16 @@ def _as_stored(blocks: list[Block], key: Tensor, value: Tensor) -> tuple[Tensor,
 def forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None,
     sinks: Tensor | None, seed: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
-    softcap: float, dropout_p: float, precision: str,
+    softcap: float, dropout_p: float, precision: str, first_batch: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse). Shapes as in `fastattn.ops.attention`; `precision` is torch's own setting here."""
     if 0 in (query.shape[2], key.shape[2]) or query.numel() == 0:
         out, lse = _nothing(query, value, sinks)
         return as_output(out, query), lse.contiguous()
     whole = _whole(
-        query, key, mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p
-    )
+        query, key, mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p,
+        first_batch,
+    )  # fmt: skip
     fused = _fused_blocks(query, key, value, whole)
     if fused is None:
         blocks, is_causal = list(whole.split(_product_rows(query, key))), False
@@ -342,7 +346,7 @@ def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None,
     scale: float, window_left: int | None, window_right: int | None, softcap: float, dropout_p: float,
-    need_bias: bool, need_sinks: bool, precision: str,
+    need_bias: bool, need_sinks: bool, precision: str, first_batch: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(grad_query, grad_key, grad_value, grad_bias, grad_sinks); the last two None where not needed."""
     delta = (grad_out.float() * out.float()).sum(-1) if grad_lse is not None or need_sinks or softcap else None
@@ -365,8 +369,9 @@ def backward(
             grad_sinks,
         )
     whole = _whole(
-        query, key, mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p
-    )
+        query, key, mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p,
+        first_batch,
+    )  # fmt: skip
     fused = None if grad_lse is not None or need_bias else _fused_blocks(query, key, value, whole)
     if fused is None:
         blocks, is_causal = list(whole.split(_product_rows(query, key))), False
@@ -437,7 +442,7 @@ def double_backward(
     grad_grads: Sequence[Tensor | None], needs: Sequence[bool], grad_out: Tensor, grad_lse: Tensor | None, query: Tensor,
     key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None,
     sinks: Tensor | None, seed: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
-    softcap: float, dropout_p: float,
+    softcap: float, dropout_p: float, first_batch: int = 0,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of (grad_out, grad_lse, query, key, value, bias, sinks), block by block.
 
@@ -448,10 +453,13 @@ def double_backward(
     inputs = (grad_out, grad_lse, query, key, value, bias, sinks)
     total = [None if t is None else torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in inputs]
     if 0 in (query.shape[2], key.shape[2]) or query.numel() == 0:
+        if total[1] is not None and grad_grads[4] is not None:  # without keys the LSE is the sink itself
+            total[1] += grad_grads[4].float()[:, None]
         return tuple(None if g is None or t is None else g.to(t.dtype) for g, t in zip(total, inputs))
     whole = _whole(
-        query, key, mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p
-    )
+        query, key, mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p,
+        first_batch,
+    )  # fmt: skip
     for block in whole.split(_product_rows(query, key)):
 
         def of_block(tensors: Sequence[Tensor | None], block: Block = block) -> list[Tensor | None]:

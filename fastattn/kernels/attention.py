@@ -20,10 +20,20 @@ from fastattn.kernels.config import (
     attention_forward_config,
 )
 from fastattn.kernels.launch import current_target, launch
-from fastattn.kernels.masks import LN2, LOG2E, LOWEST, base2_score, capped_score, is_visible, load_tile, visible_range
+from fastattn.kernels.masks import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    base2_score,
+    capped_score,
+    is_visible,
+    load_tile,
+    sequence,
+    visible_range,
+)
 from fastattn.kernels.random import keep
 from fastattn.kernels.tiles import dropout_threshold, head_block, pair_strides, strides
-from fastattn.layout import new_output
+from fastattn.layout import Packing, new_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,8 +107,9 @@ def _attention_forward(
     slopes_ptr, slopes_strides,  # fp32 (B, Hq), or None
     sinks_ptr,  # (Hq,), or None
     seed_ptr,  # int64 (1,), or None: no dropout
+    cu_q_ptr, cu_k_ptr,  # int32 (sequences + 1,): packed sequences, B is 1 and Nq and Nk their largest lengths; or None
     out_ptr, out_strides,  # (B, Hq, Nq, DV)
-    lse_ptr,  # fp32 (B, Hq, Nq), contiguous
+    lse_ptr, lse_strides,  # fp32 (B, Hq, Nq)
     scale, softcap, threshold, keep_scale, num_heads, group, num_queries, num_keys, left, right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
@@ -110,6 +121,19 @@ def _attention_forward(
     batch = batch_head // num_heads
     head = batch_head % num_heads
     b, h, kv_h = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
+    if slopes_ptr is not None:
+        slopes_ptr += b * slopes_strides[0] + h * slopes_strides[1]
+    if cu_q_ptr is not None:
+        first_q, num_queries = sequence(cu_q_ptr, batch)
+        first_k, num_keys = sequence(cu_k_ptr, batch)
+        if start_m >= num_queries:
+            return
+        b = 0
+        q_ptr += first_q * q_strides[2]
+        k_ptr += first_k * k_strides[2]
+        v_ptr += first_k * v_strides[2]
+        out_ptr += first_q * out_strides[2]
+        lse_ptr += first_q
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -129,7 +153,7 @@ def _attention_forward(
     if bias_ptr is not None:
         bias_ptr += b * bias_strides[0] + h * bias_strides[1]
     if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + b * slopes_strides[0] + h * slopes_strides[1])
+        slope = tl.load(slopes_ptr)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 
@@ -168,26 +192,31 @@ def _attention_forward(
     out_ptr += b * out_strides[0] + h * out_strides[1] + start_m.to(tl.int64) * out_strides[2]
     out_ptrs = out_ptr + local * out_strides[2] + offs_dv[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=rows & (offs_dv < DV)[None, :])
-    tl.store(lse_ptr + batch_head.to(tl.int64) * num_queries + offs_m, lse, mask=offs_m < num_queries)
+    tl.store(lse_ptr + b * lse_strides[0] + h * lse_strides[1] + offs_m, lse, mask=offs_m < num_queries)
 
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None,
     sinks: Tensor | None, seed: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
-    softcap: float, dropout_p: float, precision: str,
+    softcap: float, dropout_p: float, precision: str, packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out, lse). Shapes as in `fastattn.ops.attention`."""
+    """(out, lse). Shapes as in `fastattn.ops.attention`; with `packing` as in `fastattn.ops.varlen`."""
     batch, heads, num_queries, head_dim = query.shape
     num_keys, value_dim = value.shape[2:]
     block_d, block_dv = head_block(head_dim), head_block(value_dim)
     out = new_output(query, value_dim)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    if packing is not None:  # rows behind the last sequence belong to no program
+        batch, num_queries, num_keys = packing.cu_seqlens_q.numel() - 1, packing.max_seqlen_q, packing.max_seqlen_k
+        out.zero_()
+        lse.fill_(float("-inf"))
     plain = bias is None and alibi_slopes is None and softcap == 0.0 and scale > 0.0
     heavy = not plain or mask is not None or seed is not None
     config = attention_forward_config(current_target(), max(block_d, block_dv), query.element_size(), heavy)
     arguments: tuple[Any, ...] = (
         query, strides(query), key, strides(key), value, strides(value), mask, pair_strides(mask), bias, pair_strides(bias),
-        alibi_slopes, strides(alibi_slopes), sinks, seed, out, strides(out), lse,
+        alibi_slopes, strides(alibi_slopes), sinks, seed, *((None, None) if packing is None else packing[:2]),
+        out, strides(out), lse, lse.stride(),
         scale * LOG2E.value if plain else scale, softcap or None, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
         heads, heads // key.shape[1], num_queries, num_keys, window_left, window_right,
     )  # fmt: skip

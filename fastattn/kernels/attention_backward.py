@@ -19,11 +19,11 @@ import triton.language as tl
 from fastattn.kernels.attention_bias import attention_backward_bias
 from fastattn.kernels.config import attention_backward_key_config, attention_backward_query_config
 from fastattn.kernels.launch import current_target, launch
-from fastattn.kernels.masks import LOG2E, is_visible, load_tile, visible_range
+from fastattn.kernels.masks import LOG2E, is_visible, load_tile, sequence, visible_range
 from fastattn.kernels.random import keep
 from fastattn.kernels.recompute import STATISTICS, load_pair, probability, row_statistics, score_gradient
 from fastattn.kernels.tiles import dropout_threshold, head_block, pair_strides, strides
-from fastattn.layout import new_gradient
+from fastattn.layout import Packing, new_gradient
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,8 +82,9 @@ def _attention_backward_query(
     mask_ptr, mask_strides, bias_ptr, bias_strides,  # (B, Hq, Nq, Nk), stride 0 where broadcast, or None
     slopes_ptr, slopes_strides,  # fp32 (B, Hq), or None
     seed_ptr,  # int64 (1,), or None
+    cu_q_ptr, cu_k_ptr,  # int32 (sequences + 1,): packed sequences, as in the forward; or None
     out_ptr, out_strides, do_ptr, do_strides,  # (B, Hq, Nq, DV)
-    lse_ptr, dlse_ptr,  # fp32 (B, Hq, Nq), contiguous; dlse may be None
+    lse_ptr, dlse_ptr, lse_strides,  # fp32 (B, Hq, Nq); dlse may be None
     statistics_ptr,  # fp32 (B, Hq, 2, Nq padded): base-2 LSE, +inf where a row sees nothing, and delta
     dq_ptr, dq_strides,  # (B, Hq, Nq, D)
     score_scale, scale, softcap, threshold, keep_scale, num_heads, group, num_queries, num_keys, left, right,
@@ -98,6 +99,24 @@ def _attention_backward_query(
     batch = batch_head // num_heads
     head = batch_head % num_heads
     b, h, kv_h = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
+    lse_rows, delta_rows = row_statistics(statistics_ptr, batch_head, num_queries, STATISTICS)
+    if slopes_ptr is not None:
+        slopes_ptr += b * slopes_strides[0] + h * slopes_strides[1]
+    if cu_q_ptr is not None:
+        first_q, num_queries = sequence(cu_q_ptr, batch)
+        first_k, num_keys = sequence(cu_k_ptr, batch)
+        if start_m >= num_queries:
+            return
+        b = 0
+        q_ptr += first_q * q_strides[2]
+        k_ptr += first_k * k_strides[2]
+        v_ptr += first_k * v_strides[2]
+        out_ptr += first_q * out_strides[2]
+        do_ptr += first_q * do_strides[2]
+        dq_ptr += first_q * dq_strides[2]
+        lse_ptr += first_q
+        if dlse_ptr is not None:
+            dlse_ptr += first_q
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -117,13 +136,12 @@ def _attention_backward_query(
     o = load_tile(out_ptr + local * out_strides[2] + offs_dv[None, :], rows, columns_v)
     do_ptr += b * do_strides[0] + h * do_strides[1] + m * do_strides[2]
     do = load_tile(do_ptr + local * do_strides[2] + offs_dv[None, :], rows, columns_v)
-    row_offsets = batch_head.to(tl.int64) * num_queries + offs_m
+    row_offsets = b * lse_strides[0] + h * lse_strides[1] + offs_m
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + row_offsets, mask=in_bounds, other=0.0)
     lse = tl.load(lse_ptr + row_offsets, mask=in_bounds, other=float("inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)  # a row that sees nothing: P = 0
-    lse_rows, delta_rows = row_statistics(statistics_ptr, batch_head, num_queries, STATISTICS)
     tl.store(lse_rows + offs_m, lse, mask=in_bounds)
     tl.store(delta_rows + offs_m, delta, mask=in_bounds)
 
@@ -136,7 +154,7 @@ def _attention_backward_query(
     if bias_ptr is not None:
         bias_ptr += b * bias_strides[0] + h * bias_strides[1]
     if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + b * slopes_strides[0] + h * slopes_strides[1])
+        slope = tl.load(slopes_ptr)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 
@@ -229,6 +247,7 @@ def _attention_backward_key(
     mask_ptr, mask_strides, bias_ptr, bias_strides,  # (B, Hq, Nq, Nk), stride 0 where broadcast, or None
     slopes_ptr, slopes_strides,  # fp32 (B, Hq), or None
     seed_ptr,  # int64 (1,), or None
+    cu_q_ptr, cu_k_ptr,  # int32 (sequences + 1,), or None
     do_ptr, do_strides,  # (B, Hq, Nq, DV)
     statistics_ptr,  # fp32 (B, Hq, 2, Nq padded): base-2 LSE and delta
     dk_ptr, dk_strides,  # (B, Hkv, Nk, D)
@@ -246,6 +265,19 @@ def _attention_backward_key(
     kv_head = batch_head % num_kv_heads
     b, kv_h = batch.to(tl.int64), kv_head.to(tl.int64)
     num_heads = num_kv_heads * GROUP
+    max_queries = num_queries
+    if cu_q_ptr is not None:
+        first_q, num_queries = sequence(cu_q_ptr, batch)
+        first_k, num_keys = sequence(cu_k_ptr, batch)
+        if start_n >= num_keys:
+            return
+        b = 0
+        q_ptr += first_q * q_strides[2]
+        do_ptr += first_q * do_strides[2]
+        k_ptr += first_k * k_strides[2]
+        v_ptr += first_k * v_strides[2]
+        dk_ptr += first_k * dk_strides[2]
+        dv_ptr += first_k * dv_strides[2]
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -275,7 +307,7 @@ def _attention_backward_key(
         h = head.to(tl.int64)
         q_head = q_ptr + b * q_strides[0] + h * q_strides[1]
         do_head = do_ptr + b * do_strides[0] + h * do_strides[1]
-        lse_head, delta_head = row_statistics(statistics_ptr, b * num_heads + h, num_queries, STATISTICS)
+        lse_head, delta_head = row_statistics(statistics_ptr, batch * num_heads + head, max_queries, STATISTICS)
         mask_head = None
         bias_head = None
         slope = None
@@ -284,7 +316,7 @@ def _attention_backward_key(
         if bias_ptr is not None:
             bias_head = bias_ptr + b * bias_strides[0] + h * bias_strides[1]
         if slopes_ptr is not None:
-            slope = tl.load(slopes_ptr + b * slopes_strides[0] + h * slopes_strides[1])
+            slope = tl.load(slopes_ptr + batch.to(tl.int64) * slopes_strides[0] + h * slopes_strides[1])
         if right is not None:
             dk, dv = _walk_queries(
                 dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_head, delta_head,
@@ -316,7 +348,7 @@ def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None,
     scale: float, window_left: int | None, window_right: int | None, softcap: float, dropout_p: float,
-    need_bias: bool, need_sinks: bool, precision: str,
+    need_bias: bool, need_sinks: bool, precision: str, packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(grad_query, grad_key, grad_value, grad_bias, grad_sinks); the last two None where not needed."""
     batch, heads, num_queries, head_dim = query.shape
@@ -326,8 +358,12 @@ def backward(
     target, width = current_target(), max(block_d, block_dv)
     plain = bias is None and alibi_slopes is None and softcap == 0.0 and scale > 0.0
     heavy = not plain or mask is not None or seed is not None
-    statistics = lse.new_empty((batch, heads, 2, triton.cdiv(num_queries, STATISTICS) * STATISTICS))
     grad_query, grad_key, grad_value = map(new_gradient, (query, key, value))
+    if packing is not None:  # rows behind the last sequence belong to no program
+        batch, num_queries, num_keys = packing.cu_seqlens_q.numel() - 1, packing.max_seqlen_q, packing.max_seqlen_k
+        for gradient in (grad_query, grad_key, grad_value):
+            gradient.zero_()
+    statistics = lse.new_empty((batch, heads, 2, triton.cdiv(num_queries, STATISTICS) * STATISTICS))
     grad_bias = None if bias is None or not need_bias else bias.new_empty(bias.shape)
     grad_sinks = None
     inputs: tuple[Any, ...] = (
@@ -337,6 +373,7 @@ def backward(
     scalars: tuple[Any, ...] = (
         scale * LOG2E.value if plain else scale, scale, softcap or None, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
     )  # fmt: skip
+    sequences: tuple[Any, ...] = (None, None) if packing is None else packing[:2]
     group = heads // kv_heads
     lengths: tuple[Any, ...] = (num_queries, num_keys, window_left, window_right)
     constants: dict[str, Any] = dict(
@@ -354,8 +391,8 @@ def backward(
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages
     )
     launch(
-        _attention_backward_query, (batch * heads * triton.cdiv(num_queries, config.block_m),), *inputs, out, strides(out),
-        grad_out, strides(grad_out), lse, grad_lse, statistics, grad_query, strides(grad_query), *scalars, heads, group, *lengths,
+        _attention_backward_query, (batch * heads * triton.cdiv(num_queries, config.block_m),), *inputs, *sequences, out,
+        strides(out), grad_out, strides(grad_out), lse, grad_lse, lse.stride(), statistics, grad_query, strides(grad_query), *scalars, heads, group, *lengths,
         **constants, **blocks,
     )  # fmt: skip
     if bias is not None and grad_bias is not None:
@@ -371,13 +408,17 @@ def backward(
         )  # fmt: skip
     config = attention_backward_key_config(target, width, query.element_size(), heavy)
     launch(
-        _attention_backward_key, (batch * kv_heads * triton.cdiv(num_keys, config.block_n),), *inputs, grad_out,
+        _attention_backward_key, (batch * kv_heads * triton.cdiv(num_keys, config.block_n),), *inputs, *sequences, grad_out,
         strides(grad_out), statistics, grad_key, strides(grad_key), grad_value, strides(grad_value), *scalars, kv_heads,
         *lengths, GROUP=group, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
         num_stages=config.num_stages, HOIST=config.hoist, **constants,
     )  # fmt: skip
     if sinks is not None and need_sinks:
-        # the sink's probability exp(sink - LSE), 0 for a row without keys and with a sink of -inf, times -delta
-        share = (sinks.float()[:, None] - lse).exp().nan_to_num(0.0)
-        grad_sinks = -(share * statistics[:, :, 1, :num_queries]).sum((0, 2)).to(sinks.dtype)
+        # the sink's probability exp(sink - LSE), 0 for a row that sees nothing, times -delta
+        share = (sinks.float()[:, None] - lse).exp().masked_fill(lse == float("-inf"), 0.0)
+        if packing is None:
+            delta = statistics[:, :, 1, :num_queries]
+        else:
+            delta = (grad_out.float() * out.float()).sum(-1) - (0.0 if grad_lse is None else grad_lse)
+        grad_sinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
     return grad_query, grad_key, grad_value, grad_bias, grad_sinks

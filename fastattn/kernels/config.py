@@ -52,7 +52,8 @@ _BACKWARD_KEY: dict[str, _Table] = {
 # With a mask, bias, ALiBi, softcap or dropout each score needs more registers, and with dropout its ten rounds of
 # integer products outweigh the tensor cores anyway: small tiles.
 _FORWARD_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 4, 1)}
-_BACKWARD_HEAVY: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)}
+_BACKWARD_QUERY_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)}
+_BACKWARD_KEY_HEAVY: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)}
 
 
 def _family(target: Target) -> str:
@@ -82,7 +83,7 @@ def attention_backward_query_config(
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4:
         return AttentionConfig(32 if head_dim <= 128 else 16, 32 if head_dim <= 128 else 16, 4, 1)
-    return _from_table(_BACKWARD_HEAVY if heavy else _BACKWARD_QUERY[_family(target)], head_dim)
+    return _from_table(_BACKWARD_QUERY_HEAVY if heavy else _BACKWARD_QUERY[_family(target)], head_dim)
 
 
 def attention_backward_key_config(target: Target, head_dim: int, itemsize: int, heavy: bool = False) -> AttentionConfig:
@@ -91,7 +92,7 @@ def attention_backward_key_config(target: Target, head_dim: int, itemsize: int, 
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4:
         return AttentionConfig(32 if head_dim <= 128 else 16, 32 if head_dim <= 128 else 16, 4, 1)
-    return _from_table(_BACKWARD_HEAVY if heavy else _BACKWARD_KEY[_family(target)], head_dim)
+    return _from_table(_BACKWARD_KEY_HEAVY if heavy else _BACKWARD_KEY[_family(target)], head_dim)
 
 
 # Normalisation. A program keeps 16 numbers of a tile per thread in the forward, and 8 in the backward, where five such

@@ -62,6 +62,13 @@ def is_visible(x, y, other_length, shift, behind, ahead):
 
 
 @triton.jit
+def sequence(cu_seqlens_ptr, index):
+    """(first row in int64, number of rows) of a packed sequence."""
+    first = tl.load(cu_seqlens_ptr + index)
+    return first.to(tl.int64), tl.load(cu_seqlens_ptr + index + 1) - first
+
+
+@triton.jit
 def load_tile(pointers, rows, columns):
     """Loads a tile; `rows` and `columns` are masks that broadcast over it, or None where all is in bounds."""
     if rows is None:

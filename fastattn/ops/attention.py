@@ -86,7 +86,7 @@ def _gradient(
     grad_out, grad_lse = grad_outputs
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grad_out = _row_contiguous(grad_out)
+    grad_out = row_contiguous(grad_out)
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
     need_bias, need_sinks = needs[4], needs[6]
@@ -117,7 +117,7 @@ differentiate(attention_op, _gradient, keep_outputs=(0, 1))
 differentiate(attention_backward_op, _double_gradient)
 
 
-def _row_contiguous(x: Tensor) -> Tensor:
+def row_contiguous(x: Tensor) -> Tensor:
     """`x`, copied where the last dimension is not contiguous or where rows lie so far apart (16M elements) that the
     offsets inside one tile of a kernel, which are 32-bit to save registers, could overflow."""
     return x if x.stride(-1) == 1 and x.stride(-2) <= 1 << 24 else x.contiguous()
@@ -158,7 +158,7 @@ def _pairwise(name: str, tensor: Tensor | None, query: Tensor, key: Tensor) -> T
     return tensor.view((1,) * (4 - tensor.dim()) + tuple(tensor.shape))
 
 
-def _check_window(window: object, causal: bool) -> tuple[int | None, int | None]:
+def check_window(window: object, causal: bool) -> tuple[int | None, int | None]:
     if window is None:
         return None, 0 if causal else None
     if not isinstance(window, (tuple, list)) or len(window) != 2:
@@ -170,11 +170,11 @@ def _check_window(window: object, causal: bool) -> tuple[int | None, int | None]
     return left, 0 if causal else right
 
 
-def _check_slopes(slopes: Tensor | None, query: Tensor) -> Tensor | None:
+def check_slopes(slopes: Tensor | None, batch: int, heads: int) -> Tensor | None:
+    """ALiBi slopes as fp32 (batch, heads)."""
     if slopes is None:
         return None
     check_tensor("alibi_slopes", slopes)
-    batch, heads = query.shape[:2]
     if tuple(slopes.shape) not in ((heads,), (batch, heads)):
         raise ValueError(f"alibi_slopes must have shape ({heads},) or ({batch}, {heads}), got {tuple(slopes.shape)}")
     if slopes.requires_grad:
@@ -203,7 +203,7 @@ def canonical(
     if softcap is not None and not softcap > 0.0:
         raise ValueError(f"softcap must be None or > 0, got {softcap}")
     check_same_device(query=query, key=key, value=value, mask=mask, bias=bias, alibi_slopes=slopes, sinks=sinks)
-    slopes = _check_slopes(slopes, query)
+    slopes = check_slopes(slopes, *query.shape[:2])
     mask, bias = _pairwise("mask", mask, query, key), _pairwise("bias", bias, query, key)
     if scale is None:
         scale = query.shape[3] ** -0.5
@@ -211,7 +211,7 @@ def canonical(
     if dropout_p > 0.0:
         seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=query.device)
     return (
-        _row_contiguous(query), _row_contiguous(key), _row_contiguous(value), mask, bias, slopes, sinks, seed,
+        row_contiguous(query), row_contiguous(key), row_contiguous(value), mask, bias, slopes, sinks, seed,
         float(scale), left, right, float(softcap or 0.0), float(dropout_p),
     )  # fmt: skip
 
@@ -293,7 +293,7 @@ def attention(
         >>> fastattn.attention(q, k, v, causal=True, window=(32, 0)).shape
         torch.Size([2, 8, 128, 64])
     """
-    left, right = _check_window(window, causal)
+    left, right = check_window(window, causal)
     out, lse = attend(
         canonical(query, key, value, mask, bias, alibi_slopes, sinks, scale, left, right, softcap, dropout_p)
     )
@@ -369,7 +369,7 @@ def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[st
     given = inspect.signature(function).bind(*args, **options)
     given.apply_defaults()
     o = given.arguments
-    left, right = _check_window(o.get("window"), o.get("causal", o.get("is_causal", False)))
+    left, right = check_window(o.get("window"), o.get("causal", o.get("is_causal", False)))
     arguments = canonical(
         o["query"], o["key"], o["value"], o.get("mask"), o.get("bias"), o.get("alibi_slopes"), o.get("sinks"), o["scale"],
         left, right, o.get("softcap"), o["dropout_p"],

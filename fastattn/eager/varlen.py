@@ -1,0 +1,95 @@
+"""Packed sequences in PyTorch: attention.py, sequence by sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastattn.eager import attention
+from fastattn.layout import Packing, new_gradient, new_output
+
+
+def _sequences(packing: Packing, slopes: Tensor | None) -> Iterator[tuple[int, slice, slice, Tensor | None]]:
+    """(index, its queries, its keys, its ALiBi slopes) of each sequence."""
+    starts = zip(packing.cu_seqlens_q.tolist(), packing.cu_seqlens_k.tolist())
+    q, k = next(starts)
+    for index, (next_q, next_k) in enumerate(starts):
+        yield index, slice(q, next_q), slice(k, next_k), None if slopes is None else slopes[index : index + 1]
+        q, k = next_q, next_k
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None,
+    packing: Packing, scale: float, window_left: int | None, window_right: int | None, softcap: float, dropout_p: float,
+    precision: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, lse). Shapes as in `fastattn.ops.varlen`."""
+    out = new_output(query, value.shape[3]).zero_()
+    lse = torch.full(query.shape[:3], float("-inf"), device=query.device)
+    for index, q, k, slopes in _sequences(packing, alibi_slopes):
+        out[:, :, q], lse[:, :, q] = attention.forward(
+            query[:, :, q], key[:, :, k], value[:, :, k], None, None, slopes, sinks, seed, scale, window_left, window_right,
+            softcap, dropout_p, precision, index,
+        )  # fmt: skip
+    return out, lse
+
+
+def definition(
+    query: Tensor, key: Tensor, value: Tensor, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None,
+    packing: Packing, scale: float, window_left: int | None, window_right: int | None, softcap: float, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, lse) by plain differentiable PyTorch."""
+    parts, end = [], 0
+    for index, q, k, slopes in _sequences(packing, alibi_slopes):
+        part = attention.definition(
+            query[:, :, q], key[:, :, k], value[:, :, k], None, None, slopes, sinks, seed, scale, window_left, window_right,
+            softcap, dropout_p, index,
+        )  # fmt: skip
+        parts.append(part)
+        end = q.stop
+    rest = query[:, :, end:].sum(-1) * 0
+    out = torch.cat([*(part[0] for part in parts), rest[..., None].expand(*rest.shape, value.shape[3])], 2)
+    return out, torch.cat([*(part[1] for part in parts), rest.float() - torch.inf], 2)
+
+
+def backward(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None, packing: Packing, scale: float,
+    window_left: int | None, window_right: int | None, softcap: float, dropout_p: float, need_sinks: bool, precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(grad_query, grad_key, grad_value, grad_sinks or None)."""
+    dq, dk, dv = (new_gradient(t).zero_() for t in (query, key, value))
+    dsinks = torch.zeros_like(sinks) if sinks is not None and need_sinks else None
+    for index, q, k, slopes in _sequences(packing, alibi_slopes):
+        dq[:, :, q], dk[:, :, k], dv[:, :, k], _, part = attention.backward(
+            grad_out[:, :, q], None if grad_lse is None else grad_lse[:, :, q], query[:, :, q], key[:, :, k], value[:, :, k],
+            out[:, :, q], lse[:, :, q], None, None, slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p,
+            False, need_sinks, precision, index,
+        )  # fmt: skip
+        if dsinks is not None and part is not None:
+            dsinks += part
+    return dq, dk, dv, dsinks
+
+
+def double_backward(
+    grad_grads: Sequence[Tensor | None], needs: Sequence[bool], grad_out: Tensor, grad_lse: Tensor | None, query: Tensor,
+    key: Tensor, value: Tensor, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None, packing: Packing,
+    scale: float, window_left: int | None, window_right: int | None, softcap: float, dropout_p: float,
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of (grad_out, grad_lse, query, key, value, sinks); grad_grads and needs are those of the last four."""
+    inputs = (grad_out, grad_lse, query, key, value, sinks)
+    total = [None if t is None else torch.zeros_like(t) for t in inputs]
+    gq, gk, gv, gsinks = grad_grads
+    need = (*needs[:3], False, needs[3])
+    for index, q, k, slopes in _sequences(packing, alibi_slopes):
+        grads = attention.double_backward(
+            (*(None if g is None else g[:, :, s] for g, s in ((gq, q), (gk, k), (gv, k))), None, gsinks), need,
+            grad_out[:, :, q], None if grad_lse is None else grad_lse[:, :, q], query[:, :, q], key[:, :, k], value[:, :, k],
+            None, None, slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p, index,
+        )  # fmt: skip
+        for target, grad, part in zip(total, (*grads[:5], grads[6]), (q, q, q, k, k, None)):
+            if target is not None and grad is not None:
+                (target if part is None else target[:, :, part]).add_(grad)
+    return total
