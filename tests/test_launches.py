@@ -22,6 +22,10 @@ def core_launches() -> list[tuple[Case, str]]:
 CORE_LAUNCHES = core_launches()
 
 
+def test_cases_have_names_of_their_own():
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
 def launch_id(value: Case | str) -> str:
     return value if isinstance(value, str) else value.name
 

@@ -75,8 +75,10 @@ def write(rows: Sequence[Row]) -> list[str]:
     """Replace the budgets by what `rows` say; returns the differences as lines."""
     old = read()["budgets"] if FILE.exists() else {}
     new = {key_of(row): budget_of(row) for row in rows}
-    FILE.write_text(json.dumps({"triton": triton.__version__, "budgets": dict(sorted(new.items()))}, indent=1) + "\n")
-    lines = [f"- {key}" for key in old.keys() - new.keys()] + [f"+ {key}" for key in new.keys() - old.keys()]
+    budgets = ",\n".join(f"  {json.dumps(key)}: {json.dumps(budget)}" for key, budget in sorted(new.items()))
+    FILE.write_text(f'{{\n "triton": {json.dumps(triton.__version__)},\n "budgets": {{\n{budgets}\n }}\n}}\n')
+    lines = [f"- {key}" for key in sorted(old.keys() - new.keys())]
+    lines += [f"+ {key}" for key in sorted(new.keys() - old.keys())]
     for key in sorted(old.keys() & new.keys()):
         changed = [f"{n} {old[key][n]} → {value}" for n, value in new[key].items() if old[key].get(n) != value]
         if changed:
