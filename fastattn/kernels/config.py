@@ -180,10 +180,10 @@ def matmul_config(target: Target, columns: int, depth: int, itemsize: int, heavy
     """
     if target.backend == "interpreter":
         block = MatmulConfig(32, 64, 32, 4, 1, parts=2)
+    elif columns % 16 or depth % 16:  # element by element: the addresses need registers
+        block = MatmulConfig(64, 64 if itemsize == 2 else 32, 32, 4, 2, parts=2)
     elif itemsize == 4:
         block = MatmulConfig(64, 64, 32, 8, 2)
-    elif columns % 16 or depth % 16:  # element by element: the addresses need registers
-        block = MatmulConfig(64, 64, 32, 4, 2, parts=2)
     elif target.arch in (90, 100):
         block = MatmulConfig(128, 128 if heavy else 256, 64, 8, 3, parts=2)
     elif target.arch == 80:
@@ -193,3 +193,13 @@ def matmul_config(target: Target, columns: int, depth: int, itemsize: int, heavy
     block_n = min(block.block_n, max(16, _power_of_2(columns)))
     block_k = min(block.block_k, max(16, _power_of_2(depth)))
     return replace(block, block_n=block_n, block_k=block_k, parts=block.parts if block_n >= 64 else 1)
+
+
+# Loss: logits that exist at a time (256 MB in 16 bits), at least a few thousand rows of any common vocabulary.
+CHUNK_LOGITS = 1 << 27
+
+
+def cross_entropy_config(classes: int) -> tuple[int, int]:
+    """(columns of a block, warps): 16 numbers per thread."""
+    block = min(4_096, max(128, _power_of_2(classes)))
+    return block, max(4, block // 512)
