@@ -7,6 +7,7 @@ from fastattn import backend, models, nn
 from fastattn.backend import explain
 from fastattn.ops.attention import attention, scaled_dot_product_attention
 from fastattn.ops.feed_forward import feed_forward, linear
+from fastattn.ops.loss import linear_cross_entropy
 from fastattn.ops.normalization import layer_norm, rms_norm
 from fastattn.ops.varlen import varlen_attention
 
@@ -19,6 +20,7 @@ __all__ = [
     "feed_forward",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "models",
     "nn",
     "rms_norm",

@@ -217,5 +217,5 @@ def _scattered(tensor: Tensor) -> Tensor:
     """The same numbers with a gap after each and the dimensions laid out in reverse order."""
     reversed_sizes = tuple(reversed(tensor.shape))
     memory = tensor.new_full((*reversed_sizes, 2), float("nan"))
-    view = memory[..., 0].permute(*reversed(range(tensor.dim())))
+    view = memory[..., 0].permute(tuple(reversed(range(tensor.dim()))))
     return view.copy_(tensor)

@@ -134,3 +134,23 @@ def feed_forward(
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     y = (input[..., None, :] * weight).sum(-1)
     return y if bias is None else y + bias
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    logits = linear(input, weight, bias)
+    classes = logits.shape[-1]
+    log_p = logits - torch.logsumexp(logits, -1, keepdim=True)
+    valid = target != ignore_index
+    wanted = (torch.where(valid, target, 0)[..., None] == torch.arange(classes)).to(logits.dtype)
+    wanted = (1 - label_smoothing) * wanted + label_smoothing / classes
+    losses = -(wanted * log_p).sum(-1) * valid
+    return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / valid.sum()}[reduction]

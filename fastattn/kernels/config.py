@@ -162,7 +162,7 @@ class MatmulConfig:
 
     Attributes:
         group_m: block rows that programs walk over together, so that they share operands in the L2 cache.
-        parts: pieces in which the block's columns are finished (1 or 2), so that an activation fits in registers.
+        parts: pieces in which the block's columns are finished, so that an activation fits in registers.
     """
 
     block_m: int
@@ -181,16 +181,28 @@ def matmul_config(target: Target, columns: int, depth: int, itemsize: int, heavy
     """
     if target.backend == "interpreter":
         block = MatmulConfig(32, 64, 32, 4, 1, parts=2)
-    elif itemsize == 4:
-        block = MatmulConfig(64, 64, 32, 8, 2)
     elif columns % 16 or depth % 16:  # element by element: the addresses need registers
-        block = MatmulConfig(64, 64, 32, 4, 2, parts=2)
+        block = MatmulConfig(64, 64 if itemsize == 2 else 32, 32, 4, 2, parts=2)
+    elif itemsize == 4:
+        block = MatmulConfig(64, 64, 32, 4 if target.arch == 100 else 8, 2)
     elif target.arch in (90, 100):
-        block = MatmulConfig(128, 128 if heavy else 256, 64, 8, 3, parts=2)
+        block = MatmulConfig(128, 128 if heavy else 256, 64, 8, 3, parts=2 if heavy else 4)
     elif target.arch == 80:
         block = MatmulConfig(128, 128, 32, 8, 4, parts=2)
     else:
         block = MatmulConfig(128, 128, 64, 8, 2, parts=2)
     block_n = min(block.block_n, max(16, _power_of_2(columns)))
     block_k = min(block.block_k, max(16, _power_of_2(depth)))
-    return replace(block, block_n=block_n, block_k=block_k, parts=block.parts if block_n >= 64 else 1)
+    return replace(
+        block, block_n=block_n, block_k=block_k, parts=min(block.parts, block_n // 32) if block_n >= 64 else 1
+    )
+
+
+# Loss: logits that exist at a time (256 MB in 16 bits), at least a few thousand rows of any common vocabulary.
+CHUNK_LOGITS = 1 << 27
+
+
+def cross_entropy_config(classes: int) -> tuple[int, int]:
+    """(columns of a block, warps): 16 numbers per thread."""
+    block = min(4_096, max(128, _power_of_2(classes)))
+    return block, max(4, block // 512)

@@ -83,20 +83,36 @@ def halves(block):
 
 
 @triton.jit
-def finish_linear(z, g, BIAS, GATE_BIAS, OUT, Z, G, offs_m, offs_n, rows, columns, ACTIVATION: tl.constexpr):
-    """The end of `linear_kernel` for one part of its block; g is None without a gate."""
-    offsets = offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
-    mask = (offs_m < rows)[:, None] & (offs_n < columns)[None, :]
-    z = add_bias(z, BIAS, offs_n, columns)
-    store_block(Z, z, offsets, mask)
-    if g is None:
-        out, _ = activate(z, ACTIVATION)
+def finish_linear(
+    z, g, BIAS, GATE_BIAS, OUT, Z, G, offs_m, start_n, rows, columns, ACTIVATION: tl.constexpr, PARTS: tl.constexpr
+):
+    """The end of `linear_kernel`, in parts one after the other to save registers; g is None without a gate."""
+    if PARTS > 1:
+        half: tl.constexpr = z.shape[1] // 2
+        z_left, z_right = halves(z)
+        g_left, g_right = None, None
+        if g is not None:
+            g_left, g_right = halves(g)
+        finish_linear(
+            z_left, g_left, BIAS, GATE_BIAS, OUT, Z, G, offs_m, start_n, rows, columns, ACTIVATION, PARTS // 2
+        )
+        finish_linear(
+            z_right, g_right, BIAS, GATE_BIAS, OUT, Z, G, offs_m, start_n + half, rows, columns, ACTIVATION, PARTS // 2
+        )
     else:
-        g = add_bias(g, GATE_BIAS, offs_n, columns)
-        store_block(G, g, offsets, mask)
-        activated, _ = activate(g, ACTIVATION)
-        out = activated * z
-    store_block(OUT, out, offsets, mask)
+        offs_n = start_n + tl.arange(0, z.shape[1])
+        offsets = offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
+        mask = (offs_m < rows)[:, None] & (offs_n < columns)[None, :]
+        z = add_bias(z, BIAS, offs_n, columns)
+        store_block(Z, z, offsets, mask)
+        if g is None:
+            out, _ = activate(z, ACTIVATION)
+        else:
+            g = add_bias(g, GATE_BIAS, offs_n, columns)
+            store_block(G, g, offsets, mask)
+            activated, _ = activate(g, ACTIVATION)
+            out = activated * z
+        store_block(OUT, out, offsets, mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -120,34 +136,35 @@ def linear_kernel(
             zeros, X, GATE_WEIGHT, offs_m, offs_n, rows, columns, depth, stride_x, stride_gk, stride_gn,
             BLOCK_K, EVEN_K, PRECISION,
         )  # fmt: skip
-    if PARTS == 1:
-        finish_linear(z, g, BIAS, GATE_BIAS, OUT, Z, G, offs_m, offs_n, rows, columns, ACTIVATION)
-    else:
-        offs_left = start_n + tl.arange(0, BLOCK_N // 2)
-        offs_right = offs_left + BLOCK_N // 2
-        z_left, z_right = halves(z)
-        g_left, g_right = None, None
-        if g is not None:
-            g_left, g_right = halves(g)
-        finish_linear(z_left, g_left, BIAS, GATE_BIAS, OUT, Z, G, offs_m, offs_left, rows, columns, ACTIVATION)
-        finish_linear(z_right, g_right, BIAS, GATE_BIAS, OUT, Z, G, offs_m, offs_right, rows, columns, ACTIVATION)
+    finish_linear(z, g, BIAS, GATE_BIAS, OUT, Z, G, offs_m, start_n, rows, columns, ACTIVATION, PARTS)
 
 
 @triton.jit
-def finish_hidden_backward(d_hidden, Z, G, DZ, DG, HIDDEN, offs_m, offs_n, rows, columns, ACTIVATION: tl.constexpr):
-    """The end of `hidden_backward_kernel` for one part of its block."""
-    offsets = offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
-    mask = (offs_m < rows)[:, None] & (offs_n < columns)[None, :]
-    z = load_block(Z, offsets, mask)
-    if G is None:
-        hidden, derivative = activate(z, ACTIVATION)
-        store_block(DZ, d_hidden * derivative, offsets, mask)
+def finish_hidden_backward(
+    d_hidden, Z, G, DZ, DG, HIDDEN, offs_m, start_n, rows, columns, ACTIVATION: tl.constexpr, PARTS: tl.constexpr
+):
+    """The end of `hidden_backward_kernel`, in parts."""
+    if PARTS > 1:
+        half: tl.constexpr = d_hidden.shape[1] // 2
+        left, right = halves(d_hidden)
+        finish_hidden_backward(left, Z, G, DZ, DG, HIDDEN, offs_m, start_n, rows, columns, ACTIVATION, PARTS // 2)
+        finish_hidden_backward(
+            right, Z, G, DZ, DG, HIDDEN, offs_m, start_n + half, rows, columns, ACTIVATION, PARTS // 2
+        )
     else:
-        activated, derivative = activate(load_block(G, offsets, mask), ACTIVATION)
-        hidden = activated * z
-        store_block(DZ, d_hidden * activated, offsets, mask)
-        store_block(DG, d_hidden * z * derivative, offsets, mask)
-    store_block(HIDDEN, hidden, offsets, mask)
+        offs_n = start_n + tl.arange(0, d_hidden.shape[1])
+        offsets = offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
+        mask = (offs_m < rows)[:, None] & (offs_n < columns)[None, :]
+        z = load_block(Z, offsets, mask)
+        if G is None:
+            hidden, derivative = activate(z, ACTIVATION)
+            store_block(DZ, d_hidden * derivative, offsets, mask)
+        else:
+            activated, derivative = activate(load_block(G, offsets, mask), ACTIVATION)
+            hidden = activated * z
+            store_block(DZ, d_hidden * activated, offsets, mask)
+            store_block(DG, d_hidden * z * derivative, offsets, mask)
+        store_block(HIDDEN, hidden, offsets, mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -164,14 +181,7 @@ def hidden_backward_kernel(
         tl.zeros([BLOCK_M, BLOCK_N], tl.float32), DY, WEIGHT, offs_m, offs_n, rows, columns, depth,
         stride_dy, stride_wk, stride_wn, BLOCK_K, EVEN_K, PRECISION,
     )  # fmt: skip
-    if PARTS == 1:
-        finish_hidden_backward(d_hidden, Z, G, DZ, DG, HIDDEN, offs_m, offs_n, rows, columns, ACTIVATION)
-    else:
-        offs_left = start_n + tl.arange(0, BLOCK_N // 2)
-        left, right = halves(d_hidden)
-        finish_hidden_backward(left, Z, G, DZ, DG, HIDDEN, offs_m, offs_left, rows, columns, ACTIVATION)
-        offs_right = offs_left + BLOCK_N // 2
-        finish_hidden_backward(right, Z, G, DZ, DG, HIDDEN, offs_m, offs_right, rows, columns, ACTIVATION)
+    finish_hidden_backward(d_hidden, Z, G, DZ, DG, HIDDEN, offs_m, start_n, rows, columns, ACTIVATION, PARTS)
 
 
 @triton.jit(do_not_specialize=["rows"])
