@@ -19,10 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from fastattn.models.pretrained import atomic_write
+
+try:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+except ImportError as error:
+    raise SystemExit(f"error: {error}. The examples need a few more packages: pip install -e '.[examples]'") from error
 
 SHAKESPEARE = "shakespeare"
 PACKAGES = {
@@ -159,6 +163,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if not path.is_file():
         raise DataError(f"{folder} holds no tokenizer.json: it is not a folder that train_gpt.py wrote")
     return Tokenizer.from_file(str(path))
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of `text`; where it is empty, the one after which a new document begins."""
+    return list(tokenizer.encode(text).ids) or [tokenizer.token_to_id(END_OF_TEXT)]
 
 
 def prepare(source: str, root: Path, vocab_size: int, val_fraction: float) -> Corpus:

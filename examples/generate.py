@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = corpus.load_tokenizer(arguments.model)
     model = GPT.from_pretrained(arguments.model, device=device, dtype=dtype)
     text = sys.stdin.read().rstrip("\n") if arguments.prompt == "-" else arguments.prompt
-    prompt = tokenizer.encode(text).ids or tokenizer.encode(corpus.END_OF_TEXT).ids
+    prompt = corpus.encode_prompt(tokenizer, text)
     tokens = torch.tensor([prompt], device=device)
     start = time.perf_counter()
     for sample in range(arguments.samples):

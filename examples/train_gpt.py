@@ -212,8 +212,10 @@ class Trainer:
                 start = time.perf_counter()
                 record = self.train_step()
                 speed = self.tokens_per_step / (time.perf_counter() - start)
-                if not math.isfinite(record["loss"]):
-                    raise TrainingError(f"the loss is {record['loss']} at step {self.step}: try a smaller --lr")
+                if not math.isfinite(record["loss"]) or not math.isfinite(record["gradient_norm"]):
+                    raise TrainingError(
+                        f"the loss or its gradient is not finite at step {self.step}: try a smaller --lr"
+                    )
                 self.metrics.write(step=self.step, **record, tokens_per_second=round(speed))
                 if self.step % every == 0 or self.step == steps:
                     val_loss = self.evaluate()
@@ -232,20 +234,19 @@ class Trainer:
         self.model = GPT.from_pretrained(self.out, device=self.device)
         loss = self.validation_loss(None)
         manifest = self.corpus.manifest
-        count = manifest["val_tokens"]
-        bits = loss / math.log(2) * count / manifest["val_bytes"]
+        bits = loss / math.log(2) * manifest["val_tokens"] / manifest["val_bytes"]
         if not any("final_val_loss" in record for record in self.metrics.records):
             self.metrics.write(step=self.step, final_val_loss=loss, bits_per_byte=bits, **self.baselines)
         title = f"GPT on {Path(manifest['source']).name}"
         training.plot_losses(self.metrics, self.baselines, self.out / "loss.png", title)
-        print(f"\nvalidation loss {loss:.3f} nats per token, {bits:.2f} bits per byte, on all {count:,} tokens")
+        print(f"\nvalidation loss {loss:.3f} nats per token, {bits:.2f} bits per byte, on text it never saw")
         for name, baseline in self.baselines.items():
             verdict = f"{baseline - loss:.3f} better" if loss < baseline else f"{loss - baseline:.3f} WORSE"
             print(f"  {name:>8} guessing {baseline:.3f}: the model is {verdict}")
         print(f"curve {self.out / 'loss.png'}, metrics {self.out / 'metrics.jsonl'}, model {self.out}")
         if self.arguments.sample_tokens:
             tokenizer = self.corpus.tokenizer
-            prompt = torch.tensor([tokenizer.encode(self.arguments.prompt).ids], device=self.device)
+            prompt = torch.tensor([corpus.encode_prompt(tokenizer, self.arguments.prompt)], device=self.device)
             tokens = self.model.generate(prompt, self.arguments.sample_tokens, temperature=0.8, top_p=0.95, seed=0)
             print(f"\na sample (more: python examples/generate.py {self.out}):\n{'-' * 72}")
             print(tokenizer.decode(tokens[0].tolist()).strip("\n"))

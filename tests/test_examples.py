@@ -165,6 +165,15 @@ def test_a_checkpoint_is_not_overwritten_or_mixed(train: Callable[..., str], tex
     assert "cannot be read as a checkpoint" in train(text, copied, 10, "--resume", status=1)
 
 
+def test_a_loss_that_is_not_finite_is_not_saved(train: Callable[..., str], text: Path, tmp_path: Path) -> None:
+    message = train(text, tmp_path, 50, "--lr", 1e30, "--warmup", 0, status=1)
+    assert "not finite at step" in message
+    assert "try a smaller --lr" in message
+    if (tmp_path / "checkpoint.pt").exists():
+        state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        assert all(value.isfinite().all() for value in state["model"].values())
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(train: Callable[..., str], text: Path, copied: Path) -> None:
     """No file may grow beyond a limit: as on a full disk, writing the checkpoint fails half-way."""
     path = copied / "checkpoint.pt"
@@ -292,6 +301,7 @@ def test_generate(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert once == again != other
     assert once.startswith("the king")
     assert "12 tokens" in speed
+    assert call("--prompt", "", "--seed", 1)[0].strip()
     assert "top_p must be in (0, 1]" in call("--top-p", 2, status=1)[1]
     assert generate.main([str(EXAMPLES)]) == 1
     assert "holds no tokenizer.json" in capfd.readouterr().err
