@@ -39,7 +39,7 @@ types: $(VENV)/.dev ## check the types
 	$(BIN)/python -m mypy
 
 bench: $(VENV)/.dev ## time every op and the GPT against PyTorch and Hugging Face
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m bench.report
 
 mutants: $(VENV)/.dev ## plant bugs in the kernels and show that the tests catch each
 	$(BIN)/python -m tests.mutants

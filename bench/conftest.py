@@ -16,7 +16,7 @@ import torch
 
 from bench import machine
 from bench.cases import DTYPES, Case, Unavailable
-from bench.contest import Times, race
+from bench.contest import Run, Times, race
 from bench.memory import peak_growth
 
 OURS = "fastattn"
@@ -47,7 +47,7 @@ class Comparison:
     """What was found for one case."""
 
     times: Times
-    absent: dict[str, str]  # reasons
+    absent: dict[str, Exception]  # why, by provider
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -57,7 +57,7 @@ RESULTS = pytest.StashKey[dict[Case, Comparison]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastattn")
-    group.addoption("--seconds", type=float, default=4.0, help="about how long each comparison may take (%(default)s)")
+    group.addoption("--seconds", type=float, default=3.0, help="about how long each comparison may take (%(default)s)")
     group.addoption("--threads", type=int, default=os.cpu_count(), help="CPU threads (%(default)s)")
     group.addoption("--no-memory", action="store_true", help="do not measure memory")
 
@@ -65,6 +65,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(config.getoption("--threads"))
     config.stash[RESULTS] = {}
+    config.addinivalue_line("filterwarnings", "default")  # the warnings of other packages are no errors here
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -82,7 +83,11 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case, s
             results[case] = _compare(case, providers, config.getoption("--seconds"))
         found = results[case]
         if name in found.absent:
-            pytest.skip(found.absent[name])
+            benchmark.disabled = True
+            benchmark(lambda: None)  # pytest-benchmark insists
+            if isinstance(found.absent[name], Unavailable):
+                pytest.skip(str(found.absent[name]))
+            raise found.absent[name]
         seconds = found.times.seconds[name]
         benchmark.group = case.name
         benchmark.pedantic(CLOCK.replay(seconds), rounds=len(seconds))
@@ -96,13 +101,14 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case, s
 
 
 def _compare(case: Case, providers: Providers, seconds: float) -> Comparison:
-    jobs, absent = {}, {}
+    jobs: dict[str, Run] = {}
+    absent: dict[str, Exception] = {}
     for name, provider in providers.items():
         try:
             case.check(provider)
             jobs[name] = case.job(provider)
-        except Unavailable as reason:
-            absent[name] = str(reason)
+        except Exception as reason:  # noqa: PERF203  one that fails must not take the others along
+            absent[name] = reason
     return Comparison(race(jobs, machine.device(), seconds), absent)
 
 

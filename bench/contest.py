@@ -49,7 +49,7 @@ class Times:
         return Spread.of([a / b for a, b in zip(self.seconds[contestant], self.seconds[to])])
 
 
-def race(contestants: Mapping[str, Run], device: torch.device, seconds: float, rounds: int = 7) -> Times:
+def race(contestants: Mapping[str, Run], device: torch.device, seconds: float, rounds: int = 5) -> Times:
     """Time the contestants in turn, in another order every round.
 
     Args:

@@ -93,15 +93,10 @@ def _cpu_name() -> str:
 
 
 def _versions(*packages: str) -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import version
+    from importlib.util import find_spec
 
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return {package: version(package) if find_spec(package) else "not installed" for package in packages}
 
 
 def _commit() -> str:

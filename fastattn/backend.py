@@ -71,23 +71,31 @@ def choose(device: torch.device) -> tuple[str, str]:
     Raises:
         RuntimeError: Triton was asked for and is not installed.
     """
-    if _override not in (None, "auto"):
-        choice, reason = str(_override), "set by fastattn.backend.use"
+    variable = os.environ.get("FASTATTN_BACKEND", "auto")
+    return _choose(device.type, _override, variable, interpreting(), triton_available())
+
+
+@cache
+def _choose(
+    device_type: str, override: str | None, variable: str, interpreted: bool, has_triton: bool
+) -> tuple[str, str]:
+    if override not in (None, "auto"):
+        choice, reason = str(override), "set by fastattn.backend.use"
     else:
         choice, reason = "auto", ""
-        if _override is None:
-            choice = _checked(os.environ.get("FASTATTN_BACKEND", "auto"), "environment variable FASTATTN_BACKEND")
+        if override is None:
+            choice = _checked(variable, "environment variable FASTATTN_BACKEND")
             reason = "set by the environment variable FASTATTN_BACKEND"
     if choice == "auto":
-        if device.type == "cpu":
-            interpreted = interpreting() and triton_available()
+        if device_type == "cpu":
+            interpreted = interpreted and has_triton
             choice = "triton" if interpreted else "eager"
             reason = "TRITON_INTERPRET=1" if interpreted else "tensors on the CPU run in PyTorch"
-        elif not triton_available():
-            choice, reason = "eager", f"triton is not installed, so tensors on {device.type} run in PyTorch"
+        elif not has_triton:
+            choice, reason = "eager", f"triton is not installed, so tensors on {device_type} run in PyTorch"
         else:
-            choice, reason = "triton", f"tensors on {device.type} run in Triton"
-    if choice == "triton" and not triton_available():
+            choice, reason = "triton", f"tensors on {device_type} run in Triton"
+    if choice == "triton" and not has_triton:
         raise RuntimeError(f"the Triton backend was {reason}, but triton is not installed: pip install triton")
     return choice, reason
 

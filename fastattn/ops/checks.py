@@ -35,10 +35,11 @@ def check_shape(name: str, value: Tensor, shape: tuple[int, ...], meaning: str) 
 
 def check_same_device(**tensors: Tensor | None) -> None:
     """ValueError unless all the tensors given are on the device of the first."""
-    first_name, first = next((n, t) for n, t in tensors.items() if t is not None)
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != first.device:
-            raise ValueError(f"{name} is on {tensor.device} but {first_name} is on {first.device}")
+    given = [(name, tensor.device) for name, tensor in tensors.items() if tensor is not None]
+    first_name, first = given[0]
+    for name, device in given:
+        if device != first:
+            raise ValueError(f"{name} is on {device} but {first_name} is on {first}")
 
 
 def check_probability(name: str, value: float) -> None:

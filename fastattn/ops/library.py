@@ -19,7 +19,7 @@ from torch import Tensor
 
 LIBRARY = torch.library.Library("fastattn", "DEF")
 _DIRECT: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, int, float, str, list}
 Gradient = Callable[[Sequence[bool], Sequence[Tensor | None], Sequence[Any], Sequence[Tensor]], Sequence[Tensor | None]]
 
 
@@ -48,9 +48,10 @@ def _observed(arguments: Sequence[Any]) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
+        or not _PLAIN.issuperset(map(type, arguments))
     ):
         return True
-    return any(isinstance(a, Tensor) and (type(a) not in _PLAIN or a.is_meta) for a in arguments)
+    return bool(arguments[0].is_meta)
 
 
 def differentiate(op: torch._ops.OpOverload, gradient: Gradient, keep_outputs: Sequence[int] = ()) -> None:

@@ -1,0 +1,209 @@
+"""Run the benchmarks, and write what they found: JSON, CSV, Markdown tables and plots. Or compare two such results.
+
+    python -m bench.report                                   the default suites, under 10 minutes on two CPU cores
+    python -m bench.report attention normalization --all     chosen suites, every size
+    python -m bench.report --compare old.json new.json       what became slower or faster, and whether that is noise
+
+Results are written to bench/results/<machine>/: results.json (everything, every round), results.csv, results.md, *.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.contest import Spread
+from bench.table import text
+
+SUITES = ("attention", "normalization", "feed_forward", "models")
+OURS = "fastattn"
+FLAGGED = 1.05  # a smaller change is not reported, however certain
+
+Rows = list[dict[str, Any]]
+
+
+def run(suites: list[str], everything: bool, seconds: float, memory: bool, threads: int | None) -> dict[str, Any]:
+    """Run the suites in pytest; {"machine": ..., "rows": one per case and provider, with the seconds of every round}."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "benchmark.json"
+        command = [
+            *(sys.executable, "-m", "pytest", *(f"bench/bench_{suite}.py" for suite in suites)),
+            *("-q", "-m", "slow or not slow" if everything else "not slow", f"--benchmark-json={found}"),
+            *("--benchmark-columns=min,median,iqr,rounds", "--benchmark-quiet", f"--seconds={seconds}"),
+            *([] if memory else ["--no-memory"]),
+            *([] if threads is None else [f"--threads={threads}"]),
+        ]
+        status = subprocess.run(command, cwd=Path(__file__).parent.parent).returncode
+        if not found.exists() or not found.stat().st_size:
+            raise SystemExit(status or 1)
+        data = json.loads(found.read_text())
+    rows = [{"median_seconds": bench["stats"]["median"], **bench["extra_info"]} for bench in data["benchmarks"]]
+    return {"machine": data["machine_info"]["fastattn"], "failed": status != 0, "rows": rows}
+
+
+def write(result: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(result, indent=1))
+    flat = [{k: v for k, v in row.items() if k != "rounds"} for row in result["rows"]]
+    with open(folder / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, sorted({key for row in flat for key in row}, key=_column_order))
+        writer.writeheader()
+        writer.writerows(flat)
+    (folder / "results.md").write_text(_markdown(result))
+    _plot_bars(result["rows"], folder)
+    _plot_lengths(result["rows"], folder)
+
+
+def _column_order(name: str) -> tuple[bool, str]:
+    return name not in ("case", "provider"), name
+
+
+def by_case(rows: Rows) -> dict[str, dict[str, dict[str, Any]]]:
+    """{case: {provider: row}}"""
+    grouped: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        grouped[row["case"]][row["provider"]] = row
+    return grouped
+
+
+def _markdown(result: dict[str, Any]) -> str:
+    about = result["machine"]
+    facts = "\n".join(f"- {name}: {value}" for name, value in about.items())
+    warning = "\n**The machine was noisy: trust the quartiles, not the last digit.**\n" if about["noisy"] else ""
+    return (
+        "# Benchmarks\n\nTime relative to fastattn, round by round with the contestants in turn: above 1 is slower than "
+        f"fastattn. Rates are those of the fastest round.\n{warning}\n{text(by_case(result['rows']))}\n\n"
+        f"## Machine\n\n{facts}\n"
+    )
+
+
+def pyplot() -> Any:
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _plot_bars(rows: Rows, folder: Path) -> None:
+    """peers.png: the time of every peer relative to ours, with quartiles."""
+    plt, cases = pyplot(), by_case([row for row in rows if "times_ours" in row])
+    peers = [(case, row) for case, found in cases.items() for name, row in found.items() if name != OURS]
+    if not peers:
+        return
+    names = sorted({row["provider"] for _, row in peers})
+    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.22 * len(peers)), layout="constrained")
+    for place, (_, row) in enumerate(peers):
+        middle, low, high = row["times_ours"], row["times_ours_low"], row["times_ours_high"]
+        color = f"C{names.index(row['provider'])}"
+        axes.barh(place, middle, color=color, xerr=[[middle - low], [high - middle]], error_kw={"elinewidth": 0.8})
+    axes.set_yticks(range(len(peers)), [f"{case}, {row['provider']}" for case, row in peers], fontsize=6)
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="time / time of fastattn (right of the line: fastattn is faster)")
+    figure.savefig(folder / "peers.png", dpi=120)
+    plt.close(figure)
+
+
+def _plot_lengths(rows: Rows, folder: Path) -> None:
+    """attention_<what>.png: time and memory against the length, for cases measured at several lengths."""
+    plt = pyplot()
+    curves: dict[str, dict[str, list[tuple[int, dict[str, Any]]]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        found = re.fullmatch(r"(attention .*) N(\d+)", row["case"])
+        if found:
+            curves[found[1]][row["provider"]].append((int(found[2]), row))
+    for title, providers in curves.items():
+        if len(providers.get(OURS, ())) < 2:
+            continue
+        figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        for provider, points in providers.items():
+            points.sort(key=lambda point: point[0])
+            lengths = [n for n, _ in points]
+            panels[0].plot(lengths, [1e3 * row["median_seconds"] for _, row in points], marker="o", label=provider)
+            panels[1].plot(lengths, [row.get("memory_MiB") or None for _, row in points], marker="o", label=provider)
+        for panel, label in zip(panels, ("time (ms)", "memory growth (MiB)")):
+            panel.set(xscale="log", yscale="log", xlabel="length N", ylabel=label, title=title)
+            panel.grid(alpha=0.3)
+        panels[0].legend()
+        figure.savefig(folder / f"{title.replace(' ', '_').replace('+', '_')}.png", dpi=120)
+        plt.close(figure)
+
+
+def change(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> tuple[Spread, str]:
+    """How many times as long our side of a case takes as before, and against which peer that was measured.
+
+    Each side is first divided by a peer of the same rounds, so that a slower or busier machine does not count. The spread
+    is the uncertainty of the two medians (a box plot's notches, 1.57 · quartile distance / √rounds), added in quadrature.
+    """
+    shared = [name for name in new if name in old and name != OURS]
+    peer = shared[0] if shared else ""
+    ratios = [
+        [ours / theirs for ours, theirs in zip(side[OURS]["rounds"], side[peer]["rounds"])]
+        if peer
+        else side[OURS]["rounds"]
+        for side in (old, new)
+    ]
+    relative = 0.0
+    for values in ratios:
+        spread = Spread.of(values)
+        relative += (1.57 * (spread.high - spread.low) / len(values) ** 0.5 / spread.median) ** 2
+    middle, notch = median(ratios[1]) / median(ratios[0]), relative**0.5
+    return Spread(middle, middle * (1 - notch), middle * (1 + notch)), peer or "the clock"
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, int]:
+    """(Markdown table, number of cases that became slower)"""
+    lines = ["| case | new / old | uncertainty | against | verdict |", "|---|---|---|---|---|"]
+    slower, before, after = 0, by_case(old["rows"]), by_case(new["rows"])
+    for case in after:
+        if OURS not in before.get(case, {}) or OURS not in after[case]:
+            continue
+        spread, peer = change(before[case], after[case])
+        verdict = ""
+        if spread.low > 1.0 and spread.median > FLAGGED:
+            verdict, slower = "SLOWER", slower + 1
+        elif spread.high < 1.0 and spread.median < 1 / FLAGGED:
+            verdict = "faster"
+        lines.append(f"| {case} | {spread.median:.2f} | {spread.low:.2f}-{spread.high:.2f} | {peer} | {verdict} |")
+    return "\n".join(lines), slower
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all of them")
+    parser.add_argument("--all", action="store_true", help="every size, and the providers that have to be compiled")
+    parser.add_argument("--seconds", type=float, default=3.0, help="about how long a comparison may take (%(default)s)")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
+    parser.add_argument("--out", type=Path, help="folder for the results; default: bench/results/<machine>")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="compare two results.json")
+    arguments = parser.parse_args(argv)
+    unknown = [suite for suite in arguments.suites if suite not in SUITES]
+    if unknown:
+        parser.error(f"SUITE must be one of {', '.join(SUITES)}, got {', '.join(unknown)}")
+    if arguments.compare:
+        table, slower = compare(*(json.loads(path.read_text()) for path in arguments.compare))
+        print(table)
+        return 1 if slower else 0
+    from bench import machine
+
+    suites, memory = arguments.suites or list(SUITES), not arguments.no_memory
+    result = run(suites, arguments.all, arguments.seconds, memory, arguments.threads)
+    folder = arguments.out or Path(__file__).parent / "results" / machine.slug()
+    write(result, folder)
+    print(f"results.json, results.csv, results.md and plots are in {folder}")
+    return 1 if result["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
