@@ -1,0 +1,134 @@
+"""The functions of the package flash-attn, in their layouts and with their defaults, over fastattn.
+
+    from fastattn.integrations.flash_attn import flash_attn_func      # instead of: from flash_attn import flash_attn_func
+
+Tensors are (batch, length, heads, head_dim). A window side of -1 is unbounded; causal attention is aligned at the bottom
+right; `deterministic` is accepted and always true here; where `return_attn_probs` is set the result is (out, lse, None):
+the matrix of probabilities is never kept. Interface: https://github.com/Dao-AILab/flash-attention (README).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastattn.ops.attention import attention
+from fastattn.ops.checks import check_rank, check_tensor
+from fastattn.ops.varlen import varlen_attention
+
+Result = Tensor | tuple[Tensor, Tensor, None]
+
+
+def _window(window_size: tuple[int, int]) -> tuple[int | None, int | None]:
+    left, right = window_size
+    return None if left == -1 else left, None if right == -1 else right
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """Attention of q (B, Nq, Hq, D) over k (B, Nk, Hkv, D) and v (B, Nk, Hkv, Dv).
+
+    Returns:
+        (B, Nq, Hq, Dv), or with `return_attn_probs` (that, lse (B, Hq, Nq), None).
+
+    Example:
+        >>> q, k, v = (torch.randn(2, 128, 8, 64) for _ in range(3))
+        >>> flash_attn_func(q, k, v, causal=True).shape
+        torch.Size([2, 128, 8, 64])
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, tensor)
+        check_rank(name, tensor, 4, "(batch, length, heads, head_dim)")
+    out, lse = attention(
+        *(t.transpose(1, 2) for t in (q, k, v)), causal=causal, window=_window(window_size), alibi_slopes=alibi_slopes,
+        softcap=softcap or None, dropout_p=dropout_p, scale=softmax_scale, return_lse=True,
+    )  # fmt: skip
+    return (out.transpose(1, 2), lse, None) if return_attn_probs else out.transpose(1, 2)
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_func` of qkv (B, N, 3, H, D); nothing is copied."""
+    check_tensor("qkv", qkv)
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv must have shape (batch, length, 3, heads, head_dim), got {tuple(qkv.shape)}")
+    q, k, v = qkv.unbind(2)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )  # fmt: skip
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_func` of q (B, Nq, Hq, D) and kv (B, Nk, 2, Hkv, D); nothing is copied."""
+    check_tensor("kv", kv)
+    if kv.dim() != 5 or kv.shape[2] != 2:
+        raise ValueError(f"kv must have shape (batch, length, 2, heads, head_dim), got {tuple(kv.shape)}")
+    k, v = kv.unbind(2)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )  # fmt: skip
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Result:
+    """Attention over packed sequences q (Tq, Hq, D), k (Tk, Hkv, D), v (Tk, Hkv, Dv); see `fastattn.varlen_attention`.
+
+    Returns:
+        (Tq, Hq, Dv), or with `return_attn_probs` (that, lse (Hq, Tq), None).
+
+    Raises:
+        ValueError: `block_table` is given: paged keys and values are not supported here.
+    """
+    if block_table is not None:
+        raise ValueError("block_table must be None: paged keys and values are not supported by flash_attn_varlen_func")
+    out, lse = varlen_attention(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal, window=_window(window_size),
+        alibi_slopes=alibi_slopes, softcap=softcap or None, dropout_p=dropout_p, scale=softmax_scale, return_lse=True,
+    )  # fmt: skip
+    return (out, lse, None) if return_attn_probs else out
