@@ -40,8 +40,12 @@ def report_place(place: str, target: str, signature: str, constants: str) -> lis
 
 
 def _distinct(name: str, rows: list[dict[str, Any]]) -> list[report.Row]:
-    kernels = {row["resources"]["kernel"]: row for row in rows}
-    return [{"case": name, **row} for row in kernels.values()]
+    """Without the launches of a kernel that is the same as an earlier one but for its grid and shapes."""
+    chosen: dict[str, report.Row] = {}
+    for row in rows:
+        resources = {key: value for key, value in row["resources"].items() if key != "grid"}
+        chosen.setdefault(repr((resources, row["loops"])), {"case": name, **row})
+    return [*chosen.values()]
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -38,8 +38,16 @@ def budget_of(row: Row) -> Budget:
     }
 
 
-def key_of(row: Row) -> str:
-    return f"{row['case']} | {row['resources']['target']} | {row['resources']['kernel']}"
+def budgets_of(rows: Sequence[Row]) -> dict[str, Budget]:
+    """The budget of each different kernel; several of one name in one case and target are numbered."""
+    found: dict[str, Budget] = {}
+    for row in rows:
+        key = f"{row['case']} | {row['resources']['target']} | {row['resources']['kernel']}"
+        budget, number = budget_of(row), 1
+        while found.get(name := f"{key} {number}" if number > 1 else key, budget) != budget:
+            number += 1
+        found[name] = budget
+    return found
 
 
 def regressions(now: Budget, before: Budget) -> list[str]:
@@ -74,7 +82,7 @@ def read() -> dict[str, Any]:
 def write(rows: Sequence[Row]) -> list[str]:
     """Replace the budgets by what `rows` say; returns the differences as lines."""
     old = read()["budgets"] if FILE.exists() else {}
-    new = {key_of(row): budget_of(row) for row in rows}
+    new = budgets_of(rows)
     budgets = ",\n".join(f"  {json.dumps(key)}: {json.dumps(budget)}" for key, budget in sorted(new.items()))
     FILE.write_text(f'{{\n "triton": {json.dumps(triton.__version__)},\n "budgets": {{\n{budgets}\n }}\n}}\n')
     lines = [f"- {key}" for key in sorted(old.keys() - new.keys())]

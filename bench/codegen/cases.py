@@ -49,6 +49,35 @@ def attention(
             torch.autograd.backward((out, lse), (torch.zeros_like(out), torch.zeros_like(lse)))
 
 
+def varlen_attention(dtype: str = "bfloat16", head_dim: int = 64, flags: tuple[str, ...] = ("causal",)) -> None:
+    """Attention over two packed sequences, forward and backward."""
+
+    def packed(heads: int) -> torch.Tensor:
+        return torch.zeros(160, heads, head_dim, dtype=getattr(torch, dtype), requires_grad=True)
+
+    offsets = torch.tensor([0, 64, 160], dtype=torch.int32)
+    options: dict[str, dict[str, Any]] = {
+        "causal": {"causal": True},
+        "window": {"window": (64, 32)},
+        "alibi": {"alibi_slopes": torch.zeros(4)},
+        "softcap": {"softcap": 30.0},
+        "dropout": {"dropout_p": 0.1},
+    }
+    chosen = {name: value for flag in flags for name, value in options[flag].items()}
+    with fastattn.backend.use("triton"):
+        out = fastattn.varlen_attention(packed(4), packed(2), packed(2), offsets, offsets, 96, 96, **chosen)
+        out.backward(torch.zeros_like(out))
+
+
+def cross_entropy(dtype: str = "bfloat16", classes: int = 1000, label_smoothing: float = 0.0) -> None:
+    """Linear cross entropy, forward and backward; the products around the kernel are PyTorch's."""
+    hidden = torch.zeros(64, 32, dtype=getattr(torch, dtype), requires_grad=True)
+    weight = torch.zeros(classes, 32, dtype=getattr(torch, dtype), requires_grad=True)
+    target = torch.zeros(64, dtype=torch.long)
+    with fastattn.backend.use("triton"):
+        fastattn.linear_cross_entropy(hidden, weight, target, label_smoothing=label_smoothing).backward()
+
+
 def normalization(
     dtype: str = "bfloat16", width: int = 768, rows: int = 64, op: str = "layer_norm", flags: tuple[str, ...] = ()
 ) -> None:
@@ -179,4 +208,16 @@ def _feed_forward_cases() -> Iterator[Case]:
         yield case(f"bf16 gated recompute {recompute}", recompute=recompute, gated=True)
 
 
-CASES = [*_attention_cases(), *_normalization_cases(), *_feed_forward_cases()]
+def _other_cases() -> Iterator[Case]:
+    yield Case("varlen bf16 D64 causal", "varlen_attention", {}, core=True)
+    yield Case("varlen bf16 D128 causal", "varlen_attention", {"head_dim": 128})
+    everything = {"flags": ["window", "alibi", "softcap", "dropout"]}
+    yield Case("varlen fp16 D80 everything", "varlen_attention", {"dtype": "float16", "head_dim": 80, **everything})
+    yield Case("varlen fp32 D64", "varlen_attention", {"dtype": "float32", "flags": []})
+    yield Case("cross entropy bf16", "cross_entropy", {}, core=True)
+    for dtype in ("float16", "float32"):
+        yield Case(f"cross entropy {dtype}", "cross_entropy", {"dtype": dtype, "label_smoothing": 0.1})
+    yield Case("cross entropy bf16 of 50257", "cross_entropy", {"classes": 50257})
+
+
+CASES = [*_attention_cases(), *_normalization_cases(), *_feed_forward_cases(), *_other_cases()]
