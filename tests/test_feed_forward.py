@@ -1,5 +1,6 @@
 """Linear with activation and feed-forward, plain and gated: the contract, and what each activation is."""
 
+import math
 from functools import partial
 
 import pytest
@@ -23,6 +24,8 @@ def feed_forward(
     bias2=True,
     gated=False,
     gate_bias=True,
+    residual=False,
+    dropout_p=0.0,
     **options,
 ):
     shapes = {"input": (*rows, d_in), "weight1": (d_hidden, d_in), "weight2": (d_out, d_hidden)}
@@ -30,19 +33,31 @@ def feed_forward(
     shapes |= {"bias2": (d_out,)} if bias2 else {}
     shapes |= {"gate_weight": (d_hidden, d_in)} if gated else {}
     shapes |= {"gate_bias": (d_hidden,)} if gated and gate_bias else {}
+    shapes |= {"residual": (*rows, d_out)} if residual else {}
+    seed = int(torch.randint(torch.iinfo(torch.int64).max, (1,), generator=torch.manual_seed(3)))
+    keep = reference.philox_keep(seed, (1, 1, math.prod(rows), d_out), dropout_p).reshape(*rows, d_out)
 
-    def ours(input, weight1, weight2, bias1=None, bias2=None, gate_weight=None, gate_bias=None):
-        gate = {"gate_weight": gate_weight, "gate_bias": gate_bias}
-        return fastattn.feed_forward(input, weight1, bias1, weight2, bias2, activation=act, **gate, **options)
+    def ours(input, weight1, weight2, bias1=None, bias2=None, **others):
+        if dropout_p:
+            torch.manual_seed(3)
+        others |= {"activation": act, "dropout_p": dropout_p, **options}
+        return fastattn.feed_forward(input, weight1, bias1, weight2, bias2, **others)
 
-    def plain(input, weight1, weight2, bias1=None, bias2=None, gate_weight=None, gate_bias=None):
+    def finished(y, residual):
+        y = y * (keep / (1 - dropout_p)).to(y.dtype) if dropout_p else y
+        return y if residual is None else y + residual
+
+    def definition(*, residual=None, **tensors):
+        return finished(reference.feed_forward(**tensors, act=act), residual)
+
+    def plain(input, weight1, weight2, bias1=None, bias2=None, gate_weight=None, gate_bias=None, residual=None):
         z = F.linear(input, weight1, bias1)
         g = z if gate_weight is None else F.linear(input, gate_weight, gate_bias)
         hidden = reference.activation(g, act)
-        return F.linear(hidden if gate_weight is None else hidden * z, weight2, bias2)
+        return finished(F.linear(hidden if gate_weight is None else hidden * z, weight2, bias2), residual)
 
     factors = {"weight1": d_in**-0.5, "gate_weight": d_in**-0.5, "weight2": d_hidden**-0.5}
-    return Op(ours, partial(reference.feed_forward, act=act), shapes, plain, factors=factors)
+    return Op(ours, definition, shapes, plain, factors=factors, grows=("input", "residual"))
 
 
 def linear(act, rows=(6,), d_in=17, d_out=33, bias=True):
@@ -74,12 +89,16 @@ CASES = {
     "recompute_hidden": feed_forward(recompute="hidden"),
     "gated_recompute_activation": feed_forward(act="gelu_tanh", gated=True, recompute="activation"),
     "gated_recompute_hidden": feed_forward(act="relu", gated=True, recompute="hidden"),
+    "residual": feed_forward(residual=True),
+    "dropout": feed_forward(dropout_p=0.4, d_out=23),
+    "gated_dropout_residual": feed_forward(gated=True, dropout_p=0.2, residual=True, recompute="activation"),
     "linear": linear("identity"),
     "linear_without_bias": linear("identity", bias=False),
     **{f"linear_{act}": linear(act) for act in ACTIVATIONS if act != "identity"},
     **{f"gated_{act}": feed_forward((5,), 9, 11, 4, act=act, gated=True) for act in ("relu2", "tanh", "identity")},
 }
 FEATURES = ["rank_4_odd_widths", "gated", "recompute_hidden", "linear_gelu", "linear_without_bias"]
+DROPOUT = ["dropout", "gated_dropout_residual"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -90,14 +109,14 @@ def test_values(name, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", [*FEATURES, *DROPOUT])
 def test_strides_and_determinism(name, backend):
     contract.check_strides(CASES[name], backend)
     contract.check_determinism(CASES[name], backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", [*FEATURES, *DROPOUT])
 def test_double_backward(name, backend):
     contract.check_double_backward(CASES[name], backend)
 
@@ -108,13 +127,13 @@ def test_transforms(name):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["gated", "recompute_hidden", "linear_gelu"])
+@pytest.mark.parametrize("name", ["gated", "recompute_hidden", "gated_dropout_residual", "linear_gelu"])
 def test_registration(name, backend):
     contract.check_registration(CASES[name], backend)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("name", ["gated", "linear_gelu"])
+@pytest.mark.parametrize("name", ["gated", "residual", "linear_gelu"])
 def test_compiles(name, dynamic):
     contract.check_compiles(CASES[name], "eager", dynamic)
 
@@ -232,6 +251,8 @@ ERRORS = {
     "none": (TypeError, r"weight1 must be a torch.Tensor, got NoneType", (X, None, None, W2, None), {}),
     "gate": (ValueError, r"gate_weight must have shape \(6, 4\) \(the shape of weight1\)", (X, W1, None, W2, None), {"gate_weight": W1[:5]}),
     "gate_bias": (ValueError, r"gate_bias needs gate_weight", (X, W1, None, W2, None), {"gate_bias": torch.zeros(6)}),
+    "dropout": (ValueError, r"dropout_p must be in \[0, 1\), got -0.1", (X, W1, None, W2, None), {"dropout_p": -0.1}),
+    "residual": (ValueError, r"residual must have shape \(2, 3, 4\)", (X, W1, None, W2, None), {"residual": X[0]}),
     "device": (ValueError, r"weight1 is on meta but input is on cpu", (X, W1.to("meta"), None, W2, None), {}),
 }  # fmt: skip
 

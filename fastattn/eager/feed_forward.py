@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.eager.random import drop
+
 aten = torch.ops.aten
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -58,14 +60,20 @@ def forward(
     bias: Tensor | None,
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     save: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(act(z) or act(g) · z, z, g) of (rows, in) input; z and g are empty without `save`, g also without a gate."""
+    """(dropout(act(z) or act(g) · z) + residual, z, g); z and g are empty without `save`, g also without a gate."""
     z = F.linear(input, weight, bias)
     g = input.new_empty(0) if gate_weight is None else F.linear(input, gate_weight, gate_bias)
     out = ACTIVATIONS[activation](z) if gate_weight is None else ACTIVATIONS[activation](g) * z
+    if seed is not None:
+        out = dropout_backward(out, seed, dropout_p)
+    out = out if residual is None else out + residual
     if save:
         return (out.clone() if out is z else out), z, g
     return out, input.new_empty(0), input.new_empty(0)
@@ -97,6 +105,12 @@ def input_backward(
     """dX = dZ W (+ dG Wg)."""
     dx = grad_z @ weight
     return dx if grad_g is None or gate_weight is None else dx.addmm_(grad_g, gate_weight)
+
+
+def dropout_backward(grad_output: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
+    """dY · keep / (1 - p) of (rows, columns)."""
+    rows, columns = grad_output.shape
+    return drop(grad_output, seed, dropout_p, range(rows), columns).to(grad_output.dtype)
 
 
 def activation_backward(grad_output: Tensor, z: Tensor, activation: str) -> Tensor:

@@ -58,3 +58,8 @@ def losses_and_gradient(
         gradient -= label_smoothing / classes
     gradient.scatter_add_(1, index, gradient.new_full(index.shape, label_smoothing - 1.0)).mul_(scale)
     return losses, gradient.to(logits.dtype)
+
+
+def explain(classes: int) -> str:
+    """The chunks of logits over this many classes, in words."""
+    return f"PyTorch, {chunk_rows(classes)} rows of logits at a time"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastattn.eager.random import keep
+from fastattn.eager.random import drop
 
 BLOCK_NUMBERS = 1 << 16  # numbers in a block of rows: it stays in the cache
 
@@ -38,15 +38,6 @@ def modulate(
     y = y if bias is None else y + bias.float()
     y = y if scale is None else y * (1.0 + scale.float())
     return y if shift is None else y + shift.float()
-
-
-def drop(tensor: Tensor, seed: Tensor | None, dropout_p: float, rows: range, columns: int) -> Tensor:
-    """tensor · keep / (1 - p) in fp32, of (rows, columns), with the choice of element (row, column) of the whole."""
-    if seed is None:
-        return tensor.float()
-    zero, row = seed.new_zeros(()), torch.arange(rows.start, rows.stop, device=seed.device)[:, None]
-    kept = keep(seed, zero, zero, row, range(columns), dropout_p)
-    return torch.where(kept, tensor.float() / (1.0 - dropout_p), 0.0)
 
 
 def forward(

@@ -46,3 +46,12 @@ def keep(seed: Tensor, batch: Tensor, head: Tensor, rows: Tensor, columns: range
     words = torch.stack(philox(seed, (groups, rows, head, batch)), dim=-1).flatten(-2)
     words = words[..., columns.start - 4 * first :][..., : len(columns)]
     return (words >> 1) >= round(p * 2**31)
+
+
+def drop(tensor: Tensor, seed: Tensor | None, dropout_p: float, rows: range, columns: int) -> Tensor:
+    """tensor · keep / (1 - p) in fp32, of (rows, columns), with the choice of element (row, column) of the whole."""
+    if seed is None:
+        return tensor.float()
+    zero, row = seed.new_zeros(()), torch.arange(rows.start, rows.stop, device=seed.device)[:, None]
+    kept = keep(seed, zero, zero, row, range(columns), dropout_p)
+    return torch.where(kept, tensor.float() / (1.0 - dropout_p), 0.0)

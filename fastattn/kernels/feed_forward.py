@@ -23,6 +23,8 @@ from torch import Tensor
 from fastattn.kernels.activations import activate
 from fastattn.kernels.config import ELEMENTWISE_BLOCK, matmul_config
 from fastattn.kernels.launch import current_target, launch
+from fastattn.kernels.random import dropout, keep
+from fastattn.kernels.tiles import dropout_threshold
 
 
 @triton.jit
@@ -84,8 +86,9 @@ def halves(block):
 
 @triton.jit
 def finish_linear(
-    z, g, BIAS, GATE_BIAS, OUT, Z, G, offs_m, start_n, rows, columns, ACTIVATION: tl.constexpr, PARTS: tl.constexpr
-):
+    z, g, BIAS, GATE_BIAS, RESIDUAL, SEED, OUT, Z, G, offs_m, start_n, rows, columns, threshold, keep_scale,
+    ACTIVATION: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """The end of `linear_kernel`, in parts one after the other to save registers; g is None without a gate."""
     if PARTS > 1:
         half: tl.constexpr = z.shape[1] // 2
@@ -94,11 +97,13 @@ def finish_linear(
         if g is not None:
             g_left, g_right = halves(g)
         finish_linear(
-            z_left, g_left, BIAS, GATE_BIAS, OUT, Z, G, offs_m, start_n, rows, columns, ACTIVATION, PARTS // 2
-        )
+            z_left, g_left, BIAS, GATE_BIAS, RESIDUAL, SEED, OUT, Z, G, offs_m, start_n, rows, columns, threshold,
+            keep_scale, ACTIVATION, PARTS // 2,
+        )  # fmt: skip
         finish_linear(
-            z_right, g_right, BIAS, GATE_BIAS, OUT, Z, G, offs_m, start_n + half, rows, columns, ACTIVATION, PARTS // 2
-        )
+            z_right, g_right, BIAS, GATE_BIAS, RESIDUAL, SEED, OUT, Z, G, offs_m, start_n + half, rows, columns,
+            threshold, keep_scale, ACTIVATION, PARTS // 2,
+        )  # fmt: skip
     else:
         offs_n = start_n + tl.arange(0, z.shape[1])
         offsets = offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
@@ -112,17 +117,20 @@ def finish_linear(
             store_block(G, g, offsets, mask)
             activated, _ = activate(g, ACTIVATION)
             out = activated * z
+        out = dropout(out, SEED, offs_m, offs_n, threshold, keep_scale)
+        if RESIDUAL is not None:
+            out += load_block(RESIDUAL, offsets, mask)
         store_block(OUT, out, offsets, mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "threshold"])
 def linear_kernel(
-    X, WEIGHT, BIAS, GATE_WEIGHT, GATE_BIAS, OUT, Z, G,
-    rows, columns, depth, stride_x, stride_wk, stride_wn, stride_gk, stride_gn,
+    X, WEIGHT, BIAS, GATE_WEIGHT, GATE_BIAS, RESIDUAL, SEED, OUT, Z, G,
+    rows, columns, depth, stride_x, stride_wk, stride_wn, stride_gk, stride_gn, threshold, keep_scale,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """OUT = act(X W + b), or act(X Wg + bg) · (X W + b); Z and G keep the two products for the backward."""
+    """OUT = dropout(act(X W + b), or act(X Wg + bg) · (X W + b)) + RESIDUAL; Z and G keep the two products."""
     start_m, start_n = block_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
     zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -136,7 +144,10 @@ def linear_kernel(
             zeros, X, GATE_WEIGHT, offs_m, offs_n, rows, columns, depth, stride_x, stride_gk, stride_gn,
             BLOCK_K, EVEN_K, PRECISION,
         )  # fmt: skip
-    finish_linear(z, g, BIAS, GATE_BIAS, OUT, Z, G, offs_m, start_n, rows, columns, ACTIVATION, PARTS)
+    finish_linear(
+        z, g, BIAS, GATE_BIAS, RESIDUAL, SEED, OUT, Z, G, offs_m, start_n, rows, columns, threshold, keep_scale,
+        ACTIVATION, PARTS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -216,6 +227,16 @@ def activation_backward_kernel(DY, Z, DZ, numbers, ACTIVATION: tl.constexpr, BLO
     store_block(DZ, load_block(DY, offsets, mask) * derivative, offsets, mask)
 
 
+@triton.jit(do_not_specialize=["numbers", "threshold"])
+def dropout_backward_kernel(DY, SEED, OUT, numbers, columns, threshold, keep_scale, BLOCK: tl.constexpr):
+    """OUT = DY · keep / (1 - p), number by number of a (rows, columns) tensor."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < numbers
+    row, column = (offsets // columns).to(tl.int32), (offsets % columns).to(tl.int32)
+    kept = keep(tl.load(SEED), 0, 0, row, column, threshold)
+    store_block(OUT, tl.where(kept, load_block(DY, offsets, mask) * keep_scale, 0.0), offsets, mask)
+
+
 def unit_rows(tensor: Tensor) -> Tensor:
     """`tensor` (rows, columns) with unit stride along a row, copied only if it has another."""
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
@@ -227,11 +248,14 @@ def forward(
     bias: Tensor | None,
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     save: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(act(z) or act(g) · z, z, g) of (rows, in) input; z and g are empty without `save`, g also without a gate."""
+    """(dropout(act(z) or act(g) · z) + residual, z, g); z and g are empty without `save`, g also without a gate."""
     x, gated = unit_rows(input), gate_weight is not None
     shape = (x.shape[0], weight.shape[0])
     out, z = x.new_empty(shape), x.new_empty(shape if save else 0)
@@ -240,18 +264,11 @@ def forward(
     launch(
         linear_kernel,
         grid,
-        *(
-            x,
-            weight,
-            _vector(bias),
-            gate_weight,
-            _vector(gate_bias),
-            out,
-            z if save else None,
-            g if g.numel() else None,
-        ),
+        *(x, weight, _contiguous(bias), gate_weight, _contiguous(gate_bias), _contiguous(residual), seed),
+        *(out, z if save else None, g if g.numel() else None),
         *(*shape, x.shape[1], x.stride(0), weight.stride(1), weight.stride(0)),
         *((0, 0) if gate_weight is None else (gate_weight.stride(1), gate_weight.stride(0))),
+        *(dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p)),
         ACTIVATION=activation,
         **constants,
     )
@@ -317,7 +334,20 @@ def activation_backward(grad_output: Tensor, z: Tensor, activation: str) -> Tens
     return dz
 
 
-def _vector(tensor: Tensor | None) -> Tensor | None:
+def dropout_backward(grad_output: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
+    """dY · keep / (1 - p) of (rows, columns)."""
+    dy = grad_output.contiguous()
+    out = dy.new_empty(dy.shape)
+    launch(
+        dropout_backward_kernel,
+        (triton.cdiv(dy.numel(), ELEMENTWISE_BLOCK),),
+        *(dy, seed, out, dy.numel(), dy.shape[1], dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p)),
+        BLOCK=ELEMENTWISE_BLOCK,
+    )
+    return out
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 

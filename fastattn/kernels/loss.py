@@ -77,3 +77,9 @@ def losses_and_gradient(
         num_warps=num_warps,
     )
     return losses, logits
+
+
+def explain(classes: int) -> str:
+    """The chunks and blocks of logits over this many classes."""
+    block, num_warps = cross_entropy_config(classes)
+    return f"{chunk_rows(classes)} rows of logits at a time, in blocks of {block} classes, {num_warps} warps"

@@ -1,4 +1,4 @@
-"""What the forward and the backward of the norms share: how rows are loaded, dropped and scaled."""
+"""What the forward and the backward of the norms share: how rows are loaded and scaled."""
 
 from __future__ import annotations
 
@@ -6,22 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels.random import keep
-
 
 @triton.jit
 def load_tile(POINTER, offs_m, offs_n, mask, stride):
     """[ROWS, COLUMNS] in fp32, zero where masked."""
     return tl.load(POINTER + offs_m[:, None] * stride + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def dropout(tile, SEED, offs_m, offs_n, threshold, keep_scale):
-    """tile · keep / (1 - p), with the choice of element (row, column) of the whole tensor."""
-    if SEED is not None:
-        kept = keep(tl.load(SEED), 0, 0, offs_m.to(tl.int32)[:, None], offs_n[None, :], threshold)
-        tile = tl.where(kept, tile * keep_scale, 0.0)
-    return tile
 
 
 @triton.jit

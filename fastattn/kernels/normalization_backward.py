@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastattn.kernels.config import REDUCE_COLUMNS, REDUCE_ROWS, norm_backward_config
 from fastattn.kernels.launch import current_target, launch
-from fastattn.kernels.norm_tiles import as_rows, dropout, load_gain, load_tile, parameter
+from fastattn.kernels.norm_tiles import as_rows, load_gain, load_tile, parameter
+from fastattn.kernels.random import dropout
 from fastattn.kernels.tiles import dropout_threshold
 
 

@@ -23,3 +23,12 @@ def keep(seed, batch, head, rows, columns, threshold):
     word = (columns & 3) + zero
     bits = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
     return (bits >> 1).to(tl.int32) >= threshold
+
+
+@triton.jit
+def dropout(tile, SEED, offs_m, offs_n, threshold, keep_scale):
+    """tile · keep / (1 - p), with the choice of element (row, column) of the whole tensor."""
+    if SEED is not None:
+        kept = keep(tl.load(SEED), 0, 0, offs_m.to(tl.int32)[:, None], offs_n[None, :], threshold)
+        tile = tl.where(kept, tile * keep_scale, 0.0)
+    return tile

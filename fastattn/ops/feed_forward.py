@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastattn.backend import device_guard, implementation, input_precision
 from fastattn.eager.feed_forward import ACTIVATIONS, definition
+from fastattn.eager.random import drop
 from fastattn.ops import checks
 from fastattn.ops.library import call, define, differentiate, needs_composite
 from fastattn.replay import replay
@@ -60,12 +61,16 @@ def feed_forward(
     activation: str = "gelu",
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    residual: Tensor | None = None,
     recompute: str = "none",
 ) -> Tensor:
     """Two linear layers with an activation, optionally gated, between them.
 
         y = act(x W1ᵀ + b1) W2ᵀ + b2                        (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762)
         y = (act(x Wgᵀ + bg) · (x W1ᵀ + b1)) W2ᵀ + b2       (gated; Shazeer, 2020, https://arxiv.org/abs/2002.05202)
+
+    and with `residual`, residual + dropout(y).
 
     GLU, ReGLU, GEGLU and SwiGLU are the gated form with "sigmoid", "relu", "gelu" and "silu". Bias and activation are
     part of the first product's kernel, the activation's derivative is part of the backward's.
@@ -76,6 +81,9 @@ def feed_forward(
         weight2, bias2: (d_out, d_hidden) and (d_out,).
         activation: as in `linear`.
         gate_weight, gate_bias: as weight1 and bias1.
+        dropout_p: probability in [0, 1) of dropping a number of y. The seed comes from torch's generator; the choice
+            depends on (seed, row, column) alone and is the same on every backend.
+        residual: (..., d_out), dtype of `input`: added last.
         recompute: what the backward computes again instead of keeping it, per row in numbers of the input's dtype:
             "none" keeps 2 · d_hidden (gated 3), "activation" keeps 1 · d_hidden (gated 2) and repeats only the
             activation, "hidden" keeps nothing but the input and repeats the first layer.
@@ -94,13 +102,15 @@ def feed_forward(
     _check_activation(activation)
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
-    given = input, weight1, bias1, gate_weight, gate_bias, weight2, bias2
+    checks.check_probability("dropout_p", dropout_p)
+    given = input, weight1, bias1, gate_weight, gate_bias, weight2, bias2, residual
     tensors: Any = checks.autocast(*given)
     _check_feed_forward(*tensors)
+    seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=input.device) if dropout_p else None
     if needs_composite(*tensors):
-        return _definition(tensors, activation)
+        return _definition(tensors, seed, activation, dropout_p)
     keep = _differentiable(*tensors) and recompute != "hidden"
-    return call(FEED_FORWARD, *tensors, activation, keep, keep and recompute == "none")[0]
+    return call(FEED_FORWARD, *tensors, seed, activation, dropout_p, keep, keep and recompute == "none")[0]
 
 
 def _differentiable(*tensors: Tensor | None) -> bool:
@@ -147,6 +157,7 @@ def _check_feed_forward(
     gate_bias: Tensor | None,
     weight2: Tensor,
     bias2: Tensor | None,
+    residual: Tensor | None,
 ) -> None:
     _check_layer(input, {"weight1": weight1, "bias1": bias1}, "weight1", "bias1", input)
     hidden = weight1.t()
@@ -156,6 +167,10 @@ def _check_feed_forward(
         checks.check_shape("gate_weight", gate_weight, tuple(weight1.shape), "the shape of weight1")
     elif gate_bias is not None:
         raise ValueError("gate_bias needs gate_weight, got None")
+    if residual is not None:
+        checks.check_tensor("residual", residual, (input.dtype,))
+        checks.check_shape("residual", residual, (*input.shape[:-1], weight2.shape[0]), "the shape of the output")
+        checks.check_same_device(input=input, residual=residual)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -177,7 +192,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str,
     with device_guard(input.device):
         launcher = implementation("feed_forward", input.device)
         out, z, _ = launcher.forward(
-            _rows(input), weight, bias, None, None, activation, keep, input_precision(input.dtype)
+            *(_rows(input), weight, bias, None, None, None, None, activation, 0.0, keep),
+            input_precision(input.dtype),
         )
     return out.view(*input.shape[:-1], weight.shape[0]), z
 
@@ -219,7 +235,7 @@ def _linear_backward(
         launcher = implementation("feed_forward", input.device)
         if activation != "identity":
             if z.dim() == 1:
-                _, z, _ = launcher.forward(x, weight, bias, None, None, activation, True, precision)
+                _, z, _ = launcher.forward(x, weight, bias, *(None,) * 4, activation, 0.0, True, precision)
             dz = launcher.activation_backward(dz, z, activation)
         dx = launcher.input_backward(dz, weight, None, None, precision).view(input.shape) if needs[0] else None
         dw = _weight_gradient(dz, x) if needs[1] else None
@@ -262,10 +278,14 @@ differentiate(LINEAR, _linear_gradient, keep_outputs=(1,))
 differentiate(LINEAR_BACKWARD, _linear_second_gradient)
 
 
-def _definition(tensors: Sequence[Any], activation: str) -> Tensor:
-    input, weight1, bias1, gate_weight, gate_bias, weight2, bias2 = tensors
+def _definition(tensors: Sequence[Any], seed: Tensor | None, activation: str, dropout_p: float) -> Tensor:
+    input, weight1, bias1, gate_weight, gate_bias, weight2, bias2, residual = tensors
     hidden = definition(input, weight1, bias1, gate_weight, gate_bias, activation)
-    return definition(hidden, weight2, bias2, None, None, "identity")
+    y = definition(hidden, weight2, bias2, None, None, "identity")
+    if seed is not None:
+        rows, columns = _rows(y).shape
+        y = drop(_rows(y), seed, dropout_p, range(rows), columns).to(y.dtype).view(y.shape)
+    return y if residual is None else y + residual
 
 
 def _feed_forward(
@@ -276,15 +296,21 @@ def _feed_forward(
     gate_bias: Tensor | None,
     weight2: Tensor,
     bias2: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     keep: bool,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, precision = _rows(input), input_precision(input.dtype)
     with device_guard(input.device):
         launcher = implementation("feed_forward", input.device)
-        hidden, z, g = launcher.forward(x, weight1, bias1, gate_weight, gate_bias, activation, keep, precision)
-        out, _, _ = launcher.forward(hidden, weight2, bias2, None, None, "identity", False, precision)
+        first = x, weight1, bias1, gate_weight, gate_bias, None, None
+        hidden, z, g = launcher.forward(*first, activation, 0.0, keep, precision)
+        added = None if residual is None else _rows(residual)
+        second = hidden, weight2, bias2, None, None, added, seed
+        out, _, _ = launcher.forward(*second, "identity", dropout_p, False, precision)
     return out.view(*input.shape[:-1], weight2.shape[0]), z, g, hidden if keep_hidden else input.new_empty(0)
 
 
@@ -296,7 +322,10 @@ def _feed_forward_fake(
     gate_bias: Tensor | None,
     weight2: Tensor,
     bias2: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     keep: bool,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -311,7 +340,8 @@ def _feed_forward_fake(
 
 FEED_FORWARD = define(
     "feed_forward(Tensor input, Tensor weight1, Tensor? bias1, Tensor? gate_weight, Tensor? gate_bias, Tensor weight2, "
-    "Tensor? bias2, str activation, bool keep, bool keep_hidden) -> (Tensor output, Tensor z, Tensor g, Tensor hidden)",
+    "Tensor? bias2, Tensor? residual, Tensor? seed, str activation, float dropout_p, bool keep, bool keep_hidden) "
+    "-> (Tensor output, Tensor z, Tensor g, Tensor hidden)",
     _feed_forward,
     _feed_forward_fake,
 )
@@ -321,9 +351,12 @@ def _gradient(
     needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
     if grad_outputs[0] is None:
-        return [None] * 10
-    grads = call(FEED_FORWARD_BACKWARD, grad_outputs[0], *arguments[:7], *outputs[1:], arguments[7], list(needs[:7]))
-    return [g if need else None for g, need in zip(grads, needs)] + [None] * 3
+        return [None] * 13
+    tensors, (_, seed, activation, dropout_p) = arguments[:7], arguments[7:11]
+    grads = call(
+        FEED_FORWARD_BACKWARD, grad_outputs[0], *tensors, seed, *outputs[1:], activation, dropout_p, list(needs[:7])
+    )
+    return [g if need else None for g, need in zip((*grads, grad_outputs[0]), needs)] + [None] * 5
 
 
 def _backward(
@@ -335,18 +368,23 @@ def _backward(
     gate_bias: Tensor | None,
     weight2: Tensor,
     bias2: Tensor | None,
+    seed: Tensor | None,
     z: Tensor,
     g: Tensor,
     hidden: Tensor,
     activation: str,
+    dropout_p: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     dy, x, precision, gated = _rows(grad_output), _rows(input), input_precision(input.dtype), gate_weight is not None
     grads: list[Tensor | None] = [None] * 7
     with device_guard(input.device):
         launcher = implementation("feed_forward", input.device)
+        first = x, weight1, bias1, gate_weight, gate_bias, None, None, activation, 0.0
+        if seed is not None:
+            dy = launcher.dropout_backward(dy, seed, dropout_p)
         if z.dim() == 1:
-            hidden, z, g = launcher.forward(x, weight1, bias1, gate_weight, gate_bias, activation, True, precision)
+            hidden, z, g = launcher.forward(*first, True, precision)
         if any(needs[:5]):
             repeat = needs[5] and hidden.dim() == 1
             dz, dg, again = launcher.hidden_backward(dy, weight2, z, g, gated, activation, repeat, precision)
@@ -358,7 +396,7 @@ def _backward(
                 grads[i] = _weight_gradient(d, x) if needs[i] else None
                 grads[i + 1] = _bias_gradient(d) if needs[i + 1] else None
         elif needs[5] and hidden.dim() == 1:
-            hidden = launcher.forward(x, weight1, bias1, gate_weight, gate_bias, activation, False, precision)[0]
+            hidden = launcher.forward(*first, False, precision)[0]
         grads[5] = _weight_gradient(dy, hidden) if needs[5] else None
         grads[6] = _bias_gradient(dy) if needs[6] else None
     return tuple(input.new_empty(0) if grad is None else grad for grad in grads)
@@ -373,10 +411,12 @@ def _backward_fake(
     gate_bias: Tensor | None,
     weight2: Tensor,
     bias2: Tensor | None,
+    seed: Tensor | None,
     z: Tensor,
     g: Tensor,
     hidden: Tensor,
     activation: str,
+    dropout_p: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     tensors = (input, weight1, bias1, gate_weight, gate_bias, weight2, bias2)
@@ -385,8 +425,8 @@ def _backward_fake(
 
 FEED_FORWARD_BACKWARD = define(
     "feed_forward_backward(Tensor grad_output, Tensor input, Tensor weight1, Tensor? bias1, Tensor? gate_weight, "
-    "Tensor? gate_bias, Tensor weight2, Tensor? bias2, Tensor z, Tensor g, Tensor hidden, str activation, "
-    "bool[] needs) -> (Tensor grad_input, Tensor grad_weight1, Tensor grad_bias1, Tensor grad_gate_weight, "
+    "Tensor? gate_bias, Tensor weight2, Tensor? bias2, Tensor? seed, Tensor z, Tensor g, Tensor hidden, "
+    "str activation, float dropout_p, bool[] needs) -> (Tensor grad_input, Tensor grad_weight1, Tensor grad_bias1, Tensor grad_gate_weight, "
     "Tensor grad_gate_bias, Tensor grad_weight2, Tensor grad_bias2)",
     _backward,
     _backward_fake,
@@ -397,11 +437,12 @@ def _second_gradient(
     needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
     grad_output, *rest = arguments
-    tensors, activation, taken = rest[:7], rest[10], rest[11]
+    tensors, seed, (activation, dropout_p, taken) = rest[:7], rest[7], rest[11:]
     of_grads, of_tensors = replay(
-        lambda *xs: (_definition(xs, activation),), taken, (grad_output,), tensors, grad_outputs
+        lambda *xs: (_definition((*xs, None), seed, activation, dropout_p),),
+        *(taken, (grad_output,), tensors, grad_outputs),
     )
-    return [*of_grads, *of_tensors, *[None] * 5]
+    return [*of_grads, *of_tensors, *[None] * 7]
 
 
 differentiate(FEED_FORWARD, _gradient, keep_outputs=(1, 2, 3))

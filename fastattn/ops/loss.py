@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from fastattn.backend import device_guard, implementation
 from fastattn.eager.loss import definition
 from fastattn.ops import checks
-from fastattn.ops.library import define, differentiate, needs_composite
+from fastattn.ops.library import call, define, differentiate, needs_composite
 from fastattn.replay import replay
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -66,7 +67,7 @@ def linear_cross_entropy(
     else:
         now = torch.is_grad_enabled() and reduction != "none"
         needs = [now and t is not None and t.requires_grad for t in (x, weight, bias)]
-        total, losses, *_ = LINEAR_CROSS_ENTROPY(*tensors, *constants, needs)
+        total, losses, *_ = call(LINEAR_CROSS_ENTROPY, *tensors, *constants, needs)
     if reduction == "none":
         return losses.view(target.shape)
     count = token_weight.sum()
@@ -182,7 +183,7 @@ def _gradient(
     if of_total is not None and needs[3]:
         grads[3] = of_total * losses
     if of_losses is not None:
-        _, _, *again = LINEAR_CROSS_ENTROPY(*tensors, of_losses, target, ignore_index, label_smoothing, wanted)
+        _, _, *again = call(LINEAR_CROSS_ENTROPY, *tensors, of_losses, target, ignore_index, label_smoothing, wanted)
         grads[:3] = [_sum(g, a if want else None) for g, a, want in zip(grads, again, wanted)]
     if any(g is not None for g in of_gradients):
 
@@ -200,3 +201,9 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 differentiate(LINEAR_CROSS_ENTROPY, _gradient, keep_outputs=(1, 2, 3, 4))
+
+
+def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[str]:
+    """What `fastattn.explain` says of a call of this module's functions."""
+    given = inspect.signature(function).bind(*args, **options).arguments
+    return [implementation("loss", given["input"].device).explain(given["weight"].shape[0])]

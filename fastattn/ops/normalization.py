@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastattn.backend import device_guard, implementation
-from fastattn.eager.normalization import drop, modulate, normalise
+from fastattn.eager.normalization import modulate, normalise
+from fastattn.eager.random import drop
 from fastattn.ops import checks
 from fastattn.ops.library import call, define, differentiate, needs_composite
 from fastattn.replay import replay
