@@ -107,7 +107,7 @@ def _compare(case: Case, providers: Providers, seconds: float) -> Comparison:
         try:
             case.check(provider)
             jobs[name] = case.job(provider)
-        except Exception as reason:
+        except Exception as reason:  # one that fails must not take the others along
             absent[name] = reason
     return Comparison(race(jobs, machine.device(), seconds), absent)
 

@@ -68,7 +68,7 @@ def forward(
             hidden.view(rows, columns)[block] = x if added is None else x + added[block]
         h = hidden.view(rows, columns)
     if centered and scale is None and shift is None and output_dtype == h.dtype:
-        gain, added = _gain(weight, columns, weight_offset, h), None if bias is None else bias.reshape(columns).float()
+        gain, added = _gain(weight, columns, weight_offset, h), None if bias is None else _flat(bias)
         y, mean, rstd = torch.native_layer_norm(h, (columns,), gain, added, eps)
         return y.view(input.shape), hidden, mean.view(rows), rstd.view(rows)
     output = input.new_empty(input.shape, dtype=output_dtype)
@@ -148,11 +148,17 @@ def _group_of(block: slice, rows: int, groups: int, like: Tensor) -> Tensor:
     return torch.arange(block.start, block.stop, device=like.device) // (rows // groups)
 
 
+def _flat(parameter: Tensor) -> Tensor:
+    """(columns,) in fp32; calls that change nothing are left out, since they cost as much as those that do."""
+    flat = parameter if parameter.dim() == 1 else parameter.reshape(-1)
+    return flat if flat.dtype == torch.float32 else flat.float()
+
+
 def _gain(weight: Tensor | None, columns: int, weight_offset: float, like: Tensor) -> Tensor:
     """offset + weight in fp32, which also makes PyTorch's kernel keep its statistics in fp32."""
     if weight is None:
         return like.new_ones(columns, dtype=torch.float32)
-    gain = weight.reshape(columns).float()
+    gain = _flat(weight)
     return gain + weight_offset if weight_offset else gain
 
 

@@ -68,7 +68,7 @@ def differentiate(op: torch._ops.OpOverload, gradient: Gradient, keep_outputs: S
         @staticmethod
         def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
             ctx.set_materialize_grads(False)
-            result = below_autograd(keyset, *arguments)
+            result = implementation(*arguments) if keyset is None else below_autograd(keyset, *arguments)
             outputs = result if isinstance(result, tuple) else (result,)
             kept = [output if i in keep_outputs else None for i, output in enumerate(outputs)]
             tensors = [argument if isinstance(argument, Tensor) else None for argument in arguments]
@@ -89,12 +89,15 @@ def differentiate(op: torch._ops.OpOverload, gradient: Gradient, keep_outputs: S
         return below_autograd(keyset, *arguments)
 
     def below_autograd(keyset: Any, *arguments: Any) -> Any:
-        if keyset is None:
-            return implementation(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
-    _DIRECT[op] = lambda *arguments: autograd(None, *arguments)
+    def direct(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return Function.apply(None, *arguments)
+        return implementation(*arguments)
+
+    _DIRECT[op] = direct
     LIBRARY.impl(op._schema.name.split("::")[1], autograd, "Autograd", with_keyset=True)
 
 
