@@ -146,6 +146,8 @@ def _attention_forward(
     q = load_tile(q_ptr + local * q_strides[2] + offs_d[None, :], rows, None if D == BLOCK_D else (offs_d < D)[None, :])
     k_ptr += b * k_strides[0] + kv_h * k_strides[1]
     v_ptr += b * v_strides[0] + kv_h * v_strides[1]
+    out_ptr += b * out_strides[0] + h * out_strides[1] + start_m.to(tl.int64) * out_strides[2]
+    lse_ptr += b * lse_strides[0] + h * lse_strides[1] + start_m
     slope = None
     seed = None
     if mask_ptr is not None:
@@ -189,10 +191,9 @@ def _attention_forward(
     l_safe = tl.where(l > 0, l, 1.0)
     out = acc * (keep_scale / l_safe)[:, None]
     lse = tl.where(l > 0, (m + tl.log2(l_safe)) * LN2, float("-inf"))
-    out_ptr += b * out_strides[0] + h * out_strides[1] + start_m.to(tl.int64) * out_strides[2]
     out_ptrs = out_ptr + local * out_strides[2] + offs_dv[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=rows & (offs_dv < DV)[None, :])
-    tl.store(lse_ptr + b * lse_strides[0] + h * lse_strides[1] + offs_m, lse, mask=offs_m < num_queries)
+    tl.store(lse_ptr + tl.arange(0, BLOCK_M), lse, mask=offs_m < num_queries)
 
 
 def forward(

@@ -29,7 +29,7 @@ _Table: TypeAlias = dict[int, tuple[Any, ...]]
 # `python -m bench.tune` found without register spills (causal and not). "small" is every GPU with about 100 KB of shared
 # memory (sm_86, sm_89, sm_120) and whatever is unknown; on AMD nothing is pipelined.
 _FORWARD: dict[str, _Table] = {
-    "sm_80": {64: (128, 64, 4, 3), 128: (128, 32, 4, 3), 256: (64, 32, 8, 2)},
+    "sm_80": {64: (128, 64, 4, 3), 128: (128, 32, 4, 2), 256: (64, 32, 8, 2)},
     "sm_90": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
     "sm_100": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
     "small": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
