@@ -133,6 +133,8 @@ def _plot_lengths(rows: Rows, folder: Path) -> None:
             panels[1].plot(lengths, [row.get("memory_MiB") or None for _, row in points], marker="o", label=provider)
         for panel, label in zip(panels, ("time (ms)", "memory growth (MiB)")):
             panel.set(xscale="log", yscale="log", xlabel="length N", ylabel=label, title=title)
+            panel.set_xticks(lengths, [str(n) for n in lengths])
+            panel.minorticks_off()
             panel.grid(alpha=0.3)
         panels[0].legend()
         figure.savefig(folder / f"{title.replace(' ', '_').replace('+', '_')}.png", dpi=120)

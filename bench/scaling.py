@@ -118,6 +118,8 @@ def _plot(lengths: list[int], curves: dict[str, tuple[list[float], list[int]]], 
         panels[1].plot(lengths, [m / 2**20 for m in memory], marker="o", label=kind)
     for panel, label in zip(panels, ("time (ms)", "memory growth (MiB)")):
         panel.set(xscale="log", yscale="log", xlabel="length N", ylabel=label)
+        panel.set_xticks(lengths, [str(n) for n in lengths])
+        panel.minorticks_off()
         panel.grid(alpha=0.3)
         panel.legend()
     folder.mkdir(parents=True, exist_ok=True)

@@ -23,8 +23,9 @@ def plot_bounds(rows: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
         return []
     targets = sorted({target for _, target, _ in bars})
     figure, all_axes = pyplot.subplots(
-        1, len(targets), figsize=(1 + 5 * len(targets), 1 + 0.28 * len(bars) / len(targets)), squeeze=False
-    )
+        1, len(targets), figsize=(4 + 3 * len(targets), 1 + 0.28 * len(bars) / len(targets)), squeeze=False,
+        sharey=True, layout="constrained",
+    )  # fmt: skip
     for axes, target in zip(all_axes[0], targets):
         chosen = [(label, loop) for label, of, loop in bars if of == target][::-1]
         labels = [label for label, _ in chosen]
@@ -32,7 +33,7 @@ def plot_bounds(rows: Sequence[dict[str, Any]], directory: Path) -> list[Path]:
         axes.barh(labels, [100 * loop["alternating"] for _, loop in chosen], color="#3182bd", label="in turns")
         axes.set(title=target, xlabel="predicted % of tensor peak", xlim=(0, 100))
         axes.tick_params(axis="y", labelsize=7)
-        axes.legend(fontsize=7, loc="lower right")
+    figure.legend(*all_axes[0][0].get_legend_handles_labels(), loc="outside upper right", fontsize=7, ncols=2)
     return [_save(figure, directory / "bounds.png")]
 
 
