@@ -223,7 +223,7 @@ def test_bad_text(train: Callable[..., str], content: bytes, message: str, tmp_p
 
 BAD_ARGUMENTS = {
     "missing file": ("--data", "nowhere.txt", 1, "is neither a file nor a folder"),
-    "folder without text": ("--data", EXAMPLES, 1, "holds no text files"),
+    "folder without text": ("--data", EXAMPLES.parent / "fastattn", 1, "holds no text files"),
     "heads": ("--heads", 3, 1, "d_model must be a multiple of num_heads"),
     "steps": ("--steps", 0, 2, "--steps must be at least 1"),
     "vocabulary": ("--vocab-size", 100, 1, "--vocab-size must be at least 257"),
