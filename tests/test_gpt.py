@@ -220,6 +220,13 @@ def test_sampling_frequencies() -> None:
     assert (frequencies(temperature=1e-30) - kept(1)).abs().max() == 0
 
 
+def test_a_token_of_probability_zero_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even by the smallest number that the generator gives, 0."""
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.zeros(*size))
+    logits = torch.tensor([[-torch.inf, 0.0, 1.0]])
+    assert sample(logits, 1.0, None, None, torch.Generator()).item() == 1
+
+
 def test_saved_and_loaded(tmp_path) -> None:
     for name, config in VARIANTS.items():
         model = make(config, dtype=torch.bfloat16)
