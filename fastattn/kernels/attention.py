@@ -46,13 +46,13 @@ def _walk_keys(
     acc, l, m, q, k_ptr, k_stride, v_ptr, v_stride, mask_ptr, mask_stride, bias_ptr, bias_stride, slope, seed,
     low, high, batch, head, offs_m, row_limit, num_keys, shift, left, right, scale, softcap, threshold,
     columns_qk, columns_v, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
+    PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys [low, high) to the running (acc, l, m). EDGE: some of them may be invisible to some row."""
     offs_n = tl.arange(0, BLOCK_N)
     k_offsets = offs_n[None, :] * k_stride + tl.arange(0, BLOCK_D)[:, None]
     v_offsets = offs_n[:, None] * v_stride + tl.arange(0, BLOCK_DV)[None, :]
-    for start in tl.range(low, high, BLOCK_N):
+    for start in tl.range(low, high, BLOCK_N, disable_licm=not HOIST):
         in_bounds = offs_n < num_keys - start
         at = tl.cast(start, tl.int64)
         # [BLOCK_D, BLOCK_N]
@@ -112,7 +112,7 @@ def _attention_forward(
     lse_ptr, lse_strides,  # fp32 (B, Hq, Nq)
     scale, softcap, threshold, keep_scale, num_heads, group, num_queries, num_keys, left, right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(num_queries, BLOCK_M)
     batch_head = tl.program_id(0) // blocks
@@ -174,17 +174,17 @@ def _attention_forward(
         acc, l, m = _walk_keys(
             acc, l, m, q, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, bias_ptr, bias_strides, slope,
             seed, low, tl.minimum(full_low, high), batch, head, offs_m, rows, num_keys, shift, left, right, scale, softcap,
-            threshold, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN, True, PRECISION,
+            threshold, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN, True, PRECISION, HOIST,
         )  # fmt: skip
     acc, l, m = _walk_keys(
         acc, l, m, q, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, bias_ptr, bias_strides, slope,
         seed, full_low, full_high, batch, head, offs_m, rows, num_keys, shift, left, right, scale, softcap,
-        threshold, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN, False, PRECISION,
+        threshold, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN, False, PRECISION, HOIST,
     )  # fmt: skip
     acc, l, m = _walk_keys(
         acc, l, m, q, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, bias_ptr, bias_strides, slope,
         seed, full_high, high, batch, head, offs_m, rows, num_keys, shift, left, right, scale, softcap,
-        threshold, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN, True, PRECISION,
+        threshold, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN, True, PRECISION, HOIST,
     )  # fmt: skip
 
     # a row that sees nothing has l = 0: output 0, log-sum-exp -inf
@@ -224,7 +224,7 @@ def forward(
     launch(
         _attention_forward, (batch * heads * triton.cdiv(num_queries, config.block_m),), *arguments,
         D=head_dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        PLAIN=plain, PRECISION=precision, num_warps=config.num_warps, num_stages=config.num_stages,
+        PLAIN=plain, PRECISION=precision, HOIST=config.hoist, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse
 

@@ -17,7 +17,12 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attention_bias import attention_backward_bias
-from fastattn.kernels.config import attention_backward_key_config, attention_backward_query_config
+from fastattn.kernels.config import (
+    AttentionConfig,
+    attention_backward_bias_config,
+    attention_backward_key_config,
+    attention_backward_query_config,
+)
 from fastattn.kernels.launch import current_target, launch
 from fastattn.kernels.masks import LOG2E, is_visible, load_tile, sequence, visible_range
 from fastattn.kernels.random import keep
@@ -34,13 +39,13 @@ def _walk_keys(
     dq, q, do, lse, delta, k_ptr, k_stride, v_ptr, v_stride, mask_ptr, mask_stride, bias_ptr, bias_stride, slope, seed,
     low, high, batch, head, offs_m, rows, num_keys, shift, left, right, scale, softcap, threshold, keep_scale,
     columns_qk, columns_v, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
+    PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys [low, high) to dQ / scale of one block of query rows."""
     offs_n = tl.arange(0, BLOCK_N)
     k_offsets = offs_n[:, None] * k_stride + tl.arange(0, BLOCK_D)[None, :]
     v_offsets = offs_n[:, None] * v_stride + tl.arange(0, BLOCK_DV)[None, :]
-    for start in tl.range(low, high, BLOCK_N):
+    for start in tl.range(low, high, BLOCK_N, disable_licm=not HOIST):
         in_bounds = offs_n < num_keys - start
         visible = None
         columns_ok = None
@@ -90,7 +95,7 @@ def _attention_backward_query(
     score_scale, scale, softcap, threshold, keep_scale, num_heads, group, num_queries, num_keys, left, right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
-    STATISTICS: tl.constexpr,
+    STATISTICS: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """dQ of one block of rows; stores the rows' statistics for the other passes."""
     blocks = tl.cdiv(num_queries, BLOCK_M)
@@ -165,19 +170,19 @@ def _attention_backward_query(
             dq, q, do, lse, delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, bias_ptr,
             bias_strides, slope, seed, low, tl.minimum(full_low, high), batch, head, offs_m, rows, num_keys, shift, left,
             right, score_scale, softcap, threshold, keep_scale, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN,
-            True, PRECISION,
+            True, PRECISION, HOIST,
         )  # fmt: skip
     dq = _walk_keys(
         dq, q, do, lse, delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, bias_ptr,
         bias_strides, slope, seed, full_low, full_high, batch, head, offs_m, rows, num_keys, shift, left,
         right, score_scale, softcap, threshold, keep_scale, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN,
-        False, PRECISION,
+        False, PRECISION, HOIST,
     )  # fmt: skip
     dq = _walk_keys(
         dq, q, do, lse, delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, bias_ptr,
         bias_strides, slope, seed, full_high, high, batch, head, offs_m, rows, num_keys, shift, left,
         right, score_scale, softcap, threshold, keep_scale, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN,
-        True, PRECISION,
+        True, PRECISION, HOIST,
     )  # fmt: skip
     dq_ptr += b * dq_strides[0] + h * dq_strides[1] + m * dq_strides[2]
     dq_ptrs = dq_ptr + local * dq_strides[2] + offs_d[None, :]
@@ -344,6 +349,12 @@ def _attention_backward_key(
     tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=columns_ok & (offs_dv < DV)[None, :])
 
 
+def _blocks(config: AttentionConfig) -> dict[str, int]:
+    return dict(
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages
+    )
+
+
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None,
@@ -387,15 +398,13 @@ def backward(
     )
 
     config = attention_backward_query_config(target, width, query.element_size(), heavy)
-    blocks = dict(
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages
-    )
     launch(
         _attention_backward_query, (batch * heads * triton.cdiv(num_queries, config.block_m),), *inputs, *sequences, out,
-        strides(out), grad_out, strides(grad_out), lse, grad_lse, lse.stride(), statistics, grad_query, strides(grad_query), *scalars, heads, group, *lengths,
-        **constants, **blocks,
+        strides(out), grad_out, strides(grad_out), lse, grad_lse, lse.stride(), statistics, grad_query, strides(grad_query),
+        *scalars, heads, group, *lengths, HOIST=config.hoist, **constants, **_blocks(config),
     )  # fmt: skip
     if bias is not None and grad_bias is not None:
+        config = attention_backward_bias_config(target, width, query.element_size())
         bias_batch, bias_heads, bias_rows, bias_columns = bias.shape
         row_blocks, column_blocks = triton.cdiv(num_queries, config.block_m), triton.cdiv(num_keys, config.block_n)
         sum_rows, sum_columns = bias_rows == 1, bias_columns == 1
@@ -404,14 +413,13 @@ def backward(
             (bias_batch * bias_heads, 1 if sum_rows else row_blocks, 1 if sum_columns else column_blocks), *inputs,
             grad_out, strides(grad_out), statistics, grad_bias, pair_strides(grad_bias), *scalars, heads, group, *lengths,
             bias_heads, batch // bias_batch, heads // bias_heads, row_blocks if sum_rows else 1,
-            column_blocks if sum_columns else 1, SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, **constants, **blocks,
+            column_blocks if sum_columns else 1, SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, **constants, **_blocks(config),
         )  # fmt: skip
     config = attention_backward_key_config(target, width, query.element_size(), heavy)
     launch(
         _attention_backward_key, (batch * kv_heads * triton.cdiv(num_keys, config.block_n),), *inputs, *sequences, grad_out,
         strides(grad_out), statistics, grad_key, strides(grad_key), grad_value, strides(grad_value), *scalars, kv_heads,
-        *lengths, GROUP=group, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
-        num_stages=config.num_stages, HOIST=config.hoist, **constants,
+        *lengths, GROUP=group, HOIST=config.hoist, **constants, **_blocks(config),
     )  # fmt: skip
     if sinks is not None and need_sinks:
         # the sink's probability exp(sink - LSE), 0 for a row that sees nothing, times -delta

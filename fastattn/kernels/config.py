@@ -78,7 +78,7 @@ def attention_forward_config(target: Target, head_dim: int, itemsize: int, heavy
 def attention_backward_query_config(
     target: Target, head_dim: int, itemsize: int, heavy: bool = False
 ) -> AttentionConfig:
-    """For dQ and dBias: block_m query rows stay in registers, block_n key columns pass by."""
+    """For dQ: block_m query rows stay in registers, block_n key columns pass by."""
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4:
@@ -93,6 +93,14 @@ def attention_backward_key_config(target: Target, head_dim: int, itemsize: int, 
     if itemsize == 4:
         return AttentionConfig(32 if head_dim <= 128 else 16, 32 if head_dim <= 128 else 16, 4, 1)
     return _from_table(_BACKWARD_KEY_HEAVY if heavy else _BACKWARD_KEY[_family(target)], head_dim)
+
+
+def attention_backward_bias_config(target: Target, head_dim: int, itemsize: int) -> AttentionConfig:
+    """For dBias: a tile of the bias stays in registers, and Q, dO, K and V are read whole for each of its terms."""
+    if target.backend == "interpreter":
+        return AttentionConfig(32, 32, 4, 1)
+    block = 32 if (head_dim <= 128 and itemsize == 2) or head_dim <= 64 else 16
+    return AttentionConfig(block, block, 4, 1)
 
 
 # Normalisation. A program keeps 16 numbers of a tile per thread in the forward, and 8 in the backward, where five such
