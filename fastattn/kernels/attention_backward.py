@@ -415,7 +415,7 @@ def backward(
             bias_heads, batch // bias_batch, heads // bias_heads, row_blocks if sum_rows else 1,
             column_blocks if sum_columns else 1, SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, **constants, **_blocks(config),
         )  # fmt: skip
-    config = attention_backward_key_config(target, width, query.element_size(), heavy)
+    config = attention_backward_key_config(target, width, query.element_size(), heavy, packing is not None)
     launch(
         _attention_backward_key, (batch * kv_heads * triton.cdiv(num_keys, config.block_n),), *inputs, *sequences, grad_out,
         strides(grad_out), statistics, grad_key, strides(grad_key), grad_value, strides(grad_value), *scalars, kv_heads,

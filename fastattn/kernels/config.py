@@ -54,6 +54,8 @@ _BACKWARD_KEY: dict[str, _Table] = {
 _FORWARD_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 4, 1)}
 _BACKWARD_QUERY_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)}
 _BACKWARD_KEY_HEAVY: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)}
+# Packed sequences keep a few more addresses alive: too many for dK and dV on sm_80 and the small GPUs.
+_BACKWARD_KEY_PACKED: _Table = {**_BACKWARD_KEY_HEAVY, 64: (32, 64, 4, 1)}
 
 
 def _family(target: Target) -> str:
@@ -86,12 +88,16 @@ def attention_backward_query_config(
     return _from_table(_BACKWARD_QUERY_HEAVY if heavy else _BACKWARD_QUERY[_family(target)], head_dim)
 
 
-def attention_backward_key_config(target: Target, head_dim: int, itemsize: int, heavy: bool = False) -> AttentionConfig:
+def attention_backward_key_config(
+    target: Target, head_dim: int, itemsize: int, heavy: bool = False, packed: bool = False
+) -> AttentionConfig:
     """For dK and dV: block_n key columns stay in registers, block_m query rows pass by."""
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4:
         return AttentionConfig(32 if head_dim <= 128 else 16, 32 if head_dim <= 128 else 16, 4, 1)
+    if packed and not heavy and _family(target) in ("sm_80", "small"):
+        return _from_table(_BACKWARD_KEY_PACKED, head_dim)
     return _from_table(_BACKWARD_KEY_HEAVY if heavy else _BACKWARD_KEY[_family(target)], head_dim)
 
 
