@@ -245,7 +245,9 @@ class GPT(Pretrained):
                         window = unread = window[:, -(context // 2 or 1) :]
                         cache = KVCache(context)
                     last = self.hidden(unread, cache)[:, -1]
-                    token = sample(F.linear(last, self.output_weight), temperature, top_k, top_p, generator)
+                    # W hᵀ: for a few rows PyTorch's CPU products take 0.35 (bf16) to 0.7 (fp32) times as long as for h Wᵀ
+                    logits = (self.output_weight @ last.T).T
+                    token = sample(logits, temperature, top_k, top_p, generator)
                     unread = token[:, None]
                     window = torch.cat([window, unread], dim=1)[:, -context:]
                 yield token.clone()  # outside of inference mode: a tensor like any other
