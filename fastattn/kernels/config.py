@@ -30,7 +30,7 @@ _Table: TypeAlias = dict[int, tuple[Any, ...]]
 # memory (sm_86, sm_89, sm_120) and whatever is unknown; on AMD nothing is pipelined.
 _FORWARD: dict[str, _Table] = {
     "sm_80": {64: (128, 64, 4, 3), 128: (128, 32, 4, 2), 256: (64, 32, 8, 2)},
-    "sm_90": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
+    "sm_90": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 32, 8, 2)},
     "sm_100": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
     "small": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
     "amd": {64: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (64, 32, 4, 1)},
@@ -52,8 +52,9 @@ _BACKWARD_KEY: dict[str, _Table] = {
 # With a mask, bias, ALiBi, softcap or dropout each score needs more registers, and with dropout its ten rounds of
 # integer products outweigh the tensor cores anyway: small tiles.
 _FORWARD_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 4, 1)}
-_BACKWARD_QUERY_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)}
-_BACKWARD_KEY_HEAVY: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)}
+_BACKWARD_QUERY_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)}
+_BACKWARD_KEY_HEAVY: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1, False)}
+_BACKWARD_HEAVY_AMD: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1)}
 # Packed sequences keep a few more addresses alive: too many for dK and dV on sm_80 and the small GPUs.
 _BACKWARD_KEY_PACKED: _Table = {**_BACKWARD_KEY_HEAVY, 64: (32, 64, 4, 1)}
 
@@ -85,7 +86,9 @@ def attention_backward_query_config(
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4:
         return AttentionConfig(32 if head_dim <= 128 else 16, 32 if head_dim <= 128 else 16, 4, 1)
-    return _from_table(_BACKWARD_QUERY_HEAVY if heavy else _BACKWARD_QUERY[_family(target)], head_dim)
+    family = _family(target)
+    heavy_table = _BACKWARD_HEAVY_AMD if family == "amd" else _BACKWARD_QUERY_HEAVY
+    return _from_table(heavy_table if heavy else _BACKWARD_QUERY[family], head_dim)
 
 
 def attention_backward_key_config(
@@ -96,9 +99,11 @@ def attention_backward_key_config(
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4:
         return AttentionConfig(32 if head_dim <= 128 else 16, 32 if head_dim <= 128 else 16, 4, 1)
-    if packed and not heavy and _family(target) in ("sm_80", "small"):
+    family = _family(target)
+    if packed and not heavy and family in ("sm_80", "small"):
         return _from_table(_BACKWARD_KEY_PACKED, head_dim)
-    return _from_table(_BACKWARD_KEY_HEAVY if heavy else _BACKWARD_KEY[_family(target)], head_dim)
+    heavy_table = _BACKWARD_HEAVY_AMD if family == "amd" else _BACKWARD_KEY_HEAVY
+    return _from_table(heavy_table if heavy else _BACKWARD_KEY[family], head_dim)
 
 
 def attention_backward_bias_config(target: Target, head_dim: int, itemsize: int) -> AttentionConfig:
