@@ -49,6 +49,9 @@ _BACKWARD_KEY: dict[str, _Table] = {
     "small": {64: (32, 64, 4, 2), 128: (32, 64, 8, 1), 256: (16, 64, 8, 1)},
     "amd": {64: (32, 128, 4, 1), 128: (32, 64, 4, 1), 256: (16, 32, 4, 1)},
 }
+# fp32 products at IEEE precision run on the FMA units, from registers: 8 warps share a small tile. (The dQ pass of heads
+# wider than 64 still spills in fp32: every tile size that was tried does.)
+#
 # With a mask, bias, ALiBi, softcap or dropout each score needs more registers, and with dropout its ten rounds of
 # integer products outweigh the tensor cores anyway: small tiles.
 _FORWARD_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 4, 1)}
@@ -74,7 +77,7 @@ def attention_forward_config(target: Target, head_dim: int, itemsize: int, heavy
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4:
-        return AttentionConfig(64 if head_dim <= 128 else 32, 32 if head_dim <= 64 else 16, 4, 1)
+        return AttentionConfig(32, 32, 8, 1)
     return _from_table(_FORWARD_HEAVY if heavy else _FORWARD[_family(target)], head_dim)
 
 
@@ -85,7 +88,7 @@ def attention_backward_query_config(
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4:
-        return AttentionConfig(32 if head_dim <= 128 else 16, 32 if head_dim <= 128 else 16, 4, 1)
+        return AttentionConfig(32, 32, 8, 1) if head_dim <= 64 else AttentionConfig(16, 16, 4, 1)
     family = _family(target)
     heavy_table = _BACKWARD_HEAVY_AMD if family == "amd" else _BACKWARD_QUERY_HEAVY
     return _from_table(heavy_table if heavy else _BACKWARD_QUERY[family], head_dim)
@@ -98,7 +101,7 @@ def attention_backward_key_config(
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4:
-        return AttentionConfig(32 if head_dim <= 128 else 16, 32 if head_dim <= 128 else 16, 4, 1)
+        return AttentionConfig(32 if head_dim <= 128 else 16, 32, 8, 1)
     family = _family(target)
     if packed and not heavy and family in ("sm_80", "small"):
         return _from_table(_BACKWARD_KEY_PACKED, head_dim)
