@@ -101,7 +101,7 @@ def attention_backward_key_config(
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4:
-        return AttentionConfig(32 if head_dim <= 128 else 16, 32, 8, 1)
+        return AttentionConfig(32 if head_dim <= 128 else 16, 32, 4 if head_dim <= 32 else 8, 1)
     family = _family(target)
     if packed and not heavy and family in ("sm_80", "small"):
         return _from_table(_BACKWARD_KEY_PACKED, head_dim)
