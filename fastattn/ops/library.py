@@ -36,10 +36,10 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
 
 def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
     """`op(*arguments)`, with all its arguments, by the shortest way."""
-    return op(*arguments) if _observed(arguments) else _DIRECT[op](*arguments)
+    return op(*arguments) if observed(arguments) else _DIRECT[op](*arguments)
 
 
-def _observed(arguments: Sequence[Any]) -> bool:
+def observed(arguments: Sequence[Any]) -> bool:
     """True where an op has to be seen as an op, or where its implementation cannot run on these tensors."""
     if (
         torch.compiler.is_compiling()

@@ -10,11 +10,11 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fastattn.backend import device_guard, implementation
+from fastattn.backend import choose, device_guard, implementation
 from fastattn.eager.normalization import modulate, normalise
 from fastattn.eager.random import drop
 from fastattn.ops import checks
-from fastattn.ops.library import call, define, differentiate, needs_composite
+from fastattn.ops.library import call, define, differentiate, needs_composite, observed
 from fastattn.replay import replay
 
 # Devices whose autocast runs torch's layer norm in fp32; on the others it runs in the input's dtype.
@@ -84,6 +84,13 @@ def layer_norm(
         >>> layer_norm(torch.tensor([[1.0, 3.0]]), 2, eps=0.0)
         tensor([[-1.,  1.]])
     """
+    plain = residual is residual_dtype is scale is shift is None and not dropout_p and not weight_offset and eps >= 0.0
+    if plain and _torch_does_it(input, weight, bias):
+        shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+        try:
+            return torch.nn.functional.layer_norm(input, shape, weight, bias, eps)
+        except (RuntimeError, TypeError):
+            pass  # the checks below name the argument
     return _norm(
         input,
         normalized_shape,
@@ -154,6 +161,20 @@ def rms_norm(
         dropout_p,
         weight_offset,
     )
+
+
+def _torch_does_it(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether PyTorch's own layer norm is what the CPU backend would run, which is then called without a detour.
+
+    Not where a 16-bit gradient of weight or bias is wanted: PyTorch sums it in 16 bits on a CPU (20,000 ones make 256).
+    """
+    if not isinstance(input, Tensor) or input.device.type != "cpu" or input.dtype not in checks.FLOAT_DTYPES:
+        return False
+    parameters = [p for p in (weight, bias) if p is not None]
+    if any(p.dtype != input.dtype for p in parameters) or observed((input,)):
+        return False
+    exact = input.dtype == torch.float32 or not (torch.is_grad_enabled() and any(p.requires_grad for p in parameters))
+    return exact and choose(input.device)[0] == "eager"
 
 
 def _norm(
