@@ -50,7 +50,7 @@ _BACKWARD_KEY: dict[str, _Table] = {
     "amd": {64: (32, 128, 4, 1), 128: (32, 64, 4, 1), 256: (16, 32, 4, 1)},
 }
 # fp32 products at IEEE precision run on the FMA units, from registers: 8 warps share a small tile. (The dQ pass of heads
-# wider than 64 still spills in fp32: every tile size that was tried does.)
+# wider than 128 still spills in fp32, 168 bytes on sm_80: every tile size that was tried does.)
 #
 # With a mask, bias, ALiBi, softcap or dropout each score needs more registers, and with dropout its ten rounds of
 # integer products outweigh the tensor cores anyway: small tiles.
@@ -88,7 +88,7 @@ def attention_backward_query_config(
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4:
-        return AttentionConfig(32, 32, 8, 1) if head_dim <= 64 else AttentionConfig(16, 16, 4, 1)
+        return AttentionConfig(32, 32, 8, 1) if head_dim <= 64 else AttentionConfig(16, 16, 8, 1)
     family = _family(target)
     heavy_table = _BACKWARD_HEAVY_AMD if family == "amd" else _BACKWARD_QUERY_HEAVY
     return _from_table(heavy_table if heavy else _BACKWARD_QUERY[family], head_dim)
@@ -101,7 +101,7 @@ def attention_backward_key_config(
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4:
-        return AttentionConfig(32 if head_dim <= 128 else 16, 32, 4 if head_dim <= 32 else 8, 1)
+        return AttentionConfig(32 if head_dim <= 64 else 16, 32, 4 if head_dim <= 32 else 8, 1)
     family = _family(target)
     if packed and not heavy and family in ("sm_80", "small"):
         return _from_table(_BACKWARD_KEY_PACKED, head_dim)
