@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -44,10 +45,10 @@ def as_output(tensor: Tensor, query: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-def new_gradient(tensor: Tensor) -> Tensor:
-    """An uninitialised gradient of a query, key or value (B, H, N, D)."""
+def new_gradient(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised gradient of a query, key or value (B, H, N, D), in its dtype or another."""
     batch, heads, rows, dim = tensor.shape
-    return tensor.new_empty((batch, rows, heads, dim)).transpose(1, 2)
+    return tensor.new_empty((batch, rows, heads, dim), dtype=dtype).transpose(1, 2)
 
 
 def as_gradient(tensor: Tensor) -> Tensor:

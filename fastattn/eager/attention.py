@@ -390,7 +390,7 @@ def backward(
         dk, dv = _as_stored(blocks, dk, dv)
         return as_gradient(dq), as_gradient(dk), as_gradient(dv), None, grad_sinks
     dq = new_gradient(query)
-    dk, dv = (new_gradient(t.float()).zero_() for t in (key, value))
+    dk, dv = (new_gradient(t, torch.float32).zero_() for t in (key, value))
     for block in blocks:
         q, k, v = block.of_rows(query), block.of_columns(key), block.of_columns(value)
         do, o, row_lse = block.of_rows(grad_out), block.of_rows(out), block.of_rows(lse)

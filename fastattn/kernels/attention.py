@@ -32,7 +32,7 @@ from fastattn.kernels.masks import (
     visible_range,
 )
 from fastattn.kernels.random import keep
-from fastattn.kernels.tiles import dropout_threshold, head_block, pair_strides, strides
+from fastattn.kernels.tiles import dropout_threshold, head_block, pair_strides, score_class, strides
 from fastattn.layout import Packing, new_output
 
 if TYPE_CHECKING:
@@ -211,8 +211,7 @@ def forward(
         batch, num_queries, num_keys = packing.cu_seqlens_q.numel() - 1, packing.max_seqlen_q, packing.max_seqlen_k
         out.zero_()
         lse.fill_(float("-inf"))
-    plain = bias is None and alibi_slopes is None and softcap == 0.0 and scale > 0.0
-    heavy = not plain or mask is not None or seed is not None
+    plain, heavy = score_class(mask, bias, alibi_slopes, seed, scale, softcap)
     config = attention_forward_config(current_target(), max(block_d, block_dv), query.element_size(), heavy)
     arguments: tuple[Any, ...] = (
         query, strides(query), key, strides(key), value, strides(value), mask, pair_strides(mask), bias, pair_strides(bias),
@@ -235,7 +234,7 @@ def explain(
     softcap: float, dropout_p: float,
 ) -> list[str]:  # fmt: skip
     """The tiles that the kernels of this call would use."""
-    heavy = any(x is not None for x in (mask, bias, alibi_slopes, seed)) or softcap != 0.0 or scale <= 0.0
+    _, heavy = score_class(mask, bias, alibi_slopes, seed, scale, softcap)
     target, width = current_target(), max(head_block(query.shape[3]), head_block(value.shape[3]))
     configs = {
         "forward": attention_forward_config,

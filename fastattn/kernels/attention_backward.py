@@ -27,7 +27,7 @@ from fastattn.kernels.launch import current_target, launch
 from fastattn.kernels.masks import LOG2E, is_visible, load_tile, sequence, visible_range
 from fastattn.kernels.random import keep
 from fastattn.kernels.recompute import STATISTICS, load_pair, probability, row_statistics, score_gradient
-from fastattn.kernels.tiles import dropout_threshold, head_block, pair_strides, strides
+from fastattn.kernels.tiles import dropout_threshold, head_block, pair_strides, score_class, strides
 from fastattn.layout import Packing, new_gradient
 
 if TYPE_CHECKING:
@@ -367,8 +367,7 @@ def backward(
     kv_heads = key.shape[1]
     block_d, block_dv = head_block(head_dim), head_block(value_dim)
     target, width = current_target(), max(block_d, block_dv)
-    plain = bias is None and alibi_slopes is None and softcap == 0.0 and scale > 0.0
-    heavy = not plain or mask is not None or seed is not None
+    plain, heavy = score_class(mask, bias, alibi_slopes, seed, scale, softcap)
     grad_query, grad_key, grad_value = map(new_gradient, (query, key, value))
     if packing is not None:  # rows behind the last sequence belong to no program
         batch, num_queries, num_keys = packing.cu_seqlens_q.numel() - 1, packing.max_seqlen_q, packing.max_seqlen_k

@@ -30,3 +30,11 @@ def pair_strides(tensor: Tensor | None) -> tuple[int, ...] | None:
 def dropout_threshold(p: float) -> int:
     """What `kernels.random.keep` compares 31 random bits with."""
     return round(p * 2**31)
+
+
+def score_class(
+    mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, seed: Tensor | None, scale: float, softcap: float
+) -> tuple[bool, bool]:  # fmt: skip
+    """(plain, heavy): whether a logit is just scale·q·k with a positive scale, and whether it needs many registers."""
+    plain = bias is None and alibi_slopes is None and softcap == 0.0 and scale > 0.0
+    return plain, not plain or mask is not None or seed is not None
