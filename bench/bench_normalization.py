@@ -52,6 +52,14 @@ def torch_nn(case: LayerNorm) -> Callable[..., Tensor]:
     return lambda x, weight, bias: F.layer_norm(x, (case.width,), weight, bias)
 
 
+def torch_nn_in_fp32(case: LayerNorm) -> Callable[..., Tensor]:
+    """PyTorch's, with 16-bit rows widened: how to get right gradients of weight and bias from it on a CPU."""
+    if case.dtype == "fp32" or not case.backward:
+        raise Unavailable("the same as torch.nn")
+    dtype = DTYPES[case.dtype]
+    return lambda *inputs: F.layer_norm(inputs[0].float(), (case.width,), *(x.float() for x in inputs[1:])).to(dtype)
+
+
 def plain(case: LayerNorm) -> Callable[..., Tensor]:
     """The formula, written in PyTorch."""
     return case.definition
@@ -72,6 +80,7 @@ def liger(case: LayerNorm) -> Callable[..., Tensor]:
 PROVIDERS = {
     "fastattn": ours,
     "torch.nn": torch_nn,
+    "torch.nn in fp32": torch_nn_in_fp32,
     "plain PyTorch": plain,
     "plain, torch.compile": compiled,
     "liger-kernel": liger,

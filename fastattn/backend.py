@@ -2,7 +2,7 @@
 
 The rule, in order:
 
-1. `use(...)` in force, or else the environment variable `FASTATTN_BACKEND` (`auto`, `triton` or `eager`).
+1. `use(...)` in force, or else the environment variable `FASTATTN_BACKEND` (`auto`, `triton` or `eager`), read at import.
 2. `auto`: Triton for tensors on a GPU, and for CPU tensors when `TRITON_INTERPRET=1`; eager for all others.
 
 Both implementations have the same launcher signatures: `fastattn/kernels/<op>.py` and `fastattn/eager/<op>.py`.
@@ -31,6 +31,8 @@ def _checked(name: str, source: str) -> str:
 
 
 _override: str | None = None
+_VARIABLE = os.environ.get("FASTATTN_BACKEND", "auto")
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton's kernels run in its CPU interpreter
 
 
 @contextmanager
@@ -51,11 +53,6 @@ def use(backend: str) -> Iterator[None]:
         _override = previous
 
 
-def interpreting() -> bool:
-    """True where Triton kernels run in Triton's CPU interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
 @cache
 def triton_available() -> bool:
     """True where the package triton is installed (it is not imported to find out)."""
@@ -71,24 +68,22 @@ def choose(device: torch.device) -> tuple[str, str]:
     Raises:
         RuntimeError: Triton was asked for and is not installed.
     """
-    variable = os.environ.get("FASTATTN_BACKEND", "auto")
-    return _choose(device.type, _override, variable, interpreting(), triton_available())
+    return _choose(device.type, _override)
 
 
 @cache
-def _choose(
-    device_type: str, override: str | None, variable: str, interpreted: bool, has_triton: bool
-) -> tuple[str, str]:
+def _choose(device_type: str, override: str | None) -> tuple[str, str]:
+    has_triton = triton_available()
     if override not in (None, "auto"):
         choice, reason = str(override), "set by fastattn.backend.use"
     else:
         choice, reason = "auto", ""
         if override is None:
-            choice = _checked(variable, "environment variable FASTATTN_BACKEND")
+            choice = _checked(_VARIABLE, "environment variable FASTATTN_BACKEND")
             reason = "set by the environment variable FASTATTN_BACKEND"
     if choice == "auto":
         if device_type == "cpu":
-            interpreted = interpreted and has_triton
+            interpreted = _INTERPRETING and has_triton
             choice = "triton" if interpreted else "eager"
             reason = "TRITON_INTERPRET=1" if interpreted else "tensors on the CPU run in PyTorch"
         elif not has_triton:

@@ -53,4 +53,5 @@ def new_gradient(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def as_gradient(tensor: Tensor) -> Tensor:
     """`tensor` (B, H, N, D), copied into the layout of `new_gradient` unless it has it already."""
-    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    together = tensor.transpose(1, 2)
+    return tensor if together.is_contiguous() else together.contiguous().transpose(1, 2)

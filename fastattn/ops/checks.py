@@ -35,11 +35,14 @@ def check_shape(name: str, value: Tensor, shape: tuple[int, ...], meaning: str) 
 
 def check_same_device(**tensors: Tensor | None) -> None:
     """ValueError unless all the tensors given are on the device of the first."""
-    given = [(name, tensor.device) for name, tensor in tensors.items() if tensor is not None]
-    first_name, first = given[0]
-    for name, device in given:
-        if device != first:
-            raise ValueError(f"{name} is on {device} but {first_name} is on {first}")
+    first, first_name = None, ""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if first is None:
+            first, first_name = tensor.device, name
+        elif tensor.device != first:
+            raise ValueError(f"{name} is on {tensor.device} but {first_name} is on {first}")
 
 
 def check_probability(name: str, value: float) -> None:
@@ -49,6 +52,8 @@ def check_probability(name: str, value: float) -> None:
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast floating tensors to autocast's dtype where autocast is on for their device; leave fp64 alone."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     device_type = next(t for t in tensors if t is not None).device.type
     if not torch.is_autocast_enabled(device_type):
         return tensors

@@ -84,11 +84,11 @@ def layer_norm(
         >>> layer_norm(torch.tensor([[1.0, 3.0]]), 2, eps=0.0)
         tensor([[-1.,  1.]])
     """
-    plain = residual is residual_dtype is scale is shift is None and not dropout_p and not weight_offset and eps >= 0.0
-    if plain and _torch_does_it(input, weight, bias):
+    plain = residual is residual_dtype is scale is shift is None and not (dropout_p or weight_offset)
+    if plain and eps >= 0.0 and _torch_does_it(input, weight, bias):
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
         try:
-            return torch.nn.functional.layer_norm(input, shape, weight, bias, eps)
+            return torch.layer_norm(input, shape, weight, bias, eps)
         except (RuntimeError, TypeError):
             pass  # the checks below name the argument
     return _norm(
@@ -168,13 +168,17 @@ def _torch_does_it(input: Tensor, weight: Tensor | None, bias: Tensor | None) ->
 
     Not where a 16-bit gradient of weight or bias is wanted: PyTorch sums it in 16 bits on a CPU (20,000 ones make 256).
     """
-    if not isinstance(input, Tensor) or input.device.type != "cpu" or input.dtype not in checks.FLOAT_DTYPES:
+    if torch.compiler.is_compiling() or not isinstance(input, Tensor) or not input.is_cpu:
         return False
-    parameters = [p for p in (weight, bias) if p is not None]
-    if any(p.dtype != input.dtype for p in parameters) or observed((input,)):
+    if choose(input.device)[0] != "eager":
         return False
-    exact = input.dtype == torch.float32 or not (torch.is_grad_enabled() and any(p.requires_grad for p in parameters))
-    return exact and choose(input.device)[0] == "eager"
+    dtype = input.dtype
+    if (weight is not None and weight.dtype is not dtype) or (bias is not None and bias.dtype is not dtype):
+        return False
+    if dtype is torch.float32:
+        return True
+    summed = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (weight, bias))
+    return dtype in checks.FLOAT_DTYPES and not summed and not observed((input,))
 
 
 def _norm(
@@ -386,7 +390,7 @@ def _backward(
     with device_guard(hidden.device):
         grad, grad_input, a, b = implementation("normalization", hidden.device).backward(
             *(grad_output, grad_hidden, hidden, seed, weight, scale, mean, rstd, *_sizes(hidden, dims, scale, shift)),
-            *(weight_offset, dropout_p, has_residual, input_dtype, sums_dtype),
+            *(eps, weight_offset, dropout_p, has_residual, input_dtype, sums_dtype),
         )
     grads: list[Tensor | None] = [None] * 4
     if needs_parameters and modulated:  # A and B are (groups, columns)
