@@ -25,6 +25,7 @@ FORWARD, BACKWARD = "kernels/attention.py", "kernels/attention_backward*.py"
 ATTENTION = ("tests/test_attention.py", "-k", "triton")
 EAGER_ATTENTION = ("tests/test_attention.py", "-k", "eager")
 NORM = ("tests/test_precision.py", "tests/test_normalization.py", "-k", "triton")
+ROTARY = ("tests/test_rotary.py", "-k", "triton or kernel")
 FEED_FORWARD = ("tests/test_precision.py", "tests/test_feed_forward.py", "-k", "triton")
 
 
@@ -131,6 +132,15 @@ MUTANTS = (
         "dh -= (tl.sum(g, 1) / columns)[:, None]",
         "dh -= 0.0",
         NORM,
+    ),
+    Mutant("rotary's gradient turns forward", "kernels/rotary.py", "sin = -sin", "sin = sin", ROTARY),
+    Mutant("rotary: rows outside the table are read", "kernels/rotary.py", "& (offs_n < rows)", "", ROTARY),
+    Mutant(
+        "rotary saves what in-place rotation overwrites",
+        "ops/rotary.py",
+        "drop_arguments=(0, 1)",
+        "drop_arguments=()",
+        ("tests/test_rotary.py",),
     ),
     Mutant(
         "derivative of SiLU",

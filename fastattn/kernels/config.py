@@ -228,3 +228,14 @@ def cross_entropy_config(classes: int) -> tuple[int, int]:
     """(columns of a block, warps): 16 numbers per thread."""
     block = min(4_096, max(128, _power_of_2(classes)))
     return block, max(4, block // 512)
+
+
+def rotary_config(half: int) -> tuple[int, int, int]:
+    """(columns, tokens, warps) of a program over tables of `half` columns: 8 pairs per thread, 16 bytes of each in 16 bits."""
+    columns = max(8, _power_of_2(half))
+    return columns, max(1, 1_024 // columns), 4
+
+
+def head_splits(target: Target, tiles: int, heads: int) -> int:
+    """Programs that share the heads of a block of tokens: as few as give every processor four programs."""
+    return max(1, min(heads, -(-4 * target.processors // max(tiles, 1))))

@@ -3,5 +3,6 @@
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.feed_forward import FeedForward, GatedFeedForward
 from fastattn.nn.norm import LayerNorm, RMSNorm
+from fastattn.nn.rotary import RotaryEmbedding
 
-__all__ = ["FeedForward", "GatedFeedForward", "LayerNorm", "MultiheadAttention", "RMSNorm"]
+__all__ = ["FeedForward", "GatedFeedForward", "LayerNorm", "MultiheadAttention", "RMSNorm", "RotaryEmbedding"]
