@@ -70,6 +70,6 @@ def _of_tokens(table: Tensor, positions: Tensor | None, offset: int, tokens: int
     return rows.float()[:, None]
 
 
-def explain(cos: Tensor) -> list[str]:
+def explain(query: Tensor, cos: Tensor) -> list[str]:
     """How the halves are rotated, in words."""
-    return [f"PyTorch, {2 * cos.shape[-1]} numbers of each head"]
+    return [f"PyTorch, {2 * cos.shape[-1]} of {query.shape[3]} numbers of each head"]

@@ -230,10 +230,13 @@ def cross_entropy_config(classes: int) -> tuple[int, int]:
     return block, max(4, block // 512)
 
 
-def rotary_config(half: int) -> tuple[int, int, int]:
-    """(columns, tokens, warps) of a program over tables of `half` columns: 8 pairs per thread, 16 bytes of each in 16 bits."""
-    columns = max(8, _power_of_2(half))
-    return columns, max(1, 1_024 // columns), 4
+def rotary_config(half: int, tail: int) -> tuple[int, int, int, int]:
+    """(columns, columns of the tail, tokens, warps) of a program over tables of `half` columns and `tail` numbers that stay.
+
+    8 pairs per thread: 16 bytes of each half in 16 bits.
+    """
+    columns, tail_columns = max(8, _power_of_2(half)), _power_of_2(tail)
+    return columns, tail_columns, max(1, 2_048 // max(2 * columns, tail_columns)), 4
 
 
 def head_splits(target: Target, tiles: int, heads: int) -> int:

@@ -117,7 +117,7 @@ def rotate(
     out_query = query if inplace else new_output(query, dim)
     out_key = key if inplace or key is None else new_output(key, dim)
     key_heads = 0 if key is None else key.shape[1]
-    block_half, block_n, num_warps = rotary_config(half)
+    block_half, block_tail, block_n, num_warps = rotary_config(half, tail)
     tiles = batch * triton.cdiv(tokens, block_n)
     splits = head_splits(current_target(), tiles, max(heads, key_heads))
     launch(
@@ -133,13 +133,14 @@ def rotate(
         CONJUGATE=conjugate,
         BLOCK_N=block_n,
         BLOCK_HALF=block_half,
-        BLOCK_TAIL=triton.next_power_of_2(max(tail, 1)),
+        BLOCK_TAIL=block_tail,
         num_warps=num_warps,
     )
     return out_query, out_key
 
 
-def explain(cos: Tensor) -> list[str]:
-    """The block of tokens that a program takes for tables of this width."""
-    _, block_n, num_warps = rotary_config(cos.shape[-1])
+def explain(query: Tensor, cos: Tensor) -> list[str]:
+    """The block of tokens that a program takes for heads and tables of this width."""
+    half = cos.shape[-1]
+    *_, block_n, num_warps = rotary_config(half, query.shape[3] - 2 * half)
     return [f"query and key in one launch, {block_n} tokens a program, {num_warps} warps"]

@@ -292,4 +292,4 @@ differentiate(ROTARY, _gradient, drop_arguments=(0, 1))
 def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[str]:
     """What `fastattn.explain` says of a call of this module's functions."""
     given = inspect.signature(function).bind(*args, **options).arguments
-    return implementation("rotary", given["query"].device).explain(given["cos"])
+    return implementation("rotary", given["query"].device).explain(given["query"], given["cos"])
