@@ -27,6 +27,7 @@ EAGER_ATTENTION = ("tests/test_attention.py", "-k", "eager")
 NORM = ("tests/test_precision.py", "tests/test_normalization.py", "-k", "triton")
 ROTARY = ("tests/test_rotary.py", "-k", "triton or kernel")
 FEED_FORWARD = ("tests/test_precision.py", "tests/test_feed_forward.py", "-k", "triton")
+TRANSFORMER = ("tests/test_nn_transformer.py",)
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,20 @@ MUTANTS = (
         "return torch.mm(dz.t(), x)",
         "return sum((torch.outer(a, b) for a, b in zip(dz, x)), torch.zeros_like(torch.mm(dz.t(), x)))",
         FEED_FORWARD,
+    ),
+    Mutant(
+        "a fused layer skips the hooks of its children",
+        "nn/plain.py",
+        "type(module) is nn.Linear and is_unhooked(module)",
+        "type(module) is nn.Linear",
+        TRANSFORMER,
+    ),
+    Mutant(
+        "torch computes around our attention",
+        "nn/transformer.py",
+        "child._qkv_same_embed_dim = False",
+        "pass",
+        TRANSFORMER,
     ),
 )
 
