@@ -28,6 +28,7 @@ NORM = ("tests/test_precision.py", "tests/test_normalization.py", "-k", "triton"
 ROTARY = ("tests/test_rotary.py", "-k", "triton or kernel")
 FEED_FORWARD = ("tests/test_precision.py", "tests/test_feed_forward.py", "-k", "triton")
 TRANSFORMER = ("tests/test_nn_transformer.py",)
+TRANSFORMERS = ("tests/test_transformers_attention.py",)
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,26 @@ MUTANTS = (
         "child._qkv_same_embed_dim = False",
         "pass",
         TRANSFORMER,
+    ),
+    Mutant(
+        "transformers: the empty places of a static cache are attended to",
+        "integrations/transformers.py",
+        "right = query.shape[2] - key.shape[2]",
+        "right = 0",
+        TRANSFORMERS,
+    ),
+    Mutant(
+        "transformers: softcap is swallowed", "integrations/transformers.py", "softcap or None", "None", TRANSFORMERS
+    ),
+    Mutant(
+        "transformers: sinks are swallowed", "integrations/transformers.py", "None, s_aux,", "None, None,", TRANSFORMERS
+    ),
+    Mutant(
+        "transformers: a mask without its function",
+        "integrations/transformers.py",
+        "AttentionMaskInterface.register(NAME, sdpa_mask)",
+        "sdpa_mask",
+        TRANSFORMERS,
     ),
 )
 
