@@ -28,6 +28,7 @@ NORM = ("tests/test_precision.py", "tests/test_normalization.py", "-k", "triton"
 ROTARY = ("tests/test_rotary.py", "-k", "triton or kernel")
 FEED_FORWARD = ("tests/test_precision.py", "tests/test_feed_forward.py", "-k", "triton")
 TRANSFORMER = ("tests/test_nn_transformer.py",)
+PATCHING = ("tests/test_patching.py",)
 TRANSFORMERS = ("tests/test_transformers_attention.py",)
 
 
@@ -182,8 +183,8 @@ MUTANTS = (
     Mutant(
         "a fused layer skips the hooks of its children",
         "nn/plain.py",
-        "type(module) is nn.Linear and is_unhooked(module)",
-        "type(module) is nn.Linear",
+        "_is_conv1d(module)) and is_unhooked(module)",
+        "_is_conv1d(module))",
         TRANSFORMER,
     ),
     Mutant(
@@ -192,6 +193,28 @@ MUTANTS = (
         "child._qkv_same_embed_dim = False",
         "pass",
         TRANSFORMER,
+    ),
+    Mutant(
+        "patch: what only looks known is swapped",
+        "patching.py",
+        "if not error <= _TOLERANCE",
+        "if error < -_TOLERANCE",
+        PATCHING,
+    ),
+    Mutant("unpatch: attributes stay", "patching.py", "vars(module).update(attributes)", "pass", PATCHING),
+    Mutant(
+        "patch: torch's stack makes nested tensors",
+        "patching.py",
+        'if swapped_inside and vars(module).get("use_nested_tensor"):',
+        "if False:",
+        PATCHING,
+    ),
+    Mutant(
+        "patch: Gemma's weights taken for Llama's",
+        "adapters.py",
+        "weight_offset = 1.0",
+        "weight_offset = 0.0",
+        PATCHING,
     ),
     Mutant(
         "transformers: the empty places of a static cache are attended to",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastattn.nn.plain import activation_name, is_plain_linear, is_unhooked
+from fastattn.nn.plain import activation_name, is_plain_linear, is_unhooked, weight_of
 from fastattn.ops.feed_forward import ACTIVATIONS, RECOMPUTE, feed_forward, linear
 
 
@@ -29,9 +29,9 @@ def two_layers(
     plain1, plain2 = is_plain_linear(linear1, *([] if gate is None else [gate])), is_plain_linear(linear2)
     if name is not None and plain1 and plain2 and not _acts(dropout):
         return feed_forward(
-            *(input, linear1.weight, linear1.bias, linear2.weight, linear2.bias),
+            *(input, weight_of(linear1), linear1.bias, weight_of(linear2), linear2.bias),
             activation=name,
-            gate_weight=None if gate is None else gate.weight,
+            gate_weight=None if gate is None else weight_of(gate),
             gate_bias=None if gate is None else gate.bias,
             recompute=recompute,
         )
@@ -39,7 +39,7 @@ def two_layers(
     if gate is not None:
         hidden = act(gate(input)) * linear1(input)
     elif name is not None and plain1:
-        hidden = linear(input, linear1.weight, linear1.bias, activation=name)
+        hidden = linear(input, weight_of(linear1), linear1.bias, activation=name)
     else:
         hidden = act(linear1(input))
     return linear2(hidden if dropout is None else dropout(hidden))

@@ -50,7 +50,17 @@ def is_plain_linear(*modules: nn.Module) -> bool:
 
     A wrapper (FSDP), an adapter (LoRA), a quantised or a tensor-parallel layer is none: it has to be called.
     """
-    return all(type(module) is nn.Linear and is_unhooked(module) for module in modules)
+    return all((type(module) is nn.Linear or _is_conv1d(module)) and is_unhooked(module) for module in modules)
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight of a plain linear layer, (out_features, in_features)."""
+    return linear.weight.t() if _is_conv1d(linear) else linear.weight  # type: ignore[operator,return-value]
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' linear layer of GPT-2, which stores its weight transposed."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def activation_name(activation: object) -> str | None:
