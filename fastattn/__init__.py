@@ -9,7 +9,10 @@ from fastattn.ops.attention import attention, scaled_dot_product_attention
 from fastattn.ops.feed_forward import feed_forward, linear
 from fastattn.ops.loss import linear_cross_entropy
 from fastattn.ops.normalization import layer_norm, rms_norm
+from fastattn.ops.rotary import rotary
 from fastattn.ops.varlen import varlen_attention
+from fastattn.patching import patch, unpatch
+from fastattn.rotary_frequencies import rotary_frequencies, rotary_tables
 
 __version__ = "0.1.0"
 
@@ -23,7 +26,12 @@ __all__ = [
     "linear_cross_entropy",
     "models",
     "nn",
+    "patch",
     "rms_norm",
+    "rotary",
+    "rotary_frequencies",
+    "rotary_tables",
     "scaled_dot_product_attention",
+    "unpatch",
     "varlen_attention",
 ]

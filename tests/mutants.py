@@ -25,7 +25,11 @@ FORWARD, BACKWARD = "kernels/attention.py", "kernels/attention_backward*.py"
 ATTENTION = ("tests/test_attention.py", "-k", "triton")
 EAGER_ATTENTION = ("tests/test_attention.py", "-k", "eager")
 NORM = ("tests/test_precision.py", "tests/test_normalization.py", "-k", "triton")
+ROTARY = ("tests/test_rotary.py", "-k", "triton or kernel")
 FEED_FORWARD = ("tests/test_precision.py", "tests/test_feed_forward.py", "-k", "triton")
+TRANSFORMER = ("tests/test_nn_transformer.py",)
+PATCHING = ("tests/test_patching.py",)
+TRANSFORMERS = ("tests/test_transformers_attention.py",)
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,15 @@ MUTANTS = (
         "dh -= 0.0",
         NORM,
     ),
+    Mutant("rotary's gradient turns forward", "kernels/rotary.py", "sin = -sin", "sin = sin", ROTARY),
+    Mutant("rotary: rows outside the table are read", "kernels/rotary.py", "& (offs_n < rows)", "", ROTARY),
+    Mutant(
+        "rotary saves what in-place rotation overwrites",
+        "ops/rotary.py",
+        "drop_arguments=(0, 1)",
+        "drop_arguments=()",
+        ("tests/test_rotary.py",),
+    ),
     Mutant(
         "derivative of SiLU",
         "kernels/activations.py",
@@ -166,6 +179,62 @@ MUTANTS = (
         "return torch.mm(dz.t(), x)",
         "return sum((torch.outer(a, b) for a, b in zip(dz, x)), torch.zeros_like(torch.mm(dz.t(), x)))",
         FEED_FORWARD,
+    ),
+    Mutant(
+        "a fused layer skips the hooks of its children",
+        "nn/plain.py",
+        "_is_conv1d(module)) and is_unhooked(module)",
+        "_is_conv1d(module))",
+        TRANSFORMER,
+    ),
+    Mutant(
+        "torch computes around our attention",
+        "nn/transformer.py",
+        "child._qkv_same_embed_dim = False",
+        "pass",
+        TRANSFORMER,
+    ),
+    Mutant(
+        "patch: what only looks known is swapped",
+        "patching.py",
+        "if not error <= _TOLERANCE",
+        "if error < -_TOLERANCE",
+        PATCHING,
+    ),
+    Mutant("unpatch: attributes stay", "patching.py", "vars(module).update(attributes)", "pass", PATCHING),
+    Mutant(
+        "patch: torch's stack makes nested tensors",
+        "patching.py",
+        'if swapped_inside and vars(module).get("use_nested_tensor"):',
+        "if False:",
+        PATCHING,
+    ),
+    Mutant(
+        "patch: Gemma's weights taken for Llama's",
+        "adapters.py",
+        "weight_offset = 1.0",
+        "weight_offset = 0.0",
+        PATCHING,
+    ),
+    Mutant(
+        "transformers: the empty places of a static cache are attended to",
+        "integrations/transformers.py",
+        "right = query.shape[2] - key.shape[2]",
+        "right = 0",
+        TRANSFORMERS,
+    ),
+    Mutant(
+        "transformers: softcap is swallowed", "integrations/transformers.py", "softcap or None", "None", TRANSFORMERS
+    ),
+    Mutant(
+        "transformers: sinks are swallowed", "integrations/transformers.py", "None, s_aux,", "None, None,", TRANSFORMERS
+    ),
+    Mutant(
+        "transformers: a mask without its function",
+        "integrations/transformers.py",
+        "AttentionMaskInterface.register(NAME, sdpa_mask)",
+        "sdpa_mask",
+        TRANSFORMERS,
     ),
 )
 

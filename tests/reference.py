@@ -154,3 +154,27 @@ def linear_cross_entropy(
     wanted = (1 - label_smoothing) * wanted + label_smoothing / classes
     losses = -(wanted * log_p).sum(-1) * valid
     return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / valid.sum()}[reduction]
+
+
+def rotary(
+    query: Tensor,
+    key: Tensor,
+    *,
+    inverse_frequencies: Tensor,
+    positions: Tensor,
+    interleaved: bool = False,
+    factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """By complex numbers, one head and token at a time; positions (B, N)."""
+    angles = positions[:, None, :, None] * inverse_frequencies
+    turn = torch.polar(torch.full_like(angles, factor), angles)
+    half = inverse_frequencies.numel()
+
+    def rotate(x: Tensor) -> Tensor:
+        head, rest = x[..., : 2 * half], x[..., 2 * half :]
+        pairs = head.unflatten(-1, (half, 2)) if interleaved else head.unflatten(-1, (2, half)).transpose(-1, -2)
+        z = torch.complex(pairs[..., 0].float().to(angles.dtype), pairs[..., 1].float().to(angles.dtype)) * turn
+        y = torch.stack([z.real, z.imag], -1 if interleaved else -2).flatten(-2).to(x.dtype)
+        return torch.cat([y, rest], -1)
+
+    return rotate(query), rotate(key)

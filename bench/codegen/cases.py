@@ -78,6 +78,28 @@ def cross_entropy(dtype: str = "bfloat16", classes: int = 1000, label_smoothing:
         fastattn.linear_cross_entropy(hidden, weight, target, label_smoothing=label_smoothing).backward()
 
 
+def rotary(
+    dtype: str = "bfloat16",
+    head_dim: int = 128,
+    rotary_dim: int = 128,
+    interleaved: bool = False,
+    offsets: bool = False,
+    inplace: bool = False,
+) -> None:
+    """Rotary embedding of 8 query heads and 2 key heads over 2 sequences of 256 tokens, forward and backward."""
+    query, key = (
+        torch.zeros(2, 256, heads, head_dim, dtype=getattr(torch, dtype), requires_grad=True).transpose(1, 2)
+        for heads in (8, 2)
+    )
+    tables = fastattn.rotary_tables(rotary_dim, 512)
+    with fastattn.backend.use("triton"):
+        if inplace:
+            query, key = query * 1.0, key * 1.0
+        offset = torch.tensor([5, 9]) if offsets else 3
+        outputs: Any = fastattn.rotary(query, key, *tables, offset=offset, interleaved=interleaved, inplace=inplace)
+        torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
+
+
 def normalization(
     dtype: str = "bfloat16", width: int = 768, rows: int = 64, op: str = "layer_norm", flags: tuple[str, ...] = ()
 ) -> None:
@@ -214,6 +236,13 @@ def _other_cases() -> Iterator[Case]:
     everything = {"flags": ["window", "alibi", "softcap", "dropout"]}
     yield Case("varlen fp16 D80 everything", "varlen_attention", {"dtype": "float16", "head_dim": 80, **everything})
     yield Case("varlen fp32 D64", "varlen_attention", {"dtype": "float32", "flags": []})
+    yield Case("rotary bf16 D128", "rotary", {}, core=True)
+    partial = {"dtype": "float32", "head_dim": 80, "rotary_dim": 32, "interleaved": True, "offsets": True}
+    yield Case("rotary fp32 D80 partial interleaved", "rotary", partial, core=True)
+    yield Case(
+        "rotary fp16 D64 in place", "rotary", {"dtype": "float16", "head_dim": 64, "rotary_dim": 64, "inplace": True}
+    )
+    yield Case("rotary bf16 D256 interleaved", "rotary", {"head_dim": 256, "rotary_dim": 256, "interleaved": True})
     yield Case("cross entropy bf16", "cross_entropy", {}, core=True)
     for dtype in ("float16", "float32"):
         yield Case(f"cross entropy {dtype}", "cross_entropy", {"dtype": dtype, "label_smoothing": 0.1})

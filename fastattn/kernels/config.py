@@ -228,3 +228,17 @@ def cross_entropy_config(classes: int) -> tuple[int, int]:
     """(columns of a block, warps): 16 numbers per thread."""
     block = min(4_096, max(128, _power_of_2(classes)))
     return block, max(4, block // 512)
+
+
+def rotary_config(half: int, tail: int) -> tuple[int, int, int, int]:
+    """(columns, columns of the tail, tokens, warps) of a program over tables of `half` columns and `tail` numbers that stay.
+
+    8 pairs per thread: 16 bytes of each half in 16 bits.
+    """
+    columns, tail_columns = max(8, _power_of_2(half)), _power_of_2(tail)
+    return columns, tail_columns, max(1, 2_048 // max(2 * columns, tail_columns)), 4
+
+
+def head_splits(target: Target, tiles: int, heads: int) -> int:
+    """Programs that share the heads of a block of tokens: as few as give every processor four programs."""
+    return max(1, min(heads, -(-4 * target.processors // max(tiles, 1))))

@@ -21,7 +21,7 @@ def strides(tensor: Tensor | None) -> tuple[int, ...] | None:
 
 
 def pair_strides(tensor: Tensor | None) -> tuple[int, ...] | None:
-    """Strides of a mask or bias that broadcasts over (B, Hq, Nq, Nk): 0 where it has size 1."""
+    """Strides of a tensor that broadcasts, such as a mask over (B, Hq, Nq, Nk): 0 where it has size 1."""
     if tensor is None:
         return None
     return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride()))

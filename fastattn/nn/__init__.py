@@ -3,5 +3,25 @@
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.feed_forward import FeedForward, GatedFeedForward
 from fastattn.nn.norm import LayerNorm, RMSNorm
+from fastattn.nn.rotary import RotaryEmbedding
+from fastattn.nn.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
-__all__ = ["FeedForward", "GatedFeedForward", "LayerNorm", "MultiheadAttention", "RMSNorm"]
+__all__ = [
+    "FeedForward",
+    "GatedFeedForward",
+    "LayerNorm",
+    "MultiheadAttention",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+]

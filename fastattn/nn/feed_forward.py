@@ -2,10 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from fastattn.ops.feed_forward import ACTIVATIONS, RECOMPUTE, feed_forward
+from fastattn.nn.plain import activation_name, is_plain_linear, is_unhooked, weight_of
+from fastattn.ops.feed_forward import ACTIVATIONS, RECOMPUTE, feed_forward, linear
+
+
+def two_layers(
+    input: Tensor,
+    linear1: nn.Linear,
+    linear2: nn.Linear,
+    activation: str | Callable[[Tensor], Tensor],
+    *,
+    gate: nn.Linear | None = None,
+    dropout: nn.Module | None = None,
+    recompute: str = "none",
+) -> Tensor:
+    """linear2(dropout(activation(linear1(x)))), or with a gate linear2(dropout(activation(gate(x)) · linear1(x))).
+
+    What consists of plain linear layers runs fused; what has hooks, adapters or wrappers is called.
+    """
+    name = activation if isinstance(activation, str) else activation_name(activation)
+    plain1, plain2 = is_plain_linear(linear1, *([] if gate is None else [gate])), is_plain_linear(linear2)
+    if name is not None and plain1 and plain2 and not _acts(dropout):
+        return feed_forward(
+            *(input, weight_of(linear1), linear1.bias, weight_of(linear2), linear2.bias),
+            activation=name,
+            gate_weight=None if gate is None else weight_of(gate),
+            gate_bias=None if gate is None else gate.bias,
+            recompute=recompute,
+        )
+    act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+    if gate is not None:
+        hidden = act(gate(input)) * linear1(input)
+    elif name is not None and plain1:
+        hidden = linear(input, weight_of(linear1), linear1.bias, activation=name)
+    else:
+        hidden = act(linear1(input))
+    return linear2(hidden if dropout is None else dropout(hidden))
+
+
+def _acts(dropout: nn.Module | None) -> bool:
+    """Whether calling `dropout` may do anything."""
+    if dropout is None or (type(dropout) is nn.Identity and is_unhooked(dropout)):
+        return False
+    return type(dropout) is not nn.Dropout or not is_unhooked(dropout) or (dropout.training and dropout.p > 0.0)
 
 
 class FeedForward(nn.Module):
@@ -54,15 +98,7 @@ class FeedForward(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., d_model) → (..., d_model)"""
-        return feed_forward(
-            input,
-            self.linear1.weight,
-            self.linear1.bias,
-            self.linear2.weight,
-            self.linear2.bias,
-            activation=self.activation,
-            recompute=self.recompute,
-        )
+        return two_layers(input, self.linear1, self.linear2, self.activation, recompute=self.recompute)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, recompute={self.recompute!r}"
@@ -96,14 +132,5 @@ class GatedFeedForward(FeedForward):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., d_model) → (..., d_model)"""
-        return feed_forward(
-            input,
-            self.linear1.weight,
-            self.linear1.bias,
-            self.linear2.weight,
-            self.linear2.bias,
-            activation=self.activation,
-            gate_weight=self.gate.weight,
-            gate_bias=self.gate.bias,
-            recompute=self.recompute,
-        )
+        layers = self.linear1, self.linear2, self.activation
+        return two_layers(input, *layers, gate=self.gate, recompute=self.recompute)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastattn.nn.plain import is_unhooked
 from fastattn.ops.normalization import layer_norm, rms_norm
 
 
-class LayerNorm(torch.nn.LayerNorm):
-    """`torch.nn.LayerNorm` with the same constructor, parameters and initialisation, over `fastattn.layer_norm`.
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` with the same constructor, parameters and initialisation, over `fastattn.layer_norm`.
 
     Example:
         >>> LayerNorm(4)(torch.ones(2, 4))
@@ -22,9 +22,18 @@ class LayerNorm(torch.nn.LayerNorm):
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-class RMSNorm(torch.nn.RMSNorm):
-    """`torch.nn.RMSNorm` with the same constructor, parameters and initialisation, over `fastattn.rms_norm`."""
+class RMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm` with the same constructor, parameters and initialisation, over `fastattn.rms_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., *normalized_shape) → the same shape and dtype."""
         return rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+def add_norm(norm: nn.Module, residual: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+    """(norm(x), x) where x = residual + branch: one kernel where `norm` is a layer norm and nothing else."""
+    layer_norm_only = type(norm) in (LayerNorm, nn.LayerNorm) and is_unhooked(norm)
+    if isinstance(norm, nn.LayerNorm) and layer_norm_only and residual.dtype == branch.dtype:
+        return layer_norm(branch, norm.normalized_shape, norm.weight, norm.bias, norm.eps, residual=residual)
+    x = residual + branch
+    return norm(x), x

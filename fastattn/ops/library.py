@@ -54,12 +54,15 @@ def observed(arguments: Sequence[Any]) -> bool:
     return bool(arguments[0].is_meta)
 
 
-def differentiate(op: torch._ops.OpOverload, gradient: Gradient, keep_outputs: Sequence[int] = ()) -> None:
+def differentiate(
+    op: torch._ops.OpOverload, gradient: Gradient, keep_outputs: Sequence[int] = (), drop_arguments: Sequence[int] = ()
+) -> None:
     """Register the gradient of `op`.
 
     `gradient(needs, grad_outputs, arguments, outputs)` gets which arguments need a gradient, one gradient or None per
-    output, the op's arguments and its outputs (None where the index is not in `keep_outputs`: what is not kept is not
-    held in memory), and returns one gradient or None per argument. It may itself be differentiated.
+    output, the op's arguments (None where a tensor's index is in `drop_arguments`) and its outputs (None where the index
+    is not in `keep_outputs`): what is not kept is not held in memory. It returns one gradient or None per argument, and
+    may itself be differentiated.
     """
     defaults = [argument.default_value for argument in op._schema.arguments]
     implementation = _DIRECT[op]
@@ -71,7 +74,10 @@ def differentiate(op: torch._ops.OpOverload, gradient: Gradient, keep_outputs: S
             result = implementation(*arguments) if keyset is None else below_autograd(keyset, *arguments)
             outputs = result if isinstance(result, tuple) else (result,)
             kept = [output if i in keep_outputs else None for i, output in enumerate(outputs)]
-            tensors = [argument if isinstance(argument, Tensor) else None for argument in arguments]
+            tensors = [
+                argument if isinstance(argument, Tensor) and i not in drop_arguments else None
+                for i, argument in enumerate(arguments)
+            ]
             ctx.save_for_backward(*tensors, *kept)
             ctx.constants = [None if isinstance(argument, Tensor) else argument for argument in arguments]
             return result

@@ -1,0 +1,115 @@
+"""Hugging Face transformers: `attn_implementation="fastattn"`.
+
+    from fastattn.integrations import transformers as integration
+    integration.register()
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="fastattn")    # or model.set_attn_implementation
+
+Interface: https://huggingface.co/docs/transformers/attention_interface
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastattn.ops.attention import attend, canonical
+
+NAME = "fastattn"
+
+# What models pass along that says nothing about which pairs are attended to, or says what the mask says as well.
+_HARMLESS = {
+    *("cache_position", "deterministic", "num_items_in_batch", "output_hidden_states", "output_router_logits"),
+    *("position_embeddings", "position_ids", "return_dict", "use_cache"),
+}
+_PACKED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+
+
+def register() -> str:
+    """Make "fastattn" an attention implementation of transformers, and return the name.
+
+    Registers the attention and the function that makes its masks: without the latter, transformers would drop padding.
+    May be called again.
+
+    Raises:
+        ImportError: transformers is not installed, or has no attention interface (it came with version 5).
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+    except ImportError as error:
+        raise ImportError("the integration needs the package transformers: pip install 'transformers>=5'") from error
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    *,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The attention of one layer, as transformers calls it.
+
+    Args:
+        module: the layer; its `is_causal`, where it has one, stands in for the argument.
+        query: (B, Hq, Nq, D).
+        key, value: (B, Hkv, Nk, D) and (B, Hkv, Nk, Dv), with everything that is in the cache.
+        attention_mask: bool, broadcastable to (B, Hq, Nq, Nk), True = attend; or floating, added to the scores; None: all
+            pairs, or the causal ones (from the top left: keys behind the queries are a static cache's empty places).
+        dropout: probability of dropping a weight.
+        scaling: multiplies the scores; None = 1 / sqrt(D).
+        is_causal: what a missing mask means.
+        softcap: c·tanh(score / c).
+        sliding_window: a query sees that many keys up to its own; a mask, where there is one, has it already.
+        s_aux: (Hq,), the sinks' logits.
+        position_bias: floating, broadcastable to (B, Hq, Nq, Nk), added to the scores.
+
+    Returns:
+        (output (B, Nq, Hq, Dv), None: the weights are never kept)
+
+    Raises:
+        TypeError: an argument that is not known here and may change the meaning.
+        ValueError: one that is known and cannot be honoured.
+    """
+    _check(options, attention_mask)
+    mask, bias = attention_mask, position_bias
+    if attention_mask is not None and attention_mask.is_floating_point():
+        mask, bias = None, attention_mask if position_bias is None else attention_mask + position_bias
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    left = right = None
+    if causal and attention_mask is None and query.shape[2] > 1:
+        right = query.shape[2] - key.shape[2]  # row i stands at column i + Nk - Nq
+    if sliding_window is not None and attention_mask is None:
+        if not causal and sliding_window < key.shape[2]:
+            raise ValueError(f"sliding_window={sliding_window} must come with an attention_mask where is_causal=False")
+        left = sliding_window - 1 - (right or 0) if causal else None
+    out, _ = attend(
+        canonical(query, key, value, mask, bias, None, s_aux, scaling, left, right, softcap or None, dropout)
+    )
+    return out.transpose(1, 2), None
+
+
+def _check(options: dict[str, Any], attention_mask: Tensor | None) -> None:
+    given = {name for name, option in options.items() if option is not None and option is not False}
+    if "output_attentions" in given:
+        raise ValueError('output_attentions must be False: use attn_implementation="eager" to get the weights')
+    if "cache" in given:
+        raise ValueError("cache must be None: continuous batching with a paged cache is not supported")
+    if attention_mask is None and (packed := sorted(given & _PACKED)):
+        raise ValueError(
+            f"{', '.join(packed)} must come with an attention_mask that keeps the sequences apart, got None"
+        )
+    if unknown := sorted(given - _HARMLESS - _PACKED):
+        raise TypeError(f"attention got arguments that are not known here and may change its meaning: {unknown}")

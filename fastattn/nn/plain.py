@@ -1,0 +1,77 @@
+"""When may a fused op read a layer's parameters instead of calling the layer?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_FUNCTIONS: dict[Callable[..., Tensor], str] = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    F.gelu: "gelu",
+    F.silu: "silu",
+    F.sigmoid: "sigmoid",
+    torch.sigmoid: "sigmoid",
+    F.tanh: "tanh",
+    torch.tanh: "tanh",
+}
+_MODULES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+    nn.Identity: "identity",
+}
+# The classes of transformers.activations, by name: importing them would import transformers.
+_TRANSFORMERS = {
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "SiLUActivation": "silu",
+    "ReLUSquaredActivation": "relu2",
+    "LinearActivation": "identity",
+}
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether calling `module` runs its class's forward and nothing else: no hook, no replaced forward."""
+    return not (any(getattr(module, name) for name in _HOOKS) or "forward" in vars(module) or _has_any_global_hook())
+
+
+def is_plain_linear(*modules: nn.Module) -> bool:
+    """Whether calling each of `modules` is x Wᵀ + b and nothing else: a Linear, no subclass of it, without hooks.
+
+    A wrapper (FSDP), an adapter (LoRA), a quantised or a tensor-parallel layer is none: it has to be called.
+    """
+    return all((type(module) is nn.Linear or _is_conv1d(module)) and is_unhooked(module) for module in modules)
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight of a plain linear layer, (out_features, in_features)."""
+    return linear.weight.t() if _is_conv1d(linear) else linear.weight  # type: ignore[operator,return-value]
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' linear layer of GPT-2, which stores its weight transposed."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def activation_name(activation: object) -> str | None:
+    """The name that `fastattn.feed_forward` has for `activation`, a function or a module; None where it has none."""
+    if not isinstance(activation, nn.Module):
+        return _FUNCTIONS.get(activation) if callable(activation) else None
+    if not is_unhooked(activation):
+        return None
+    kind = type(activation)
+    if kind is nn.GELU:
+        return "gelu" if activation.approximate == "none" else "gelu_tanh"
+    if kind.__module__ == "transformers.activations":
+        return _TRANSFORMERS.get(kind.__name__)
+    return _MODULES.get(kind)

@@ -1,0 +1,338 @@
+"""`patch` and `unpatch`: an existing model computes with fastattn, in place.
+
+A module is not replaced: its class is, by a subclass. So its parameters, buffers, children, hooks, device, dtype,
+`requires_grad`, tied weights and whatever wraps it are the same objects before and after, and `unpatch` puts the class back.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastattn.nn as ours
+from fastattn.adapters import ADAPTERS, Adapter, adapted
+from fastattn.nn.plain import is_plain_linear
+from fastattn.ops.checks import FLOAT_DTYPES, name_of
+
+Patterns = str | type | Sequence[str | type] | None
+
+# What becomes of torch's classes, and the attributes that keep torch from computing around them in eval().
+_TORCH: dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]] = {
+    nn.LayerNorm: (ours.LayerNorm, {}),
+    nn.RMSNorm: (ours.RMSNorm, {}),
+    nn.MultiheadAttention: (ours.MultiheadAttention, {"_qkv_same_embed_dim": False}),
+    nn.TransformerEncoderLayer: (ours.TransformerEncoderLayer, {}),
+    nn.TransformerDecoderLayer: (ours.TransformerDecoderLayer, {}),
+    nn.TransformerEncoder: (ours.TransformerEncoder, {"use_nested_tensor": False}),
+    nn.TransformerDecoder: (ours.TransformerDecoder, {}),
+    nn.Transformer: (ours.Transformer, {}),
+}
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the largest element
+_ORIGINAL, _ATTENTION = "_fastattn_original", "_fastattn_attention"  # where a module keeps what it was
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What became of one module.
+
+    Attributes:
+        name: as in `model.named_modules()`; "" is the model itself.
+        kind: its class.
+        became: what it computes with now; None where it was left.
+        reason: why it was left.
+    """
+
+    name: str
+    kind: str
+    became: str | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `patch` did to every module of a model; prints as a table."""
+
+    entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def swapped(self) -> dict[str, str]:
+        """What each swapped module became, by name."""
+        return {entry.name: entry.became for entry in self.entries if entry.became is not None}
+
+    @property
+    def left(self) -> dict[str, str]:
+        """Why each other module was left, by name."""
+        return {entry.name: entry.reason for entry in self.entries if entry.became is None}
+
+    def __str__(self) -> str:
+        """One row for modules of one class and fate; numbers in their names are written *."""
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        for e in sorted(self.entries, key=lambda e: e.became is None):
+            fate = ("left", e.kind, e.reason) if e.became is None else ("swapped", e.kind, e.became)
+            groups.setdefault(fate, []).append(re.sub(r"\b\d+\b", "*", e.name) or "(the model)")
+        table = [("", "class", "count", "became / why it was left", "names")]
+        for (done, kind, text), names in groups.items():
+            table.append((done, kind, str(len(names)), text, ", ".join(dict.fromkeys(names))))
+        widths = [max(len(row[i]) for row in table) for i in range(4)]
+        return "\n".join("  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[4]]) for row in table)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A module's new class and attributes."""
+
+    cls: type[nn.Module]
+    attributes: dict[str, Any]
+    became: str
+
+
+def patch(model: nn.Module, *, include: Patterns = None, exclude: Patterns = None, dry_run: bool = False) -> Report:
+    """Let the modules of `model` that fastattn knows compute with fastattn, in place.
+
+    Known are torch's MultiheadAttention, transformer layers and stacks, LayerNorm and RMSNorm; norms and feed-forward layers
+    of the families of GPT-2, BERT, RoBERTa, ViT, Llama, Mistral, Qwen and Gemma in transformers, and the blocks of timm's
+    vision transformers, which are recognised by their structure and then compared, on random inputs, with what they
+    replace; and the attention of transformers' models (`attn_implementation="fastattn"`).
+
+    Parameters, hooks, tied weights, devices, dtypes, optimizers and wrappers such as DistributedDataParallel stay. Patch
+    before `fully_shard` and `parallelize_module`: modules whose parameters are distributed tensors are left.
+
+    Args:
+        model: any module; nothing happens to it where an error is raised.
+        include: only modules whose name matches one of these shell patterns ("encoder.*"), whose class's name is one of
+            them, or that are instances of one of these classes. None = all.
+        exclude: no module that matches one of these.
+        dry_run: only report what would be done.
+
+    Returns:
+        the report, which names every module: `print(report)`, `report.swapped`, `report.left`.
+
+    Raises:
+        ValueError: a pattern that matches no module.
+
+    Example:
+        >>> model = torch.nn.Transformer(64, 4, 1, 1)
+        >>> report = fastattn.patch(model, exclude="decoder*")
+        >>> report.swapped["encoder.layers.0.norm1"]
+        'fastattn.nn.LayerNorm'
+        >>> fastattn.unpatch(model)
+        7
+    """
+    named = list(model.named_modules(remove_duplicate=False))
+    chosen = _chosen(named, include, exclude)
+    kinds = {module: _class_name(module) for _, module in named}
+    decisions: dict[nn.Module, _Plan | str] = {}
+    for name, module in named:
+        if module not in decisions:
+            decisions[module] = _decide(module) if name in chosen else "not chosen by include and exclude"
+    _forbid_nested_tensors(decisions)
+    attention = _attention_decisions(named, chosen)
+    if not dry_run:
+        for root in attention.roots:
+            _swap_attention(root)
+        for module, plan in decisions.items():
+            if isinstance(plan, _Plan):
+                _swap(module, plan)
+    entries = []
+    for name, module in named:
+        decision = attention.modules.get(module, decisions[module])
+        became, reason = (decision.became, "") if isinstance(decision, _Plan) else (None, decision)
+        entries.append(Entry(name, kinds[module], became, reason))
+    return Report(entries)
+
+
+def unpatch(model: nn.Module) -> int:
+    """Undo `patch`: every module gets back its class and its attributes, and its results are those from before, bit for bit.
+
+    Returns:
+        how many modules got their class back.
+
+    Raises:
+        RuntimeError: a module's class was changed again since (by `fully_shard`, for example); nothing is restored.
+    """
+    originals = [(module, vars(module)[_ORIGINAL]) for module in model.modules() if _ORIGINAL in vars(module)]
+    for module, (_, _, swapped) in originals:
+        if _class_name(module) != swapped:
+            raise RuntimeError(f"a {_class_name(module)} was wrapped after it was patched: unwrap the model first")
+    for module, (cls, attributes, _) in originals:
+        del vars(module)[_ORIGINAL]
+        module.__class__ = cls
+        vars(module).update(attributes)
+    for module in model.modules():
+        if _ATTENTION in vars(module):
+            module.set_attn_implementation(vars(module).pop(_ATTENTION))  # type: ignore[operator]
+    return len(originals)
+
+
+def _swap(module: nn.Module, plan: _Plan) -> None:
+    state = vars(module)
+    before = {name: state[name] for name in plan.attributes if name in state}
+    state[_ORIGINAL] = type(module), before, plan.cls.__name__
+    module.__class__ = plan.cls
+    state.update({name: value for name, value in plan.attributes.items() if name in before})
+
+
+def _class_name(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def _chosen(named: list[tuple[str, nn.Module]], include: Patterns, exclude: Patterns) -> set[str]:
+    """The names of the modules to look at."""
+
+    def matched(argument: str, patterns: Patterns) -> set[str]:
+        found: set[str] = set()
+        for pattern in [patterns] if isinstance(patterns, (str, type)) else patterns or ():
+            if isinstance(pattern, type):
+                names = {name for name, module in named if isinstance(module, pattern)}
+            else:
+                names = {n for n, m in named if fnmatchcase(n, pattern) or _class_name(m) == pattern}
+            if not names:
+                raise ValueError(f"{argument}={pattern!r} matches no module: neither a name nor a class of the model's")
+            found |= names
+        return found
+
+    everything = {name for name, _ in named}
+    return (everything if include is None else matched("include", include)) - matched("exclude", exclude)
+
+
+def _decide(module: nn.Module) -> _Plan | str:
+    """The plan for one module, or the reason why there is none."""
+    kind = type(module)
+    if _ORIGINAL in vars(module) or kind.__module__.startswith("fastattn."):
+        return "is fastattn's already"
+    known = _TORCH.get(kind)
+    adapters = [] if known else [adapter for adapter in ADAPTERS if adapter.fits(module)]
+    if known is None and not adapters:
+        base = next((b for b in kind.__mro__ if b in _TORCH), None)
+        return f"a subclass of {base.__name__}: it may compute something else" if base else "nothing here replaces it"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    for parameter in module.parameters():
+        if type(parameter.data) is not Tensor:
+            return f"its parameters are {type(parameter.data).__name__}: patch before they are distributed"
+        if parameter.dtype not in FLOAT_DTYPES:
+            return f"its parameters are {name_of(parameter.dtype)}: only float32, float16 and bfloat16 are supported"
+    if known:
+        cls, attributes = known
+        return _Plan(cls, attributes, f"fastattn.nn.{cls.__name__}")
+    differences = []
+    for adapter in adapters:
+        differences.append(_difference(module, adapter))
+        if not differences[-1]:
+            return _Plan(adapted(adapter, kind), {}, f"fastattn.adapters.{adapter.__name__}")
+    return differences[0]
+
+
+def _difference(module: nn.Module, adapter: type[Adapter]) -> str:
+    """Why the adapter does not compute what `module` computes; "" where it does."""
+    for name in adapter.linears:
+        if not is_plain_linear(getattr(module, name)):
+            return f"{name} is no plain linear layer, or has hooks: it has to be called"
+    like = next(module.parameters())
+    if like.is_meta:
+        return "its parameters are on the meta device: load them first"
+    original = type(module)
+    cls = adapted(adapter, original)
+    try:
+        with _evaluating(module):
+            for inputs in adapter.probes(module, like):
+                expected, got = original.forward(module, *inputs), None
+                module.__class__ = cls
+                got = cls.forward(module, *inputs)
+                module.__class__ = original
+                if not isinstance(expected, Tensor) or expected.dtype != got.dtype or expected.shape != got.shape:
+                    return "looks like a known structure, but its result is of another shape or dtype"
+                error = (got.float() - expected.float()).abs().max().item()
+                if not error <= _TOLERANCE[inputs[0].dtype] * expected.float().abs().max().item():
+                    return f"looks like a known structure, but computes something else (by {error:.1e})"
+    except Exception as error:  # whatever a stranger's forward may raise
+        return f"looks like a known structure, but raised {type(error).__name__} when compared"
+    finally:
+        module.__class__ = original
+    return ""
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Without gradients, autocast and dropout."""
+    modes = [(m, m.training) for m in module.modules()]
+    device = next(module.parameters()).device.type
+    try:
+        module.eval()
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+def _forbid_nested_tensors(decisions: dict[nn.Module, _Plan | str]) -> None:
+    """A stack that stays torch's makes nested tensors, which none of ours takes: forbid it where a layer was swapped."""
+    for module, decision in list(decisions.items()):
+        if not isinstance(module, nn.TransformerEncoder) or isinstance(decision, _Plan):
+            continue
+        swapped_inside = any(isinstance(decisions[m], _Plan) for m in module.layers.modules())
+        if swapped_inside and vars(module).get("use_nested_tensor"):
+            decisions[module] = _Plan(type(module), {"use_nested_tensor": False}, "itself, without nested tensors")
+
+
+@dataclass
+class _Attention:
+    """Models of transformers whose attention implementation changes, and what becomes of their attention layers."""
+
+    roots: list[Any] = field(default_factory=list)
+    modules: dict[nn.Module, _Plan | str] = field(default_factory=dict)
+
+
+def _attention_decisions(named: list[tuple[str, nn.Module]], chosen: set[str]) -> _Attention:
+    result = _Attention()
+    transformers = sys.modules.get("transformers.modeling_utils")
+    if transformers is None:  # never imported: none of its models is here
+        return result
+    from fastattn.integrations.transformers import NAME, register
+
+    register()
+    inside: set[nn.Module] = set()
+    for name, root in named:
+        if not isinstance(root, transformers.PreTrainedModel) or root in inside:
+            continue
+        inside.update(root.modules())
+        prefix = f"{name}." if name else ""
+        layers = [(prefix + n, m) for n, m in root.named_modules() if _calls_the_interface(m)]
+        reason = ""
+        if not layers:
+            continue
+        if root.config._attn_implementation == NAME:
+            reason = "is fastattn's already"
+        elif not root._can_set_attn_implementation():
+            reason = "the model does not let its attention implementation be changed"
+        elif missing := [n for n, _ in layers if n not in chosen]:
+            reason = f"one implementation serves the whole model, and {missing[0]} was not chosen"
+        else:
+            result.roots.append(root)
+        for _, layer in layers:
+            result.modules[layer] = reason or _Plan(type(layer), {}, f'attn_implementation="{NAME}"')
+    return result
+
+
+def _calls_the_interface(module: nn.Module) -> bool:
+    """Whether this is an attention layer that asks transformers for its implementation."""
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and {"_attn_implementation", "get_interface"}.issubset(code.co_names)
+
+
+def _swap_attention(root: Any) -> None:
+    from fastattn.integrations.transformers import NAME
+
+    parts = {key: getattr(root.config, key) for key in root.config.sub_configs}
+    before = {key: part._attn_implementation for key, part in parts.items() if part is not None}
+    vars(root)[_ATTENTION] = {"": root.config._attn_implementation, **before}
+    root.set_attn_implementation(NAME)

@@ -1,0 +1,140 @@
+"""`attn_implementation="fastattn"` in transformers against its eager attention."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.tiny_models import CAUSAL, OTHERS, build, inputs, transformers
+
+from fastattn.integrations.transformers import attention_forward, register  # isort: skip
+
+pytestmark = pytest.mark.filterwarnings("default")
+register()
+
+
+def pair(name):
+    eager = build(name)
+    ours = copy.deepcopy(eager)
+    ours.set_attn_implementation("fastattn")
+    assert ours.config._attn_implementation == "fastattn"
+    return eager, ours
+
+
+def values_and_gradients(model, batch, rows):
+    hidden = model(**batch)[0]
+    hidden = hidden if rows is None else hidden[rows]
+    grads = torch.autograd.grad(hidden.sin().sum(), list(model.parameters()), allow_unused=True)
+    return [hidden, *grads]
+
+
+@pytest.mark.parametrize("side", ["left", "right", None])
+@pytest.mark.parametrize("name", [*CAUSAL, *OTHERS])
+def test_outputs_and_gradients_are_eagers(name, side):
+    batch = inputs(name, side or "right")
+    if side is None:
+        batch.pop("attention_mask", None)
+    rows = (
+        batch["attention_mask"].bool() if "attention_mask" in batch else None
+    )  # what padding attends to has no meaning
+    results = [values_and_gradients(model, batch, rows) for model in pair(name)]
+    for expected, got in zip(*results):
+        assert (expected is None) == (got is None)
+        if got is not None:
+            torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_generation_is_token_identical_to_eager(name, side, cache):
+    tokens = []
+    for model in pair(name):
+        options = {"do_sample": False, "max_new_tokens": 12, "cache_implementation": cache, "pad_token_id": 0}
+        tokens.append(model.generate(**inputs(name, side), **options))
+    assert tokens[0].shape == (2, 19)
+    assert torch.equal(*tokens)
+
+
+def test_chunked_prefill_and_sampling_and_beams():
+    batch = inputs("llama", "left")
+    for options in ({"prefill_chunk_size": 3}, {"num_beams": 3}, {"do_sample": True}):
+        tokens = []
+        for model in pair("llama"):
+            torch.manual_seed(3)
+            tokens.append(model.generate(**batch, max_new_tokens=6, pad_token_id=0, **options))
+        assert torch.equal(*tokens)
+
+
+def test_from_pretrained_and_back(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="fastattn").eval()
+    batch = inputs("llama")
+    ours = model(**batch).logits
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(ours[0], model(**batch).logits[0])
+
+
+def test_the_attention_really_runs(monkeypatch):
+    model = build("llama", "fastattn")
+    calls = []
+    monkeypatch.setattr(
+        "fastattn.integrations.transformers.attend", lambda a: calls.append(a) or (torch.zeros(2, 4, 7, 6), None)
+    )
+    model(**inputs("llama"))
+    assert len(calls) == 2
+    assert all(c[3].dtype == torch.bool for c in calls)  # the padding's mask arrives as one
+
+
+def test_dropout_acts_in_training_only():
+    _, ours = pair("bert")
+    batch = inputs("bert")
+    assert torch.equal(ours(**batch)[0], ours(**batch)[0])
+    for module in ours.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for layer in ours.encoder.layer:
+        layer.attention.self.dropout.p = 0.5
+    ours.train()
+    assert not torch.equal(ours(**batch)[0], ours(**batch)[0])
+
+
+Q, K = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
+MASK = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"cache": object()}, ValueError, "cache must be None"),
+        ({"output_attentions": True}, ValueError, 'use attn_implementation="eager"'),
+        ({"cu_seq_lens_q": torch.tensor([0, 5])}, ValueError, "cu_seq_lens_q must come with an attention_mask"),
+        ({"sliding_window": 2, "is_causal": False}, ValueError, "sliding_window=2 must come with an attention_mask"),
+        ({"block_indices": 1, "use_cache": True}, TypeError, r"\['block_indices'\]"),
+    ],
+    ids=["paged", "weights", "packed", "window", "unknown"],
+)
+def test_what_cannot_be_honoured_raises(options, error, message):
+    with pytest.raises(error, match=message):
+        attention_forward(torch.nn.Identity(), Q, K, K, None, **options)
+
+
+def test_arguments_against_their_meaning():
+    module = torch.nn.Identity()  # has no is_causal: causal
+    dense = MASK.expand(2, 4, 5, 5)
+    bias = torch.randn(1, 4, 5, 5)
+    causal, _ = attention_forward(module, Q, K, K, None)
+    torch.testing.assert_close(causal, attention_forward(module, Q, K, K, MASK, position_ids=torch.arange(5))[0])
+    floats = torch.zeros(2, 1, 5, 5).masked_fill(~MASK, torch.finfo(torch.float32).min)
+    torch.testing.assert_close(causal, attention_forward(module, Q, K, K, floats)[0])
+    static = torch.cat([K, torch.randn(2, 2, 3, 8)], 2)  # a static cache with three empty places
+    torch.testing.assert_close(causal, attention_forward(module, Q, static, static, None)[0])
+    window = dense & (torch.arange(5)[:, None] - torch.arange(5) < 2)
+    windowed = attention_forward(module, Q, K, K, window)[0]
+    for keys in (K, static):
+        torch.testing.assert_close(attention_forward(module, Q, keys, keys, None, sliding_window=2)[0], windowed)
+    for mask in (None, MASK, floats):
+        got = attention_forward(module, Q, K, K, mask, position_bias=bias, scaling=0.3)[0]
+        scores = 0.3 * Q @ K.repeat_interleave(2, 1).mT + bias
+        expected = scores.masked_fill(~MASK, -torch.inf).softmax(-1) @ K.repeat_interleave(2, 1)
+        torch.testing.assert_close(got, expected.transpose(1, 2))
