@@ -275,3 +275,19 @@ def test_errors_name_the_argument(name):
     error, message, arguments = ERRORS[name]
     with contract.no_launch(), pytest.raises(error, match=message):
         fastattn.layer_norm(**arguments)
+
+
+def test_second_gradient_of_16_bit_rows():
+    """The short way on the CPU has a backward of its own, which can be differentiated as well."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape).to(torch.bfloat16) for shape in ((5, 16), (16,), (16,))]
+
+    def second(norm, tensors):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        grads = torch.autograd.grad(norm(leaves[0], (16,), *leaves[1:]).square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+    truth = second(F.layer_norm, [t.double() for t in tensors])
+    plain = second(lambda x, shape, *p: F.layer_norm(x.float(), shape, *(t.float() for t in p)).to(x.dtype), tensors)
+    for i, triple in enumerate(zip(second(fastattn.layer_norm, tensors), truth, plain)):
+        assert_close(f"second gradient {i}", *triple)

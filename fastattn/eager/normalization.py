@@ -97,7 +97,6 @@ def backward(
     groups: int,
     rows: int,
     columns: int,
-    eps: float,
     weight_offset: float,
     dropout_p: float,
     has_residual: bool,
@@ -109,7 +108,7 @@ def backward(
     gain, plain = _gain(weight, columns, weight_offset, h), mean.numel() > 0 and groups == 1 and scale is None
     whole = plain and seed is None and h.dtype == input_dtype and grad_hidden is None
     if whole and sums_dtype in (None, h.dtype):
-        grad, sums = _fused(dy.to(h.dtype), h, gain, mean, rstd, eps, sums_dtype is not None)
+        grad, sums = fused_backward(dy.to(h.dtype), h, gain, mean, rstd, sums_dtype is not None)
         return grad.view(hidden.shape), hidden.new_empty(0), *_sums([s[None] for s in sums], rstd, sums_dtype)
     separate = seed is not None or input_dtype != hidden.dtype
     grad = hidden.new_empty(hidden.shape if has_residual or not separate else 0)
@@ -119,7 +118,7 @@ def backward(
     for block in _blocks(rows, columns):
         dy_block, h_block = dy[block].float(), h[block].float()
         if plain:
-            dh, summands = _fused(dy_block, h_block, gain, mean[block], rstd[block], eps, sums_dtype is not None)
+            dh, summands = fused_backward(dy_block, h_block, gain, mean[block], rstd[block], sums_dtype is not None)
             for total, summand in zip(sums, summands):
                 total += summand
         else:
@@ -163,22 +162,28 @@ def _gain(weight: Tensor | None, columns: int, weight_offset: float, like: Tenso
     return gain + weight_offset if weight_offset else gain
 
 
-def _fused(
-    dy: Tensor, h: Tensor, gain: Tensor, mean: Tensor, rstd: Tensor, eps: float, need_sums: bool
+def fused_backward(
+    dy: Tensor, h: Tensor, gain: Tensor, mean: Tensor, rstd: Tensor, need_sums: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """PyTorch's layer norm backward: dh in the rows' dtype, and where needed A and B in fp32.
 
-    Its own sums over 16-bit rows are 16-bit: 20,000 ones make 256. Its batch norm sums dy · x̂ and dy over rows as well, with
-    statistics of columns, here 0 and 1, and in fp32; x̂ is rounded to 16 bits for it, as the result will be.
+    dy, h: (rows, columns); gain: (columns,), fp32; mean, rstd: (rows,), fp32.
+
+    Its own sums over 16-bit rows are 16-bit: 20,000 ones make 256. Its batch norm sums over rows as well, and in fp32: from
+    x̂ (the batch norm in which each row is a channel, with the statistics known) it gets Σ dy · x̂ and Σ dy (the backward of
+    one with mean 0 and deviation 1). x̂ is rounded to 16 bits on the way, as the result will be.
     """
-    shape, aten, of_fp32 = gain.shape, torch.ops.aten, need_sums and h.dtype == torch.float32
+    of_fp32 = need_sums and h.dtype == torch.float32
     which = [True, of_fp32, of_fp32]
-    dh, *sums = aten.native_layer_norm_backward(dy, h, shape, mean[:, None], rstd[:, None], gain, gain, which)
+    dh, *sums = torch.ops.aten.native_layer_norm_backward(
+        dy, h, gain.shape, mean[:, None], rstd[:, None], gain, gain, which
+    )
     if need_sums and not of_fp32:
-        x_hat = torch.native_layer_norm(h, shape, None, None, eps)[0]
-        zero, one = torch.zeros_like(gain), torch.ones_like(gain)
-        which = [False, True, True]
-        _, *sums = aten.native_batch_norm_backward(dy, x_hat, one, zero, one, zero, one, True, 0.0, which)
+        x_hat = torch.native_batch_norm(h[None], None, None, mean, rstd.pow(-2), False, 0.0, 0.0)[0][0]
+        deviation, which = torch.ones_like(gain), [False, True, True]
+        _, *sums = torch.ops.aten.native_batch_norm_backward(
+            dy, x_hat, None, None, None, torch.zeros_like(gain), deviation, True, 0.0, which
+        )
     return dh, sums if need_sums else []
 
 

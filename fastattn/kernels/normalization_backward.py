@@ -170,14 +170,13 @@ def backward(
     groups: int,
     rows: int,
     columns: int,
-    eps: float,
     weight_offset: float,
     dropout_p: float,
     has_residual: bool,
     input_dtype: torch.dtype,
     sums_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dh, dx where it differs from dh, A, B), as `fastattn.ops.normalization` describes them; `rstd` has `eps` in it."""
+    """(dh, dx where it differs from dh, A, B), as `fastattn.ops.normalization` describes them."""
     dy, h = as_rows(grad_output, rows, columns), as_rows(hidden, rows, columns)
     dy_hidden = None if grad_hidden is None else grad_hidden.contiguous()
     separate = seed is not None or input_dtype != hidden.dtype

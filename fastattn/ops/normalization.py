@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backend import choose, device_guard, implementation
-from fastattn.eager.normalization import modulate, normalise
+from fastattn.eager.normalization import fused_backward, modulate, normalise
 from fastattn.eager.random import drop
 from fastattn.ops import checks
 from fastattn.ops.library import call, define, differentiate, needs_composite, observed
@@ -85,12 +85,10 @@ def layer_norm(
         tensor([[-1.,  1.]])
     """
     plain = residual is residual_dtype is scale is shift is None and not (dropout_p or weight_offset)
-    if plain and eps >= 0.0 and _torch_does_it(input, weight, bias):
-        shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
-        try:
-            return torch.layer_norm(input, shape, weight, bias, eps)
-        except (RuntimeError, TypeError):
-            pass  # the checks below name the argument
+    if plain and eps >= 0.0:
+        output = _by_torch(input, normalized_shape, weight, bias, eps)
+        if output is not None:
+            return output
     return _norm(
         input,
         normalized_shape,
@@ -163,22 +161,58 @@ def rms_norm(
     )
 
 
-def _torch_does_it(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether PyTorch's own layer norm is what the CPU backend would run, which is then called without a detour.
+def _by_torch(
+    input: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor | None:
+    """Plain layer norm on the CPU, which is one call of PyTorch's; None where it is not, or where the arguments are wrong.
 
-    Not where a 16-bit gradient of weight or bias is wanted: PyTorch sums it in 16 bits on a CPU (20,000 ones make 256).
+    The way through checks and dispatch costs 40 µs, and after a kernel that swept the caches ten times that.
     """
     if torch.compiler.is_compiling() or not isinstance(input, Tensor) or not input.is_cpu:
-        return False
-    if choose(input.device)[0] != "eager":
-        return False
+        return None
     dtype = input.dtype
     if (weight is not None and weight.dtype is not dtype) or (bias is not None and bias.dtype is not dtype):
-        return False
-    if dtype is torch.float32:
-        return True
-    summed = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (weight, bias))
-    return dtype in checks.FLOAT_DTYPES and not summed and not observed((input,))
+        return None
+    if choose(input.device)[0] != "eager":
+        return None
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+    try:
+        if dtype is torch.float32:
+            return torch.layer_norm(input, shape, weight, bias, eps)
+        if dtype not in checks.FLOAT_DTYPES or observed((input,)):
+            return None
+        if not (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (weight, bias))):
+            return torch.layer_norm(input, shape, weight, bias, eps)
+        return None if weight is None or bias is None else _Rounded.apply(input, shape, weight, bias, eps)
+    except (RuntimeError, TypeError):
+        return None  # the checks of the long way name the argument
+
+
+class _Rounded(torch.autograd.Function):
+    """PyTorch's layer norm of 16-bit rows on the CPU, with the right gradients of weight and bias."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        output, mean, rstd = torch.native_layer_norm(input, shape, weight.float(), bias.float(), eps)
+        ctx.save_for_backward(input, weight, bias, mean, rstd)
+        ctx.eps = eps
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        input, weight, bias, mean, rstd = ctx.saved_tensors
+        mean, rstd = mean.view(-1), rstd.view(-1)
+        if torch.is_grad_enabled():  # the gradient is going to be differentiated
+            grad, _, grad_weight, grad_bias, _, _ = call(
+                NORM_BACKWARD,
+                *(grad_output, None, input, None, weight, bias, None, None, mean, rstd, weight.dim(), ctx.eps),
+                *(0.0, 0.0, False, input.dtype, True),
+            )
+            return grad, None, grad_weight, grad_bias, None
+        rows, gain = (len(rstd), weight.numel()), weight.float().view(-1)
+        grad, (a, b) = fused_backward(grad_output.reshape(rows), input.reshape(rows), gain, mean, rstd, True)
+        dtype, shape = weight.dtype, weight.shape
+        return grad.view(input.shape), None, a.to(dtype).view(shape), b.to(dtype).view(shape), None
 
 
 def _norm(
@@ -390,7 +424,7 @@ def _backward(
     with device_guard(hidden.device):
         grad, grad_input, a, b = implementation("normalization", hidden.device).backward(
             *(grad_output, grad_hidden, hidden, seed, weight, scale, mean, rstd, *_sizes(hidden, dims, scale, shift)),
-            *(eps, weight_offset, dropout_p, has_residual, input_dtype, sums_dtype),
+            *(weight_offset, dropout_p, has_residual, input_dtype, sums_dtype),
         )
     grads: list[Tensor | None] = [None] * 4
     if needs_parameters and modulated:  # A and B are (groups, columns)
