@@ -8,7 +8,8 @@ from fastattn.backend import explain
 from fastattn.ops.attention import attention, scaled_dot_product_attention
 from fastattn.ops.decode import attention_with_kv_cache
 from fastattn.ops.feed_forward import feed_forward, linear
-from fastattn.ops.loss import linear_cross_entropy
+from fastattn.ops.linear_loss import linear_cross_entropy
+from fastattn.ops.loss import cross_entropy
 from fastattn.ops.normalization import layer_norm, rms_norm
 from fastattn.ops.rotary import rotary
 from fastattn.ops.varlen import varlen_attention
@@ -21,6 +22,7 @@ __all__ = [
     "attention",
     "attention_with_kv_cache",
     "backend",
+    "cross_entropy",
     "explain",
     "feed_forward",
     "layer_norm",

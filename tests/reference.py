@@ -136,24 +136,35 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias
 
 
-def linear_cross_entropy(
-    input: Tensor,
-    weight: Tensor,
+def cross_entropy(
+    logits: Tensor,
     target: Tensor,
     *,
-    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    logits = linear(input, weight, bias)
     classes = logits.shape[-1]
-    log_p = logits - torch.logsumexp(logits, -1, keepdim=True)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    lse = torch.logsumexp(logits, -1)
     valid = target != ignore_index
-    wanted = (torch.where(valid, target, 0)[..., None] == torch.arange(classes)).to(logits.dtype)
-    wanted = (1 - label_smoothing) * wanted + label_smoothing / classes
-    losses = -(wanted * log_p).sum(-1) * valid
-    return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / valid.sum()}[reduction]
+    is_target = (torch.where(valid, target, 0)[..., None] == torch.arange(classes)).to(logits.dtype)
+    weight = torch.ones(classes) if class_weight is None else class_weight
+    weight = weight.to(logits.dtype)
+    wanted = (1 - label_smoothing) * is_target + label_smoothing / classes
+    losses = (wanted * weight * (lse[..., None] - logits)).sum(-1) + z_loss * lse**2
+    losses = losses * valid
+    total = ((is_target * weight).sum(-1) * valid).sum()
+    return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / total}[reduction]
+
+
+def linear_cross_entropy(
+    input: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, **options: object
+) -> Tensor:
+    return cross_entropy(linear(input, weight, bias), target, **options)
 
 
 def rotary(

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn.backend
-from fastattn.models import GPT, GPTConfig, KVCache, loss
+from fastattn.models import GPT, GPTConfig, KVCache
 from fastattn.models.gpt import sample
-from fastattn.models.loss import chunked_cross_entropy
 
 TINY = GPTConfig(vocab_size=61, context_length=24, num_layers=2, num_heads=3, d_model=24, d_ff=40)
 VARIANTS = {
@@ -91,30 +90,6 @@ def test_logits_and_loss_together() -> None:
     logits, value = model(tokens, targets, return_logits=True)
     torch.testing.assert_close(value, model(tokens, targets)[1])
     assert logits.shape == (2, 24, TINY.vocab_size)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_chunked_cross_entropy(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In uneven chunks, with rows left out and a scaled gradient; the error is that of PyTorch at the same dtype."""
-    monkeypatch.setitem(loss.LOGITS_PER_CHUNK, "cpu", 7 * 50)
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(33, 16), torch.randn(50, 16)
-    target = torch.randint(50, (33,))
-    target[::5] = -100
-
-    def run(function: object, dtype: torch.dtype) -> list[Tensor]:
-        h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
-        value = function(h, w)
-        return [t.double() for t in (value.detach(), *torch.autograd.grad(3 * value, (h, w)))]
-
-    def plain(h: Tensor, w: Tensor) -> Tensor:
-        return F.cross_entropy((h @ w.mT).to(torch.promote_types(h.dtype, torch.float32)), target)
-
-    ours = run(lambda h, w: chunked_cross_entropy(h, w, target), dtype)
-    torchs = run(plain, dtype)
-    exact = run(plain, torch.float64)
-    for mine, its, true in zip(ours, torchs, exact):
-        assert (mine - true).abs().max() <= 2 * (its - true).abs().max() + 1e-6 * true.abs().max()
 
 
 def test_weights_are_tied_unless_asked() -> None:

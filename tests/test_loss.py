@@ -18,23 +18,48 @@ def target_of(input, classes, ignore_index=-100):
     return torch.where(index % 5 == 3, ignore_index, target).view(input.shape[:-1])
 
 
-def loss(rows=(7,), features=12, classes=33, bias=True, **options):
-    shapes = {"input": (*rows, features), "weight": (classes, features)} | ({"bias": (classes,)} if bias else {})
-    ignore_index = options.get("ignore_index", -100)
+def class_weights(classes):
+    """Between 0 and 2, one of them 0."""
+    return (torch.arange(classes) * 7 % 11) / 5.0
 
-    def ours(input, weight, bias=None):
+
+def torchs(logits, target, class_weight=None, z_loss=0.0, softcap=None, reduction="mean", **options):
+    """Torch's own, in fp32: its sum overflows in fp16."""
+    z = (
+        logits.flatten(0, -2).float()
+        if softcap is None
+        else softcap * torch.tanh(logits.flatten(0, -2) / softcap).float()
+    )
+    labels = target.flatten()
+    losses = F.cross_entropy(z, labels, class_weight, reduction="none", **options)
+    valid = labels != options.get("ignore_index", -100)
+    losses = losses + z_loss * torch.where(valid, torch.logsumexp(z, -1).square(), 0)
+    count = torch.ones(z.shape[1])[labels[valid]] if class_weight is None else class_weight[labels[valid]]
+    return {"none": losses.view(target.shape), "sum": losses.sum(), "mean": losses.sum() / count.sum()}[reduction]
+
+
+def loss(rows=(7,), features=12, classes=33, bias=True, weighted=False, logits=False, inplace=False, **options):
+    """A case of linear_cross_entropy, or with `logits` of cross_entropy."""
+    options |= {"class_weight": class_weights(classes)} if weighted else {}
+    ignore_index = options.get("ignore_index", -100)
+    shapes = {"input": (*rows, features), "weight": (classes, features)} | ({"bias": (classes,)} if bias else {})
+
+    def ours(input, weight=None, bias=None):
         target = target_of(input, classes, ignore_index)
+        if logits:
+            return fastattn.cross_entropy(input * 1.0 if inplace else input, target, inplace=inplace, **options)
         return fastattn.linear_cross_entropy(input, weight, target, bias=bias, **options)
 
-    def definition(input, weight, bias=None):
-        target = target_of(input, classes, ignore_index)
-        return reference.linear_cross_entropy(input, weight, target, bias=bias, **options)
+    def definition(input, weight=None, bias=None):
+        x = input if logits else reference.linear(input, weight, bias)
+        return reference.cross_entropy(x, target_of(input, classes, ignore_index), **options)
 
-    def plain(input, weight, bias=None):
-        logits = F.linear(input, weight, bias).flatten(0, -2).float()  # torch's own sum overflows in fp16
-        result = F.cross_entropy(logits, target_of(input, classes, ignore_index).flatten(), **options)
-        return result.view(input.shape[:-1]) if options.get("reduction") == "none" else result
+    def plain(input, weight=None, bias=None):
+        x = input if logits else F.linear(input, weight, bias)
+        return torchs(x, target_of(input, classes, ignore_index), **options)
 
+    if logits:
+        return Op(ours, definition, {"input": (*rows, classes)}, plain, factors={"input": 3.0})
     return Op(ours, definition, shapes, plain, factors={"weight": 0.5})
 
 
@@ -46,14 +71,34 @@ CASES = {
     "none_smoothing_other_ignore_index": loss((2, 4), reduction="none", label_smoothing=0.3, ignore_index=5),
     "one_class": loss(classes=1),
     "several_chunks_and_blocks": loss((40,), classes=300, label_smoothing=0.1),
+    "z_loss": loss(z_loss=0.01),
+    "softcap": loss(softcap=1.5),
+    "class_weights": loss(weighted=True),
+    "everything": loss((20,), weighted=True, label_smoothing=0.2, z_loss=0.1, softcap=2.0),
+    "everything_none": loss((2, 9), weighted=True, label_smoothing=0.2, z_loss=0.1, softcap=2.0, reduction="none"),
 }
+LOGITS = {
+    "logits": loss(logits=True),
+    "logits_sum_other_ignore_index": loss(logits=True, reduction="sum", ignore_index=5),
+    "logits_none_smoothing": loss((2, 4), logits=True, reduction="none", label_smoothing=0.3),
+    "logits_one_class": loss(logits=True, classes=1),
+    "logits_several_blocks": loss((5,), logits=True, classes=300, weighted=True, label_smoothing=0.1),
+    "logits_softcap_z_loss": loss(logits=True, softcap=2.0, z_loss=0.1),
+    "logits_everything_none": loss(
+        (2, 3), logits=True, weighted=True, label_smoothing=0.2, z_loss=0.1, softcap=2.0, reduction="none"
+    ),
+    "logits_in_place": loss((2, 9), logits=True, inplace=True, label_smoothing=0.1),
+}
+CASES |= LOGITS
 
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    """Sixteen rows at a time, so that a test of forty rows has three chunks, the last one ragged."""
+    """Sixteen rows at a time, so that forty rows are three chunks, the last one ragged; and small blocks of each."""
     for module in (eager, kernels):
         monkeypatch.setattr(module, "chunk_rows", lambda classes: 16)
+    monkeypatch.setattr(eager, "BLOCK_NUMBERS", 3 * 33)
+    monkeypatch.setattr(kernels, "cross_entropy_config", lambda classes: (128, 4))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -64,7 +109,7 @@ def test_values(name, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["mean", "none", "rank_3_smoothing"])
+@pytest.mark.parametrize("name", ["mean", "none", "everything", "everything_none", "logits", "logits_everything_none"])
 def test_contract(name, backend):
     contract.check_strides(CASES[name], backend)
     contract.check_determinism(CASES[name], backend)
@@ -85,8 +130,13 @@ def test_registration(name, backend):
             torch.library.opcheck(func, tuple(arguments))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_registration_of_cross_entropy(backend):
+    contract.check_registration(CASES["logits_everything_none"], backend)
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("name", ["mean", "none"])
+@pytest.mark.parametrize("name", ["mean", "none", "everything", "logits", "logits_in_place"])
 def test_compiles(name, dynamic):
     contract.check_compiles(CASES[name], "eager", dynamic)
 
@@ -133,6 +183,95 @@ def test_never_holds_the_logits():
     assert largest <= 16 * 3_000
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_predictions_are_the_first_of_the_largest_logits(softcap, backend):
+    logits = torch.randint(-3, 4, (4, 5, 300)).float()
+    logits[0, 0, :] = 1.0
+    target = torch.full((4, 5), -100)
+    target[1:] = 7
+    expected = logits.numpy().argmax(-1)  # numpy promises the first
+    with fastattn.backend.use(backend):
+        loss, got = fastattn.cross_entropy(logits, target, softcap=softcap, return_predictions=True)
+        fused, again = fastattn.linear_cross_entropy(
+            logits, torch.eye(300), target, softcap=softcap, reduction="none", return_predictions=True
+        )
+    assert got.dtype == torch.int64
+    assert torch.equal(got, torch.from_numpy(expected))
+    assert torch.equal(got, again)
+    torch.testing.assert_close(fused.sum() / 15, loss)
+
+
+def logits_of(hidden, weight):
+    return hidden @ weight.t()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_in_place_writes_the_gradient_over_the_logits(dtype, backend):
+    hidden, weight = torch.randn(6, 4, dtype=dtype, requires_grad=True), torch.randn(40, 4, dtype=dtype)
+    target = torch.tensor([0, 39, -100, 7, 7, 8])
+    results = []
+    with fastattn.backend.use(backend):
+        for inplace in (False, True):
+            logits = logits_of(hidden, weight)
+            logits.retain_grad()
+            values = logits.detach().clone()
+            loss = fastattn.cross_entropy(logits, target, inplace=inplace)
+            assert torch.equal(logits, values), "the forward changed the logits"
+            loss.backward()
+            results.append((loss.detach(), logits.grad, hidden.grad))
+            hidden.grad = None
+            assert torch.equal(logits, logits.grad if inplace else values)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_in_place_is_seen_by_autograd(backend):
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(40, 4)
+    with fastattn.backend.use(backend):
+        logits = logits_of(hidden, weight)
+        loss = fastattn.cross_entropy(logits, torch.arange(6), inplace=True)
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        with pytest.raises(ValueError, match="inplace must be False: input is a leaf"):
+            fastattn.cross_entropy(torch.zeros(6, 4, requires_grad=True), torch.zeros(6).long(), inplace=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_backward_is_right_and_one_is_enough(backend):
+    """The stored gradients are scaled in their own memory, but only where nobody can ask for them again."""
+    x, weight = torch.randn(7, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    with fastattn.backend.use(backend):
+        loss = fastattn.linear_cross_entropy(x, weight, torch.arange(7))
+        first = torch.autograd.grad(loss, (x, weight), torch.tensor(3.0), retain_graph=True)
+        kept = [g.clone() for g in first]
+        for g in first:
+            g.zero_()
+        second = torch.autograd.grad(loss, (x, weight), torch.tensor(3.0))
+    expected = torch.autograd.grad(3.0 * F.cross_entropy(x @ weight.t(), torch.arange(7)), (x, weight))
+    for a, b, c in zip(kept, second, expected):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_keeps_the_gradients_of_fp32_weights_in_fp32(backend):
+    """They are not rounded to bf16 on their way to the weights."""
+    x, weight = torch.randn(64, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    target = torch.arange(64) % 50
+    with fastattn.backend.use(backend), torch.autocast("cpu", torch.bfloat16):
+        loss = fastattn.linear_cross_entropy(x, weight, target)
+        assert torch.equal(loss, fastattn.linear_cross_entropy(x.bfloat16(), weight, target))
+    grads = torch.autograd.grad(loss, (x, weight))
+    assert [g.dtype for g in grads] == [torch.float32] * 2
+    assert not torch.equal(grads[1], grads[1].bfloat16().float())
+    exact = torch.autograd.grad(F.cross_entropy(x.double() @ weight.double().t(), target), (x, weight))
+    for g, e in zip(grads, exact):
+        assert (g - e).abs().max() < 0.02 * e.abs().max()
+
+
 X, W, T = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3, dtype=torch.int64)
 ERRORS = {
     "reduction": (ValueError, r"reduction must be one of mean, sum, none, got 'max'", (X, W, T), {"reduction": "max"}),
@@ -143,17 +282,32 @@ ERRORS = {
     "weight_dtype": (TypeError, r"weight has dtype float16; allowed: float32", (X, W.half(), T), {}),
     "bias": (ValueError, r"bias must have shape \(5,\)", (X, W, T), {"bias": torch.zeros(4)}),
     "no_class": (ValueError, r"weight must have at least 1 class", (X, W[:0], T), {}),
+    "z_loss": (ValueError, r"z_loss must be at least 0, got -1", (X, W, T), {"z_loss": -1.0}),
+    "softcap": (ValueError, r"softcap must be None or > 0, got 0", (X, W, T), {"softcap": 0.0}),
+    "class_weight": (ValueError, r"class_weight must have shape \(5,\)", (X, W, T), {"class_weight": torch.ones(4)}),
+    "class_weight_gradient": (
+        ValueError,
+        r"class_weight must not need a gradient",
+        (X, W, T),
+        {"class_weight": torch.ones(5, requires_grad=True)},
+    ),
+    "logits_class_weight": (TypeError, r"class_weight has dtype int64", (X, T), {"class_weight": torch.arange(4)}),
+    "logits_target": (ValueError, r"target must have shape \(2, 3\)", (X, T.t()), {}),
+    "logits_no_class": (ValueError, r"input must have shape \(..., classes\)", (X[..., :0], T), {}),
 }
 
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_name_the_argument(name):
     error, message, arguments, options = ERRORS[name]
+    function = fastattn.linear_cross_entropy if len(arguments) == 3 else fastattn.cross_entropy
     with contract.no_launch(), pytest.raises(error, match=message):
-        fastattn.linear_cross_entropy(*arguments, **options)
+        function(*arguments, **options)
 
 
 @pytest.mark.parametrize("value", [-1, 5])
 def test_a_target_out_of_range_is_an_error_on_the_cpu(value):
     with pytest.raises(ValueError, match=rf"target must be in \[0, 5\) or ignore_index = -100, got {value}"):
         fastattn.linear_cross_entropy(X, W, T + value)
+    with pytest.raises(ValueError, match=r"target must be in \[0, 4\)"):
+        fastattn.cross_entropy(X, T + value)

@@ -90,3 +90,54 @@ def test_modules_train_alike_on_both_backends(module):
                 optimizer.step()
         losses[backend] = loss.detach()
     assert torch.allclose(losses["eager"], losses["triton"], rtol=1e-5)
+
+
+LOSS_OPTIONS = {"ignore_index": 3, "reduction": "sum", "label_smoothing": 0.1}
+
+
+@pytest.mark.parametrize("shape", [(6, 7), (2, 7, 3), (7,)], ids=str)
+def test_cross_entropy_is_torchs(shape):
+    weight = torch.rand(7)
+    ours = fastattn.nn.CrossEntropyLoss(weight, **LOSS_OPTIONS)
+    theirs = nn.CrossEntropyLoss(weight, **LOSS_OPTIONS)
+    assert isinstance(ours, nn.CrossEntropyLoss)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    logits = torch.randn(shape)
+    target = torch.randint(7, (shape[0], *shape[2:]) if len(shape) > 1 else ())
+    torch.testing.assert_close(ours(logits, target), theirs(logits, target))
+    soft = torch.softmax(torch.randn(shape), min(1, len(shape) - 1))
+    torch.testing.assert_close(
+        fastattn.nn.CrossEntropyLoss(weight)(logits, soft), nn.CrossEntropyLoss(weight)(logits, soft)
+    )
+    with pytest.raises(ValueError, match="target must be int64 class indices with z_loss"):
+        fastattn.nn.CrossEntropyLoss(z_loss=0.1)(logits, soft)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_cross_entropy_is_a_linear_layer_and_a_loss(bias):
+    weight = torch.rand(7)
+    torch.manual_seed(0)
+    module = fastattn.nn.LinearCrossEntropyLoss(4, 7, bias=bias, weight=weight, **LOSS_OPTIONS, z_loss=0.2, softcap=5.0)
+    torch.manual_seed(0)
+    linear = nn.Linear(4, 7, bias=bias)
+    expected = {"weight": weight} | {f"linear.{name}": value for name, value in linear.state_dict().items()}
+    assert module.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
+    x, target = torch.randn(2, 5, 4), torch.randint(7, (2, 5))
+    same = fastattn.nn.CrossEntropyLoss(weight, **LOSS_OPTIONS, z_loss=0.2, softcap=5.0)
+    torch.testing.assert_close(module(x, target), same(linear(x).movedim(-1, 1), target))
+    for options, message in (
+        ({"reduction": "max"}, "reduction must be"),
+        ({"weight": torch.ones(3)}, "weight must have"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fastattn.nn.LinearCrossEntropyLoss(4, 7, **options)
+
+
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyLoss"), reason="this PyTorch has none")
+def test_linear_cross_entropy_is_torchs():
+    theirs = nn.LinearCrossEntropyLoss(4, 7, bias=True, weight=torch.rand(7), label_smoothing=0.1)
+    ours = fastattn.nn.LinearCrossEntropyLoss(4, 7, bias=True, weight=torch.ones(7), label_smoothing=0.1)
+    ours.load_state_dict(theirs.state_dict())
+    x, target = torch.randn(5, 4), torch.randint(7, (5,))
+    torch.testing.assert_close(ours(x, target), theirs(x, target))

@@ -96,13 +96,23 @@ def kv_cache(
         )  # fmt: skip
 
 
-def cross_entropy(dtype: str = "bfloat16", classes: int = 1000, label_smoothing: float = 0.0) -> None:
+def linear_cross_entropy(dtype: str = "bfloat16", classes: int = 1000, **options: Any) -> None:
     """Linear cross entropy, forward and backward; the products around the kernel are PyTorch's."""
     hidden = torch.zeros(64, 32, dtype=getattr(torch, dtype), requires_grad=True)
     weight = torch.zeros(classes, 32, dtype=getattr(torch, dtype), requires_grad=True)
     target = torch.zeros(64, dtype=torch.long)
     with fastattn.backend.use("triton"):
-        fastattn.linear_cross_entropy(hidden, weight, target, label_smoothing=label_smoothing).backward()
+        fastattn.linear_cross_entropy(hidden, weight, target, **options).backward()
+
+
+def cross_entropy(dtype: str = "bfloat16", classes: int = 1000, weighted: bool = False, **options: Any) -> None:
+    """Cross entropy of logits, with predictions, forward and backward."""
+    logits = torch.zeros(64, classes, dtype=getattr(torch, dtype), requires_grad=True)
+    target = torch.zeros(64, dtype=torch.long)
+    options |= {"class_weight": torch.ones(classes)} if weighted else {}
+    with fastattn.backend.use("triton"):
+        loss, _ = fastattn.cross_entropy(logits, target, return_predictions=True, **options)
+        loss.backward()
 
 
 def rotary(
@@ -260,8 +270,8 @@ def _feed_forward_cases() -> Iterator[Case]:
 def _other_cases() -> Iterator[Case]:
     yield Case("varlen bf16 D64 causal", "varlen_attention", {}, core=True)
     yield Case("varlen bf16 D128 causal", "varlen_attention", {"head_dim": 128})
-    everything = {"flags": ["window", "alibi", "softcap", "dropout"]}
-    yield Case("varlen fp16 D80 everything", "varlen_attention", {"dtype": "float16", "head_dim": 80, **everything})
+    flags = ["window", "alibi", "softcap", "dropout"]
+    yield Case("varlen fp16 D80 everything", "varlen_attention", {"dtype": "float16", "head_dim": 80, "flags": flags})
     yield Case("varlen fp32 D64", "varlen_attention", {"dtype": "float32", "flags": []})
     yield Case("rotary bf16 D128", "rotary", {}, core=True)
     partial = {"dtype": "float32", "head_dim": 80, "rotary_dim": 32, "interleaved": True, "offsets": True}
@@ -283,10 +293,13 @@ def _other_cases() -> Iterator[Case]:
         for head_dim in (64, 128, 256):
             several = {"head_dim": head_dim, "queries": queries}
             yield Case(f"kv cache bf16 D{head_dim} {queries} tokens", "kv_cache", several)
-    yield Case("cross entropy bf16", "cross_entropy", {}, core=True)
-    for dtype in ("float16", "float32"):
-        yield Case(f"cross entropy {dtype}", "cross_entropy", {"dtype": dtype, "label_smoothing": 0.1})
-    yield Case("cross entropy bf16 of 50257", "cross_entropy", {"classes": 50257})
+    everything = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0}
+    yield Case("linear cross entropy bf16", "linear_cross_entropy", {}, core=True)
+    yield Case("linear cross entropy fp16 everything", "linear_cross_entropy", {"dtype": "float16", **everything})
+    yield Case("linear cross entropy fp32 of 50257", "linear_cross_entropy", {"dtype": "float32", "classes": 50257})
+    yield Case("cross entropy bf16 of 50304", "cross_entropy", {"classes": 50304}, core=True)
+    weighted = {"dtype": "float32", "weighted": True, **everything}
+    yield Case("cross entropy fp32 weighted everything", "cross_entropy", weighted, core=True)
 
 
 CASES = [*_attention_cases(), *_normalization_cases(), *_feed_forward_cases(), *_other_cases()]

@@ -1,65 +1,174 @@
-"""Cross entropy of a projection in plain PyTorch: the differentiable definition, and the CPU backend.
+"""Cross entropy in plain PyTorch: the differentiable definition, and the CPU backend.
 
-The launchers have the signatures of `fastattn/kernels/loss.py`; the equations stand there.
+The launchers have the signatures of `fastattn/kernels/loss.py`; the equations stand there. They take a few rows at a time,
+which stay in the cache while the passes over them are made.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_NUMBERS = 1 << 23  # logits alive at a time: 32 MB of fp32
+BLOCK_NUMBERS = 1 << 20  # logits of a block of rows: 4 MB of fp32, few enough parallel regions where cores are shared
+CHUNK_NUMBERS = 1 << 23  # logits of a chunk: 32 MB of fp32, enough rows to keep the matrix products busy
 
 
 def definition(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_weight: Tensor,
+    logits: Tensor,
     target: Tensor,
+    class_weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor]:
-    """(Σ w · ℓ, ℓ) with all the logits in memory; input (rows, features), target and ℓ (rows,)."""
-    logits = F.linear(input, weight, bias).float()
-    losses = F.cross_entropy(
-        logits, target, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing
-    )
-    return (losses * token_weight).sum(), losses
+    z_loss: float,
+    softcap: float,
+) -> Tensor:
+    """ℓ with all the temporaries that automatic differentiation needs; logits (rows, classes), target and ℓ (rows,)."""
+    z = _capped(logits.float(), softcap)
+    weight = None if class_weight is None else class_weight.float()
+    losses = F.cross_entropy(z, target, weight, None, ignore_index, None, "none", label_smoothing)
+    if not z_loss:
+        return losses
+    return losses + z_loss * torch.where(target != ignore_index, torch.logsumexp(z, 1).square(), 0.0)
 
 
 def chunk_rows(classes: int) -> int:
-    """How many rows of logits are computed at a time."""
+    """How many rows of logits `linear_cross_entropy` computes at a time."""
     return max(16, CHUNK_NUMBERS // max(classes, 1))
 
 
 def losses_and_gradient(
     logits: Tensor,
     target: Tensor,
-    token_weight: Tensor,
+    token_weight: Tensor | None,
+    class_weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
-    need_gradient: bool,
+    z_loss: float,
+    softcap: float,
+    predict: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(ℓ, ∂(Σ w · ℓ) / ∂logits in their dtype) of one chunk; the logits may be overwritten."""
-    z, classes, valid = logits.float(), logits.shape[1], target != ignore_index
-    index = torch.where(valid, target, 0)[:, None]
+    """(ℓ, predictions) of one chunk of logits; with `token_weight`, ∂(Σ token_weight · ℓ)/∂x overwrites the logits."""
+    options = (class_weight, ignore_index, label_smoothing, z_loss, softcap)
+    losses, lse, predictions = _results(logits, predict)
+    for rows in _blocks(logits):
+        z = _capped(logits[rows].float(), softcap)
+        losses[rows], lse[rows] = _losses(z, target[rows], *options[:-1])
+        if predict:
+            predictions[rows] = z.argmax(1)
+        if token_weight is not None:
+            logits[rows] = _gradient(token_weight[rows], z, lse[rows], target[rows], *options)
+    return losses, predictions
+
+
+def forward(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    predict: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(ℓ, lse, predictions) of logits (rows, classes)."""
+    losses, lse, predictions = _results(logits, predict)
+    for rows in _blocks(logits):
+        z = _capped(logits[rows].float(), softcap)
+        losses[rows], lse[rows] = _losses(z, target[rows], class_weight, ignore_index, label_smoothing, z_loss)
+        if predict:
+            predictions[rows] = z.argmax(1)
+    return losses, lse, predictions
+
+
+def backward(
+    grad_losses: Tensor,
+    logits: Tensor,
+    lse: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    inplace: bool,
+) -> Tensor:
+    """∂L/∂x in the dtype of the logits, which it overwrites if `inplace`."""
+    options = (class_weight, ignore_index, label_smoothing, z_loss, softcap)
+    gradient = logits if inplace else logits.new_empty(logits.shape)
+    for rows in _blocks(logits):
+        z = _capped(logits[rows].float(), softcap)
+        gradient[rows] = _gradient(grad_losses[rows], z, lse[rows], target[rows], *options)
+    return gradient
+
+
+def _results(logits: Tensor, predict: bool) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    losses, lse = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return losses, lse, logits.new_empty(rows if predict else 0, dtype=torch.int64)
+
+
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    rows, classes = logits.shape
+    step = max(1, BLOCK_NUMBERS // classes)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _capped(x: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(x / softcap) if softcap else x
+
+
+def _weights(
+    target: Tensor, class_weight: Tensor | None, ignore_index: int, classes: int, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """(index of the target, (1 - ε) w_y, a) as columns; a target that is ignored counts as class 0."""
+    index = torch.where(target != ignore_index, target, 0)[:, None]
+    if class_weight is None:
+        w_target = torch.full_like(index, 1.0 - label_smoothing, dtype=torch.float32)
+        return index, w_target, 1.0
+    w_target = (1.0 - label_smoothing) * class_weight.float()[index]
+    return index, w_target, w_target + label_smoothing * class_weight.sum(dtype=torch.float32) / classes
+
+
+def _losses(
+    z: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    """(ℓ, lse) of a block of rows."""
+    index, w_target, a = _weights(target, class_weight, ignore_index, z.shape[1], label_smoothing)
     lse = torch.logsumexp(z, 1, keepdim=True)
-    losses = lse - (1.0 - label_smoothing) * z.gather(1, index)
+    losses = a * lse - w_target * z.gather(1, index)
+    if z_loss:
+        losses += z_loss * lse.square()
     if label_smoothing:
-        losses -= label_smoothing * z.mean(1, keepdim=True)
-    losses = torch.where(valid, losses[:, 0], 0.0)
-    if not need_gradient:
-        return losses, logits
-    scale = torch.where(valid, token_weight, 0.0)[:, None]
-    gradient = z.sub_(lse).exp_()
-    if label_smoothing:
-        gradient -= label_smoothing / classes
-    gradient.scatter_add_(1, index, gradient.new_full(index.shape, label_smoothing - 1.0)).mul_(scale)
-    return losses, gradient.to(logits.dtype)
+        mean = z.mean(1, keepdim=True) if class_weight is None else (z @ class_weight.float())[:, None] / z.shape[1]
+        losses -= label_smoothing * mean
+    return torch.where(target != ignore_index, losses[:, 0], 0.0), lse[:, 0]
 
 
-def explain(classes: int) -> str:
+def _gradient(
+    grad_losses: Tensor,
+    z: Tensor,
+    lse: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> Tensor:
+    """∂L/∂x of a block of rows in fp32."""
+    index, w_target, a = _weights(target, class_weight, ignore_index, z.shape[1], label_smoothing)
+    lse, scale = lse[:, None], torch.where(target != ignore_index, grad_losses, 0.0)[:, None]
+    gradient = (z - lse).exp_().mul_(scale * (a + 2.0 * z_loss * lse))
+    if label_smoothing:
+        smooth = label_smoothing / z.shape[1]
+        gradient -= scale * smooth if class_weight is None else scale * (smooth * class_weight.float())
+    gradient.scatter_add_(1, index, -scale * w_target)
+    return gradient.mul_(1.0 - (z / softcap).square_()) if softcap else gradient
+
+
+def explain(classes: int) -> list[str]:
     """The chunks of logits over this many classes, in words."""
-    return f"PyTorch, {chunk_rows(classes)} rows of logits at a time"
+    return [f"PyTorch; linear_cross_entropy: {chunk_rows(classes)} rows of logits at a time"]

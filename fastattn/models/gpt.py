@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.models.layers import Block, KVCache
-from fastattn.models.loss import chunked_cross_entropy
 from fastattn.models.pretrained import Pretrained, check_sizes
 from fastattn.nn import LayerNorm
+from fastattn.ops.linear_loss import linear_cross_entropy
+from fastattn.ops.loss import cross_entropy
 
 IGNORE_INDEX = -100  # the default of torch.nn.functional.cross_entropy
 
@@ -165,9 +166,9 @@ class GPT(Pretrained):
         if targets is None:
             return logits, None
         if logits is None:
-            loss = chunked_cross_entropy(hidden.flatten(0, 1), self.output_weight, targets.flatten())
+            loss = linear_cross_entropy(hidden, self.output_weight, targets)
         else:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            loss = cross_entropy(logits, targets)
         return logits, loss
 
     def generate(

@@ -2,6 +2,7 @@
 
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.feed_forward import FeedForward, GatedFeedForward
+from fastattn.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastattn.nn.norm import LayerNorm, RMSNorm
 from fastattn.nn.rotary import RotaryEmbedding
 from fastattn.nn.transformer import (
@@ -13,9 +14,11 @@ from fastattn.nn.transformer import (
 )
 
 __all__ = [
+    "CrossEntropyLoss",
     "FeedForward",
     "GatedFeedForward",
     "LayerNorm",
+    "LinearCrossEntropyLoss",
     "MultiheadAttention",
     "RMSNorm",
     "RotaryEmbedding",

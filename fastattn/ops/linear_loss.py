@@ -1,0 +1,255 @@
+"""Linear projection and cross entropy in one: the logits exist for a chunk of tokens at a time only."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from fastattn.backend import device_guard, implementation
+from fastattn.eager.loss import definition
+from fastattn.ops import checks
+from fastattn.ops.library import call, define, differentiate, needs_composite, observed
+from fastattn.ops.loss import check_options, check_target_range, check_targets, contiguous, reduce
+from fastattn.replay import replay
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor, weight: Tensor, target: Tensor, *,
+    bias: Tensor | None = ..., class_weight: Tensor | None = ..., ignore_index: int = ..., label_smoothing: float = ...,
+    z_loss: float = ..., softcap: float | None = ..., reduction: str = ..., return_predictions: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_cross_entropy(
+    input: Tensor, weight: Tensor, target: Tensor, *,
+    bias: Tensor | None = ..., class_weight: Tensor | None = ..., ignore_index: int = ..., label_smoothing: float = ...,
+    z_loss: float = ..., softcap: float | None = ..., reduction: str = ..., return_predictions: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    return_predictions: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`cross_entropy` of the logits input · weightᵀ + bias, without ever holding all of them.
+
+    The loss and its options are those of `fastattn.cross_entropy`. With "mean" and "sum" the forward computes the
+    gradients too, chunk by chunk, and keeps only them; with "none" the backward computes the logits again. The gradient
+    of the weight accumulates in fp32 and is rounded once, to the weight's own dtype; under autocast the products alone
+    are taken in autocast's dtype. Nothing waits for the device.
+
+    On top of the weight's gradient in fp32 and the input's, a call needs one chunk of logits: 32 MB on a CPU.
+
+    Args:
+        input: (..., features), fp32, fp16 or bf16.
+        weight: (classes, features), dtype of `input` (under autocast, any).
+        target: (...), int64: the class of each token, or `ignore_index`.
+        bias: (classes,), or None; dtype of `input` (under autocast, any).
+        class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction, return_predictions: see
+            `fastattn.cross_entropy`.
+
+    Returns:
+        fp32: a scalar, or with "none" the shape of `target`; with `return_predictions`, (that, predictions).
+
+    Raises:
+        TypeError: dtypes that are not supported or differ.
+        ValueError: shapes that do not match, options out of range, targets out of range (CPU).
+
+    Example:
+        >>> linear_cross_entropy(torch.zeros(3, 4), torch.zeros(10, 4), torch.tensor([1, 2, 3]))
+        tensor(2.3026)
+    """
+    _check(input, weight, target, bias)
+    check_options(class_weight, weight.shape[0], label_smoothing, z_loss, softcap, reduction)
+    checks.check_same_device(input=input, weight=weight, target=target, bias=bias, class_weight=class_weight)
+    x, labels = input.reshape(math.prod(target.shape), weight.shape[1]), target.reshape(-1)
+    token_weight = (labels != ignore_index).float()
+    constants = (labels, class_weight, ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0))
+    kind = input.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+    if needs_composite(x, weight, bias, labels):
+        logits = _logits(x, weight, bias, dtype)
+        losses, predictions = definition(logits, *constants), logits.argmax(1)
+        total = (losses * token_weight).sum()
+    else:
+        now = torch.is_grad_enabled() and reduction != "none"
+        needs = [now and t is not None and t.requires_grad for t in (x, weight, bias)]
+        tensors = (x, weight, bias, token_weight)
+        total, losses, predictions, *_ = call(
+            LINEAR_CROSS_ENTROPY, *tensors, *constants, dtype, return_predictions, needs
+        )
+    loss = reduce(losses if reduction == "none" else total, labels, class_weight, ignore_index, reduction)
+    loss = loss.view(target.shape) if reduction == "none" else loss
+    return (loss, predictions.view(target.shape)) if return_predictions else loss
+
+
+def _check(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
+    checks.check_tensor("input", input)
+    same = checks.FLOAT_DTYPES if torch.is_autocast_enabled(input.device.type) else (input.dtype,)
+    checks.check_tensor("weight", weight, same)
+    checks.check_rank("weight", weight, 2, "(classes, features)")
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(f"input must have shape (..., {weight.shape[1]}) (features), got {tuple(input.shape)}")
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight must have at least 1 class, got shape {tuple(weight.shape)}")
+    check_targets(target, tuple(input.shape[:-1]), "input without its last dimension")
+    if bias is not None:
+        checks.check_tensor("bias", bias, same)
+        checks.check_shape("bias", bias, (weight.shape[0],), "classes")
+
+
+def _logits(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    x, w, b = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    with torch.autocast(input.device.type, enabled=False):
+        return torch.nn.functional.linear(x, w, b)
+
+
+def _forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_weight: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    dtype: torch.dtype,
+    predict: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, classes = input.shape[0], weight.shape[0]
+    check_target_range(target, ignore_index, classes)
+    losses = input.new_empty(rows, dtype=torch.float32)
+    predictions = input.new_empty(rows if predict else 0, dtype=torch.int64)
+    grad_input = input.new_empty(input.shape if needs[0] else 0)
+    grad_weight = weight.new_zeros(weight.shape if needs[1] else 0, dtype=torch.float32)
+    grad_bias = weight.new_zeros(classes if needs[2] else 0, dtype=torch.float32)
+    options = (contiguous(class_weight), ignore_index, label_smoothing, z_loss, softcap, predict)
+    x, w, b = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    with device_guard(input.device), torch.autocast(input.device.type, enabled=False):
+        launcher = implementation("loss", input.device)
+        step = min(launcher.chunk_rows(classes), rows)
+        buffer = x.new_empty(step, classes)
+        for start in range(0, rows, max(step, 1)):
+            chunk = slice(start, min(start + step, rows))
+            logits = buffer[: chunk.stop - start]
+            torch.mm(x[chunk], w.t(), out=logits) if b is None else torch.addmm(b, x[chunk], w.t(), out=logits)
+            scale = token_weight[chunk] if any(needs) else None
+            losses[chunk], best = launcher.losses_and_gradient(logits, target[chunk], scale, *options)
+            if predict:
+                predictions[chunk] = best
+            if needs[0]:
+                grad_input[chunk] = torch.mm(logits, w)
+            if needs[1] and dtype == torch.float32:
+                grad_weight.addmm_(logits.t(), x[chunk])
+            elif needs[1]:
+                grad_weight += torch.mm(logits.t(), x[chunk])
+            if needs[2]:
+                grad_bias += logits.sum(0, dtype=torch.float32)
+    grad_bias = grad_bias if bias is None else grad_bias.to(bias.dtype)
+    total = (losses * token_weight).sum()
+    return total, losses, predictions, grad_input, grad_weight.to(weight.dtype), grad_bias
+
+
+def _fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_weight: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    dtype: torch.dtype,
+    predict: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = input.shape[0]
+    return (
+        input.new_empty((), dtype=torch.float32),
+        input.new_empty(rows, dtype=torch.float32),
+        input.new_empty(rows if predict else 0, dtype=torch.int64),
+        input.new_empty(input.shape if needs[0] else 0),
+        weight.new_empty(weight.shape if needs[1] else 0),
+        weight.new_empty(weight.shape[0] if needs[2] else 0, dtype=torch.float32 if bias is None else bias.dtype),
+    )
+
+
+LINEAR_CROSS_ENTROPY = define(
+    "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor token_weight, Tensor target, "
+    "Tensor? class_weight, int ignore_index, float label_smoothing, float z_loss, float softcap, ScalarType dtype, "
+    "bool predict, bool[] needs) "
+    "-> (Tensor total, Tensor losses, Tensor predictions, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    _forward,
+    _fake,
+)
+
+
+def _gradient(
+    needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """Of the total by the gradients that the op returned; of the losses by the op itself, with other weights."""
+    of_total, of_losses, _, *of_gradients = grad_outputs
+    *tensors, token_weight, target, class_weight, ignore_index, smoothing, z_loss, softcap, dtype, _, computed = (
+        arguments
+    )
+    _, losses, _, *gradients = outputs
+    constants = (target, class_weight, ignore_index, smoothing, z_loss, softcap)
+    wanted = list(needs[:3])
+    grads: list[Tensor | None] = [None] * 4
+    if of_total is not None and all(have or not want for have, want in zip(computed, wanted)):
+        grads[:3] = [_scaled(g, of_total) if want else None for g, want in zip(gradients, wanted)]
+    elif of_total is not None:
+        of_losses = of_total * token_weight if of_losses is None else of_losses + of_total * token_weight
+    if of_total is not None and needs[3]:
+        grads[3] = of_total * losses
+    if of_losses is not None:
+        _, _, _, *again = call(LINEAR_CROSS_ENTROPY, *tensors, of_losses, *constants, dtype, False, wanted)
+        grads[:3] = [_sum(g, a if want else None) for g, a, want in zip(grads, again, wanted)]
+    if any(g is not None for g in of_gradients):
+
+        def total(x: Tensor, w: Tensor, b: Tensor | None, t: Tensor) -> tuple[Tensor]:
+            return ((definition(_logits(x, w, b, dtype), *constants) * t).sum(),)
+
+        one = losses.new_ones(())
+        _, second = replay(total, [*computed, False], [one], [*tensors, token_weight], [*of_gradients, None])
+        grads = [_sum(g, s) for g, s in zip(grads, second)]
+    return [g if need else None for g, need in zip(grads, needs)] + [None] * 9
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """factor · gradient; where this is its last use, in its own memory: the weight's gradient is the largest tensor here."""
+    factor = factor.to(gradient.dtype)
+    if torch.is_grad_enabled() or observed((gradient,)) or torch._C._autograd._get_current_graph_task_keep_graph():
+        return gradient * factor
+    return gradient.mul_(factor)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+differentiate(LINEAR_CROSS_ENTROPY, _gradient, keep_outputs=(1, 3, 4, 5))
+
+
+def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[str]:
+    """What `fastattn.explain` says of a call of this module's functions."""
+    given = inspect.signature(function).bind(*args, **options).arguments
+    return implementation("loss", given["input"].device).explain(given["weight"].shape[0])
