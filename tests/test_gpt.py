@@ -295,12 +295,12 @@ def test_saved_and_loaded(tmp_path) -> None:
 def test_loading_names_what_is_wrong(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
         GPT.from_pretrained(tmp_path)
-    make().save_pretrained(tmp_path)
+    make(VARIANTS["no-bias"]).save_pretrained(tmp_path)
     good = json.loads((tmp_path / "config.json").read_text())
     for change, message in (
         ({"model": "Classifier"}, "holds a Classifier, not a GPT"),
         ({"wings": 2}, r"unknown settings \['wings'\]"),
-        ({"d_model": 48}, "does not fit config.json"),
+        ({"d_model": 48}, "the tensors do not fit config.json"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(good | change))
         with pytest.raises(ValueError, match=message):
@@ -318,6 +318,10 @@ def test_loading_names_what_is_wrong(tmp_path) -> None:
         ({"num_heads": 5}, "d_model must be a multiple of num_heads, got 384 and 5"),
         ({"d_model": 1024, "num_heads": 2}, "must be at most 256, got 512"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"num_kv_heads": 4}, "num_heads must be a multiple of num_kv_heads, got 6 and 4"),
+        ({"head_dim": 300}, "must be at most 256, got 300"),
+        ({"norm": "batch"}, "norm must be one of layer_norm, rms_norm, got 'batch'"),
+        ({"window": 0}, "window must be None or at least 1, got 0"),
     ],
 )
 def test_bad_configurations(change: dict[str, object], message: str) -> None:

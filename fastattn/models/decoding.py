@@ -27,7 +27,9 @@ _MODULES = {nn.Embedding, nn.Dropout, nn.ModuleList, nn.Linear, Block, SelfAtten
 
 def can_read_tokens(model: GPT) -> bool:
     """Whether a `TokenReader` does what the modules would: they are our own, unchanged, and nobody watches them."""
-    weight = model.token_embedding.weight
+    weight, config = model.token_embedding.weight, model.config
+    if config.num_kv_heads != config.num_heads or config.window is not None:
+        return False
     if not weight.is_cpu or observed((weight,)) or torch.is_autocast_enabled("cpu"):
         return False
     if backend.choose(weight.device)[0] != "eager" or torch.nn.modules.module._has_any_global_hook():
@@ -78,5 +80,5 @@ class TokenReader:
         return torch.layer_norm(x, *self.norm)
 
 
-def _norm_parameters(norm: nn.LayerNorm) -> tuple[tuple[int, ...], Tensor, Tensor, float]:
+def _norm_parameters(norm: Any) -> tuple[tuple[int, ...], Tensor, Tensor, float]:
     return norm.normalized_shape, norm.weight, norm.bias, norm.eps
