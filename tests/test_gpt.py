@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastattn.backend
 from fastattn.models import GPT, GPTConfig, KVCache
+from fastattn.models.decoding import TokenReader, can_read_tokens
 from fastattn.models.gpt import sample
 
 TINY = GPTConfig(vocab_size=61, context_length=24, num_layers=2, num_heads=3, d_model=24, d_ff=40)
@@ -146,6 +147,57 @@ def test_reading_in_pieces_through_the_cache(dtype: torch.dtype) -> None:
     assert (pieces - exact).abs().max() <= 2 * (whole - exact).abs().max() + 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_reading_one_token_is_what_the_modules_give(name: str, rows: int, dtype: torch.dtype) -> None:
+    model, (tokens, _) = make(VARIANTS[name], dtype=dtype).eval(), batch(VARIANTS[name], rows)
+    results, caches = [], []
+    with torch.inference_mode():
+        assert can_read_tokens(model)
+        reader = TokenReader(model)
+        for read in (reader, lambda token, cache: model.hidden(token[:, None], cache)[:, 0]):
+            cache = KVCache(24)
+            model.hidden(tokens[:, :5], cache)
+            results.append(torch.stack([read(tokens[:, i], cache) for i in range(5, 24)]))
+            assert cache.length == 24
+            caches.append(torch.stack([torch.stack(pair) for pair in cache.blocks]))
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(*results, rtol=0, atol=tolerance)
+    torch.testing.assert_close(*caches, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.blocks[1].attention.register_forward_hook(lambda *_: None),
+        lambda model: model.blocks[0].norm1.register_forward_pre_hook(lambda *_: None),
+        lambda model: setattr(model.blocks[0], "norm1", torch.nn.Sequential(model.blocks[0].norm1)),
+        lambda model: setattr(model.norm, "forward", model.norm.forward),
+        lambda model: model.blocks[0].double(),
+    ],
+    ids=["hook", "pre-hook", "another module", "another forward", "another dtype"],
+)
+def test_a_changed_model_runs_through_its_modules(change) -> None:
+    model = make()
+    with torch.inference_mode():
+        assert can_read_tokens(model)
+        with fastattn.backend.use("triton"):
+            assert not can_read_tokens(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not can_read_tokens(model)
+        change(model)
+        assert not can_read_tokens(model)
+
+
+def test_hooks_run_for_every_token() -> None:
+    model, (prompt, _) = make().eval(), batch(length=4)
+    expected, calls = model.generate(prompt, 10, temperature=0), []
+    model.blocks[1].register_forward_hook(lambda *_: calls.append(None))
+    assert torch.equal(model.generate(prompt, 10, temperature=0), expected)
+    assert len(calls) == 10
+
+
 def test_a_prompt_longer_than_the_context_is_cropped() -> None:
     model = make()
     prompt, _ = batch(length=40)
@@ -218,12 +270,12 @@ def test_saved_and_loaded(tmp_path) -> None:
 def test_loading_names_what_is_wrong(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
         GPT.from_pretrained(tmp_path)
-    make().save_pretrained(tmp_path)
+    make(VARIANTS["no-bias"]).save_pretrained(tmp_path)
     good = json.loads((tmp_path / "config.json").read_text())
     for change, message in (
         ({"model": "Classifier"}, "holds a Classifier, not a GPT"),
         ({"wings": 2}, r"unknown settings \['wings'\]"),
-        ({"d_model": 48}, "does not fit config.json"),
+        ({"d_model": 48}, "the tensors do not fit config.json"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(good | change))
         with pytest.raises(ValueError, match=message):
@@ -241,6 +293,10 @@ def test_loading_names_what_is_wrong(tmp_path) -> None:
         ({"num_heads": 5}, "d_model must be a multiple of num_heads, got 384 and 5"),
         ({"d_model": 1024, "num_heads": 2}, "must be at most 256, got 512"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"num_kv_heads": 4}, "num_heads must be a multiple of num_kv_heads, got 6 and 4"),
+        ({"head_dim": 300}, "must be at most 256, got 300"),
+        ({"norm": "batch"}, "norm must be one of layer_norm, rms_norm, got 'batch'"),
+        ({"window": 0}, "window must be None or at least 1, got 0"),
     ],
 )
 def test_bad_configurations(change: dict[str, object], message: str) -> None:

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.models.layers import Block
+from fastattn.models.layers import Block, SelfAttention
 from fastattn.models.pretrained import Pretrained, check_sizes
-from fastattn.nn import LayerNorm
+from fastattn.nn import FeedForward, LayerNorm
 
 POSITIONS = ("learned", "sinusoidal")
 POOLING = ("mean", "cls", "attention")
@@ -113,12 +113,15 @@ class Classifier(Pretrained):
         assert config.d_ff is not None
         self.blocks = nn.ModuleList(
             Block(
-                width, config.num_heads, config.d_ff, dropout=config.dropout,
-                attention_dropout=config.attention_dropout, bias=config.bias, activation=config.activation,
+                width,
+                SelfAttention(width, config.num_heads, dropout=config.attention_dropout, bias=config.bias),
+                FeedForward(width, config.d_ff, activation=config.activation, bias=config.bias),
+                dropout=config.dropout,
+                bias=config.bias,
                 norm_first=config.norm_first,
             )
             for _ in range(config.num_layers)
-        )  # fmt: skip
+        )
         self.norm = LayerNorm(width, bias=config.bias) if config.norm_first else nn.Identity()
         self.output = nn.Linear(width, config.num_classes)
         for name, parameter in self.named_parameters():

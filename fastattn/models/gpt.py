@@ -1,8 +1,8 @@
-"""A GPT: the decoder-only language model of Radford et al. 2019 ("GPT-2"), on fastattn's ops.
+"""A GPT: the decoder-only language model of Radford et al. 2019 ("GPT-2") and of Touvron et al. 2023 ("Llama").
 
-x = token_embedding[tokens] + position_embedding[0..T)
+x = token_embedding[tokens] + position_embedding[0..T)            or rotary positions, inside the attention
 x = x + attention(norm(x));  x = x + feed_forward(norm(x))        for every block ("pre-norm")
-logits = norm(x) · token_embeddingᵀ                               the two share their weight ("tied")
+logits = norm(x) · token_embeddingᵀ                               the two may share their weight ("tied")
 """
 
 from __future__ import annotations
@@ -10,18 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.models.layers import Block, KVCache
+from fastattn.models import hub
+from fastattn.models.decoding import TokenReader, can_read_tokens
+from fastattn.models.layers import NORMS, Block, KVCache, SelfAttention, make_norm
 from fastattn.models.pretrained import Pretrained, check_sizes
-from fastattn.nn import LayerNorm
+from fastattn.nn import FeedForward, GatedFeedForward, RotaryEmbedding
+from fastattn.ops.feed_forward import ACTIVATIONS
 from fastattn.ops.linear_loss import linear_cross_entropy
 from fastattn.ops.loss import cross_entropy
 
+POSITIONS = ("learned", "rotary")
 IGNORE_INDEX = -100  # the default of torch.nn.functional.cross_entropy
 
 
@@ -29,17 +33,29 @@ IGNORE_INDEX = -100  # the default of torch.nn.functional.cross_entropy
 class GPTConfig:
     """What a GPT is built from.
 
+    The defaults are GPT-2's; Llama is norm="rms_norm", positions="rotary", activation="silu", gated=True, bias=False.
+
     Attributes:
         vocab_size: number of different tokens.
         context_length: the longest sequence that the model reads, in tokens.
         num_layers: number of blocks.
-        num_heads: attention heads in each block; must divide d_model.
+        num_heads: attention heads in each block.
         d_model: width of the residual stream.
         d_ff: width inside the feed-forward network; None means 4 · d_model.
         dropout: probability with which the embeddings and each branch's output are dropped in training.
         attention_dropout: the same for the attention weights; on a CPU this costs more than the rest of the attention.
-        bias: whether linear layers and norms have a bias.
+        bias: whether linear layers and layer norms have a bias.
         tie_weights: whether the output layer is the transposed token embedding.
+        num_kv_heads: heads of keys and values, which must divide num_heads; None means num_heads.
+        head_dim: width of a head; None means d_model / num_heads.
+        norm: "layer_norm" or "rms_norm".
+        norm_eps: added to the variance by the norms.
+        positions: "learned" (an embedding) or "rotary" (queries and keys turn).
+        rope_theta, rope_scaling: base and scaling of the rotary frequencies, see `fastattn.rotary_tables`.
+        activation: of the feed-forward network, see `fastattn.feed_forward`.
+        gated: whether the feed-forward network has a gate (with "silu": SwiGLU).
+        qkv_bias: whether queries, keys and values have a bias; None means `bias`.
+        window: how many tokens each sees, itself and those before it; None means all.
 
     Raises:
         ValueError: a number out of its range, naming it.
@@ -55,11 +71,51 @@ class GPTConfig:
     attention_dropout: float = 0.0
     bias: bool = True
     tie_weights: bool = True
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    norm: str = "layer_norm"
+    norm_eps: float = 1e-5
+    positions: str = "learned"
+    rope_theta: float = 10_000.0
+    rope_scaling: dict[str, Any] | None = None
+    activation: str = "gelu_tanh"
+    gated: bool = False
+    qkv_bias: bool | None = None
+    window: int | None = None
 
     def __post_init__(self) -> None:
-        if self.d_ff is None:
-            object.__setattr__(self, "d_ff", 4 * self.d_model)
-        check_sizes(self, "vocab_size", "context_length", "num_layers", "num_heads", "d_model", "d_ff")
+        derived = {"d_ff": 4 * self.d_model, "num_kv_heads": self.num_heads, "qkv_bias": self.bias}
+        for name, value in derived.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        check_sizes(self, "vocab_size", "context_length", "num_layers", "num_heads", "num_kv_heads", "d_model", "d_ff")
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
+        for name, allowed in (("norm", NORMS), ("positions", POSITIONS), ("activation", tuple(ACTIVATIONS))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.num_heads % self.num_kv_heads:  # type: ignore[operator]
+            heads = f"{self.num_heads} and {self.num_kv_heads}"
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {heads}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be None or at least 1, got {self.window}")
+
+
+def _block(config: GPTConfig) -> Block:
+    feed_forward = GatedFeedForward if config.gated else FeedForward
+    attention = SelfAttention(
+        config.d_model, config.num_heads, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
+        window=config.window, dropout=config.attention_dropout, bias=config.bias, qkv_bias=config.qkv_bias,
+    )  # fmt: skip
+    return Block(
+        config.d_model,
+        attention,
+        feed_forward(config.d_model, config.d_ff, activation=config.activation, bias=config.bias),
+        dropout=config.dropout,
+        norm=config.norm,
+        norm_eps=config.norm_eps,
+        bias=config.bias,
+    )
 
 
 class GPT(Pretrained):
@@ -80,17 +136,16 @@ class GPT(Pretrained):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.position_embedding = nn.Embedding(config.context_length, config.d_model)
+        self.rotary = None
+        if config.positions == "learned":
+            self.position_embedding = nn.Embedding(config.context_length, config.d_model)
+        else:
+            assert config.head_dim is not None
+            length, theta, scaling = config.context_length, config.rope_theta, config.rope_scaling
+            self.rotary = RotaryEmbedding(config.head_dim, length, base=theta, scaling=scaling)
         self.dropout = nn.Dropout(config.dropout)
-        assert config.d_ff is not None
-        self.blocks = nn.ModuleList(
-            Block(
-                config.d_model, config.num_heads, config.d_ff, dropout=config.dropout,
-                attention_dropout=config.attention_dropout, bias=config.bias,
-            )
-            for _ in range(config.num_layers)
-        )  # fmt: skip
-        self.norm = LayerNorm(config.d_model, bias=config.bias)
+        self.blocks = nn.ModuleList(_block(config) for _ in range(config.num_layers))
+        self.norm = make_norm(config.norm, config.d_model, config.norm_eps, config.bias)
         if not config.tie_weights:
             self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self._initialise()
@@ -104,6 +159,16 @@ class GPT(Pretrained):
                 nn.init.normal_(parameter, std=0.02 / scale)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    def _to_files(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return hub.export(self.config, self.state_dict()) or super()._to_files()
+
+    @classmethod
+    def _from_files(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        if "model" in settings or "model_type" not in settings:  # a format of our own
+            return super()._from_files(settings, tensors)
+        options, tensors = hub.load(settings, tensors)
+        return GPTConfig(**options), tensors
 
     @property
     def output_weight(self) -> Tensor:
@@ -128,9 +193,12 @@ class GPT(Pretrained):
         end = start + tokens.shape[1]
         if end > self.config.context_length:
             raise ValueError(f"tokens has {end} positions; context_length is {self.config.context_length}")
-        x = self.dropout(self.token_embedding(tokens) + self.position_embedding.weight[start:end])
+        x = self.token_embedding(tokens)
+        if self.rotary is None:
+            x = x + self.position_embedding.weight[start:end]
+        x = self.dropout(x)
         for index, block in enumerate(self.blocks):
-            x = block(x, causal=True, cache=cache, block=index)
+            x = block(x, causal=True, rotary=self.rotary, cache=cache, block=index)
         if cache is not None:
             cache.length = end
         return self.norm(x)
@@ -239,15 +307,20 @@ class GPT(Pretrained):
         was_training = self.training
         self.eval()
         try:
+            read_token = TokenReader(self) if can_read_tokens(self) else None
             window, unread, cache = tokens[:, -context:], tokens[:, -context:], KVCache(context)
             for _ in range(max_new_tokens):
                 with torch.inference_mode():
                     if cache.length + unread.shape[1] > context:
                         window = unread = window[:, -(context // 2 or 1) :]
                         cache = KVCache(context)
-                    last = self.hidden(unread, cache)[:, -1]
+                    if read_token is not None and cache.length and unread.shape[1] == 1:
+                        last = read_token(unread[:, 0], cache)
+                    else:
+                        last = self.hidden(unread, cache)[:, -1]
                     # W hᵀ: for a few rows PyTorch's CPU products take 0.35 (bf16) to 0.7 (fp32) times as long as for h Wᵀ
-                    logits = (self.output_weight @ last.T).T
+                    weight = self.output_weight
+                    logits = torch.mv(weight, last[0])[None] if len(last) == 1 else (weight @ last.T).T
                     token = sample(logits, temperature, top_k, top_p, generator)
                     unread = token[:, None]
                     window = torch.cat([window, unread], dim=1)[:, -context:]

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from fastattn.nn import FeedForward, LayerNorm
+from fastattn.nn import FeedForward, LayerNorm, RMSNorm, RotaryEmbedding
 from fastattn.ops.attention import attention
+from fastattn.ops.decode import attention_with_kv_cache
+
+NORMS = ("layer_norm", "rms_norm")
+
+
+def make_norm(name: str, d_model: int, eps: float = 1e-5, bias: bool = True) -> nn.Module:
+    """The norm of that name; an RMS norm has no bias."""
+    return LayerNorm(d_model, eps, bias=bias) if name == "layer_norm" else RMSNorm(d_model, eps)
 
 
 class KVCache:
-    """The keys and values of the tokens read so far, one buffer per block, appended in place.
+    """The keys and values of the tokens read so far, one pair of buffers per block, appended to in place.
 
     Args:
         capacity: tokens that fit.
@@ -18,52 +28,86 @@ class KVCache:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
-        self._blocks: list[Tensor] = []
+        self.blocks: list[tuple[Tensor, Tensor]] = []
 
-    def append(self, block: int, new: Tensor) -> Tensor:
-        """Add the new tokens' keys and values of one block, stacked: (2, B, H, T, D); a view of all of them is returned.
+    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """Append the new tokens' keys and values of one block, and attend to all up to each token: (B, Hq, T, D).
 
+        The options are those of `attention_with_kv_cache`.
         `length` is the caller's to advance, once all blocks have appended.
         """
-        if block == len(self._blocks):
-            self._blocks.append(new.new_empty(*new.shape[:3], self.capacity, new.shape[4]))
-        buffer, count = self._blocks[block], new.shape[3]
-        buffer.narrow(3, self.length, count).copy_(new)
-        return buffer.narrow(3, 0, self.length + count)
+        if block == len(self.blocks):
+            shape = (*key.shape[:2], self.capacity, key.shape[3])
+            self.blocks.append((key.new_empty(shape), key.new_empty(shape)))
+        key_cache, value_cache = self.blocks[block]
+        return attention_with_kv_cache(query, key_cache, value_cache, self.length, key=key, value=value, **options)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention among the tokens of each sequence; (B, T, d_model) in and out."""
+    """Multi-head attention among the tokens of each sequence; (B, T, d_model) in and out.
 
-    def __init__(self, d_model: int, num_heads: int, *, dropout: float = 0.0, bias: bool = True) -> None:
+    Args:
+        d_model: features of input and output.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, each of which serves num_heads / num_kv_heads query heads; None = num_heads.
+        head_dim: features of a head; None = d_model / num_heads.
+        window: how many tokens each sees, itself and those before it; None = all.
+        dropout: probability with which an attention weight is dropped.
+        bias: whether the output projection has one.
+        qkv_bias: whether the input projection has one; None = `bias`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        window: int | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        qkv_bias: bool | None = None,
+    ) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
+        self.head_dim = head_dim or d_model // num_heads
+        self.window = None if window is None else (window - 1, None)
         self.dropout = dropout
-        self.in_proj = nn.Linear(d_model, 3 * d_model, bias=bias)
-        self.out_proj = nn.Linear(d_model, d_model, bias=bias)
+        heads = self.num_heads + 2 * self.num_kv_heads
+        self.in_proj = nn.Linear(d_model, heads * self.head_dim, bias=bias if qkv_bias is None else qkv_bias)
+        self.out_proj = nn.Linear(num_heads * self.head_dim, d_model, bias=bias)
 
     def forward(
-        self, x: Tensor, *, causal: bool, mask: Tensor | None = None, cache: KVCache | None = None, block: int = 0
+        self,
+        x: Tensor,
+        *,
+        causal: bool,
+        mask: Tensor | None = None,
+        rotary: RotaryEmbedding | None = None,
+        cache: KVCache | None = None,
+        block: int = 0,
     ) -> Tensor:
         """Attend to the tokens of `cache` and then to x's own, those before it only if `causal`.
 
         Args:
             x: (B, T, d_model).
             causal: hide later tokens.
-            mask: bool, broadcastable to (B, heads, T, tokens): True = attend.
-            cache: read and extended, or None.
+            mask: bool, broadcastable to (B, heads, T, T): True = attend.
+            rotary: turns queries and keys by their positions, or None.
+            cache: read and extended, or None; with a cache, later tokens are hidden and there is no mask.
             block: which of the cache's buffers is this layer's.
         """
-        batch, new, width = x.shape
-        packed = self.in_proj(x).view(batch, new, 3, self.num_heads, width // self.num_heads)
-        packed = packed.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D), of which the three are views: nothing is copied
-        query, key, value = packed.unbind()
-        if cache is not None:
-            key, value = cache.append(block, packed[1:]).unbind()
-        # Bottom-right alignment lets T new tokens see all that is in the cache; one token alone sees everything anyway.
-        dropout_p = self.dropout if self.training else 0.0
-        out = attention(query, key, value, causal=causal and new > 1, mask=mask, dropout_p=dropout_p)
-        return self.out_proj(out.transpose(1, 2).reshape(batch, new, width))
+        heads = self.in_proj(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # (B, Hq + 2 Hkv, T, D)
+        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)  # views
+        if rotary is not None:
+            query, key = rotary(query, key, offset=0 if cache is None else cache.length)
+        if cache is None:
+            dropout_p = self.dropout if self.training else 0.0
+            out = attention(query, key, value, causal=causal, window=self.window, mask=mask, dropout_p=dropout_p)
+        else:
+            out = cache.attend(block, query, key, value, window=self.window)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -71,34 +115,42 @@ class Block(nn.Module):
 
     norm_first:  x + f(norm(x)), "pre-norm": trains stably at any depth
     otherwise:   norm(x + f(x)), "post-norm": the original transformer (Vaswani et al., 2017)
+
+    Args:
+        d_model: features of input and output.
+        attention: the attention among tokens.
+        feed_forward: (..., d_model) → (..., d_model).
+        dropout: probability with which a number of either's output is dropped.
+        norm: "layer_norm" or "rms_norm".
+        norm_eps: what the norms add to the variance.
+        bias: whether a layer norm has one.
+        norm_first: see above.
     """
 
     def __init__(
         self,
         d_model: int,
-        num_heads: int,
-        d_ff: int,
+        attention: SelfAttention,
+        feed_forward: FeedForward,
         *,
         dropout: float = 0.0,
-        attention_dropout: float = 0.0,
+        norm: str = "layer_norm",
+        norm_eps: float = 1e-5,
         bias: bool = True,
-        activation: str = "gelu_tanh",
         norm_first: bool = True,
     ) -> None:
         super().__init__()
         self.norm_first = norm_first
-        self.norm1 = LayerNorm(d_model, bias=bias)
-        self.attention = SelfAttention(d_model, num_heads, dropout=attention_dropout, bias=bias)
-        self.norm2 = LayerNorm(d_model, bias=bias)
-        self.feed_forward = FeedForward(d_model, d_ff, activation=activation, bias=bias)
+        self.norm1 = make_norm(norm, d_model, norm_eps, bias)
+        self.attention = attention
+        self.norm2 = make_norm(norm, d_model, norm_eps, bias)
+        self.feed_forward = feed_forward
         self.dropout = nn.Dropout(dropout)
 
-    def forward(
-        self, x: Tensor, *, causal: bool, mask: Tensor | None = None, cache: KVCache | None = None, block: int = 0
-    ) -> Tensor:
-        """(B, T, d_model) → (B, T, d_model); the arguments are those of `SelfAttention.forward`."""
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        """(B, T, d_model) → (B, T, d_model); the options are those of `SelfAttention.forward`."""
         if self.norm_first:
-            x = x + self.dropout(self.attention(self.norm1(x), causal=causal, mask=mask, cache=cache, block=block))
+            x = x + self.dropout(self.attention(self.norm1(x), **options))
             return x + self.dropout(self.feed_forward(self.norm2(x)))
-        x = self.norm1(x + self.dropout(self.attention(x, causal=causal, mask=mask, cache=cache, block=block)))
+        x = self.norm1(x + self.dropout(self.attention(x, **options)))
         return self.norm2(x + self.dropout(self.feed_forward(x)))

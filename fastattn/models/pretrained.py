@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, BinaryIO, ClassVar, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Model = TypeVar("Model", bound="Pretrained")
 
@@ -61,10 +61,13 @@ def check_sizes(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    if config.d_model % config.num_heads:
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is None and config.d_model % config.num_heads:
         raise ValueError(f"d_model must be a multiple of num_heads, got {config.d_model} and {config.num_heads}")
-    if config.d_model // config.num_heads > 256:
-        raise ValueError(f"d_model / num_heads must be at most 256, got {config.d_model // config.num_heads}")
+    if (head_dim or config.d_model // config.num_heads) > 256:
+        raise ValueError(
+            f"d_model / num_heads must be at most 256, got {head_dim or config.d_model // config.num_heads}"
+        )
     for name in ("dropout", "attention_dropout"):
         if not 0.0 <= getattr(config, name) < 1.0:
             raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)!r}")
@@ -83,12 +86,27 @@ class Pretrained(nn.Module):
         """Write `config.json` and `model.safetensors` into the folder `path`; each file is replaced atomically."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        settings, tensors = self._to_files()
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with atomic_write(folder / "model.safetensors") as file:
             file.write(_safetensors().save(tensors, metadata={"format": "pt"}))
-        settings = {"model": type(self).__name__, **dataclasses.asdict(self.config)}
         with atomic_write(folder / "config.json") as file:
             file.write(json.dumps(settings, indent=2).encode() + b"\n")
+
+    def _to_files(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What `config.json` and `model.safetensors` hold."""
+        return {"model": type(self).__name__, **dataclasses.asdict(self.config)}, self.state_dict()
+
+    @classmethod
+    def _from_files(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """The configuration and the state from what the files hold."""
+        kind = settings.pop("model", None)
+        if kind != cls.__name__:
+            raise ValueError(f"the folder holds a {kind}, not a {cls.__name__}")
+        known = {field.name for field in dataclasses.fields(cls.config_class)}
+        if unknown := sorted(set(settings) - known):
+            raise ValueError(f"config.json has unknown settings {unknown}; known: {sorted(known)}")
+        return cls.config_class(**settings), tensors
 
     @classmethod
     def from_pretrained(
@@ -98,10 +116,10 @@ class Pretrained(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> Model:
-        """The model that `save_pretrained(path)` wrote, in evaluation mode.
+        """The model that a folder holds, in evaluation mode.
 
         Args:
-            path: the folder.
+            path: the folder: `config.json` and `model.safetensors`, or the files that `model.safetensors.index.json` names.
             device: where the parameters go.
             dtype: of the parameters; None keeps the one they were saved in.
 
@@ -110,25 +128,42 @@ class Pretrained(nn.Module):
             ValueError: the folder holds another kind of model, or files that do not belong together.
         """
         folder = Path(path)
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} holds no {name}: it is not a folder written by save_pretrained")
-        try:
-            settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            kind = settings.pop("model", None)
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{folder / 'config.json'} is not a JSON object: {error}") from error
-        if kind != cls.__name__:
-            raise ValueError(f"{folder} holds a {kind}, not a {cls.__name__}")
-        known = {field.name for field in dataclasses.fields(cls.config_class)}
-        if unknown := sorted(set(settings) - known):
-            raise ValueError(f"{folder / 'config.json'} has unknown settings {unknown}; known: {sorted(known)}")
-        model = cls(cls.config_class(**settings))
-        tensors = _safetensors().load_file(folder / "model.safetensors")
-        try:
-            model.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(f"{folder}: model.safetensors does not fit config.json: {error}") from error
+        settings = _read_json(folder / "config.json")
+        tensors = _read_tensors(folder)
         if dtype is None:
             dtype = next(iter(tensors.values())).dtype
+        try:
+            config, state = cls._from_files(settings, tensors)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+        model = cls(config)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{folder}: the tensors do not fit config.json: {error}") from error
         return model.to(device=device, dtype=dtype).eval()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} holds no {path.name}: it is not a folder with a saved model")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON object: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is not a JSON object, but {type(settings).__name__}")
+    return settings
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of `model.safetensors`, or of the files ("shards") that the index beside them lists."""
+    names = ["model.safetensors"]
+    if (index := folder / "model.safetensors.index.json").is_file():
+        names = sorted(set(_read_json(index)["weight_map"].values()))
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no {name}: it is not a folder with a saved model")
+        tensors.update(_safetensors().load_file(folder / name))
+    return tensors
