@@ -23,6 +23,7 @@ COPIED = ("fastattn", "tests", "bench", "pyproject.toml")
 
 FORWARD, BACKWARD = "kernels/attention.py", "kernels/attention_backward*.py"
 ATTENTION = ("tests/test_attention.py", "-k", "triton")
+DECODE = ("tests/test_decode.py", "-k", "triton")
 EAGER_ATTENTION = ("tests/test_attention.py", "-k", "eager")
 NORM = ("tests/test_precision.py", "tests/test_normalization.py", "-k", "triton")
 FEED_FORWARD = ("tests/test_precision.py", "tests/test_feed_forward.py", "-k", "triton")
@@ -68,8 +69,8 @@ MUTANTS = (
     Mutant(
         "tail reads one key too many",
         FORWARD,
-        "in_bounds = offs_n < num_keys - start",
-        "in_bounds = offs_n <= num_keys - start",
+        "offs_n < num_keys - start, batch",
+        "offs_n <= num_keys - start, batch",
         ATTENTION,
     ),
     Mutant(
@@ -131,6 +132,21 @@ MUTANTS = (
         "dh -= (tl.sum(g, 1) / columns)[:, None]",
         "dh -= 0.0",
         NORM,
+    ),
+    Mutant("splits are merged without their weights", "kernels/decode.py", "part * weight[:, None]", "part", DECODE),
+    Mutant(
+        "every split has the sink",
+        "kernels/decode.py",
+        "mask=in_rows & (split == 0), other",
+        "mask=in_rows, other",
+        DECODE,
+    ),
+    Mutant(
+        "new keys overwrite the last one",
+        "kernels/decode.py",
+        "position += tl.load(lengths_ptr + batch).to(tl.int32)",
+        "position += tl.load(lengths_ptr + batch).to(tl.int32) - 1",
+        DECODE,
     ),
     Mutant(
         "derivative of SiLU",

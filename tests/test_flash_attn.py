@@ -10,6 +10,7 @@ from fastattn.integrations.flash_attn import (
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
+    flash_attn_with_kvcache,
 )
 from tests import reference
 
@@ -41,6 +42,37 @@ def test_every_form_means_the_same(name):
     assert torch.allclose(ragged.double(), out.transpose(1, 2).flatten(0, 1), atol=1e-6)
 
 
+@pytest.mark.parametrize("where", ["batch", "chosen", "paged"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_kv_cache_means_the_same(name, where):
+    theirs, plain = OPTIONS[name]
+    plain = {**plain, **({"alibi_slopes": theirs["alibi_slopes"]} if "alibi_slopes" in theirs else {})}
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 4, 16), torch.randn(2, 3, 2, 16), torch.randn(2, 3, 2, 16)
+    lengths, held = torch.tensor([5, 9], dtype=torch.int32), torch.randn(2, 2, 12, 2, 16)
+    full = held.clone()
+    for i, n in enumerate(lengths.tolist()):
+        full[:, i, n : n + 3] = torch.stack([k[i], v[i]])
+    options = dict(theirs)
+    caches = [held[0].clone(), held[1].clone()]
+    if where == "chosen":
+        options["cache_batch_idx"] = torch.tensor([2, 0], dtype=torch.int32)
+        caches = [torch.stack([c[1], torch.zeros_like(c[0]), c[0]]) for c in caches]
+    elif where == "paged":
+        options["block_table"] = torch.tensor([[3, 0, 5], [1, 4, 2]], dtype=torch.int32)
+        caches = [c.reshape(6, 4, 2, 16)[torch.tensor([1, 3, 5, 0, 4, 2])] for c in caches]
+    out, lse = flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=lengths, **options, return_softmax_lse=True)
+    for i, n in enumerate((lengths + 3).tolist()):
+        x = [t[i : i + 1].transpose(1, 2).double() for t in (q, *full[:, :, :n])]
+        expected, expected_lse = reference.attention(*x, **plain)
+        assert torch.allclose(out[i : i + 1].double(), expected.transpose(1, 2), atol=1e-6)
+        assert torch.allclose(lse[i : i + 1].double(), expected_lse, atol=1e-5)
+    if where == "batch":
+        assert torch.equal(torch.stack(caches), full)
+        whole = [flash_attn_with_kvcache(q, *caches, cache_seqlens=n, **theirs) for n in (12, None)]
+        assert torch.equal(*whole)
+
+
 def test_signatures_are_those_of_the_package():
     common = [
         "dropout_p",
@@ -57,12 +89,24 @@ def test_signatures_are_those_of_the_package():
     packing = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
     expected = ["q", "k", "v", *packing, *common, "block_table"]
     assert list(inspect.signature(flash_attn_varlen_func).parameters) == expected
+    cache = inspect.signature(flash_attn_with_kvcache).parameters
+    assert list(cache) == [
+        "q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx", "cache_leftpad",
+        "block_table", "softmax_scale", "causal", "window_size", "softcap", "rotary_interleaved", "alibi_slopes", "num_splits",
+        "return_softmax_lse",
+    ]  # fmt: skip
+    assert (cache["causal"].default, cache["rotary_interleaved"].default) == (False, True)
 
 
 def test_what_is_not_supported_is_refused():
     x, cu = torch.zeros(3, 2, 8), torch.tensor([0, 3], dtype=torch.int32)
     with pytest.raises(ValueError, match="block_table must be None"):
         flash_attn_varlen_func(x, x, x, cu, cu, 3, 3, block_table=cu)
+    q, cache = torch.zeros(1, 1, 2, 8), torch.zeros(1, 4, 2, 8)
+    with pytest.raises(ValueError, match="cache_leftpad must be None"):
+        flash_attn_with_kvcache(q, cache, cache, cache_leftpad=torch.zeros(1, dtype=torch.int32))
+    with pytest.raises(ValueError, match="cache_seqlens must say where k and v are appended"):
+        flash_attn_with_kvcache(q, cache, cache, q, q)
     with pytest.raises(ValueError, match=r"qkv must have shape \(batch, length, 3, heads, head_dim\), got \(3, 2, 8\)"):
         flash_attn_qkvpacked_func(x)
     with pytest.raises(ValueError, match=r"q must have 4 dimensions \(batch, length, heads, head_dim\)"):

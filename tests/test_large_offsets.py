@@ -42,11 +42,24 @@ def run(function, leaves):
 torch.manual_seed(0)
 def attend(q, k, v):
     return fastattn.attention(q, k, v, causal=True)
+
+def same_cache(dim, stride):
+    query, new = torch.randn(3, 3, 1, 16).half(), torch.randn(2, 3, 3, 1, 16).half()
+    results = []
+    for change in (torch.clone, lambda x: spread(x, dim, stride)):
+        keys, values = (change(x) for x in torch.ones(2, 3, 3, 40, 16).half())
+        with fastattn.backend.use("triton"):
+            out = fastattn.attention_with_kv_cache(query, keys, values, torch.tensor([39, 0, 20]), key=new[0], value=new[1])
+        results.append((out, keys, values))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 """
 CHECKS = {
     "attention, batches": f"same(attend, torch.randn(3, 3, 1, 40, 16).half().unbind(), 0, {FAR})",
     "attention, heads": f"same(attend, torch.randn(3, 1, 3, 40, 16).half().unbind(), 1, {FAR})",
     "attention, rows": f"same(attend, torch.randn(3, 1, 1, 40, 16).half().unbind(), 2, {ROW})",
+    "cache, batches": f"same_cache(0, {FAR})",
+    "cache, heads": f"same_cache(1, {FAR})",
+    "cache, rows": f"same_cache(2, {ROW})",
     "layer norm": f"same(lambda x: fastattn.layer_norm(x, 16), [torch.randn(3, 16).half()], 0, {FAR})",
     "wide layer norm": f"same(lambda x: fastattn.layer_norm(x, 16_390), [torch.randn(3, 16_390).half()], 0, {FAR})",
     "linear": "weight = torch.randn(16, 16).half(); "

@@ -69,6 +69,33 @@ def varlen_attention(dtype: str = "bfloat16", head_dim: int = 64, flags: tuple[s
         torch.autograd.backward(out, torch.zeros_like(out))
 
 
+def kv_cache(
+    dtype: str = "bfloat16",
+    head_dim: int = 64,
+    heads: int = 8,
+    queries: int = 1,
+    page_size: int | None = None,
+    flags: tuple[str, ...] = (),
+) -> None:
+    """Tokens appended to the caches of two sequences, attention in several splits, and their merge."""
+    kind = getattr(torch, dtype)
+    query, new = (torch.zeros(2, h, queries, head_dim, dtype=kind) for h in (heads, 2))
+    shape = (2, 2, 1024, head_dim) if page_size is None else (2048 // page_size, 2, page_size, head_dim)
+    table = None if page_size is None else torch.zeros(2, 1024 // page_size, dtype=torch.int32)
+    options: dict[str, dict[str, Any]] = {
+        "window": {"window": (64, 0)},
+        "alibi": {"alibi_slopes": torch.zeros(heads)},
+        "softcap": {"softcap": 30.0},
+        "sinks": {"sinks": torch.zeros(heads)},
+    }
+    chosen = {name: value for flag in flags for name, value in options[flag].items()}
+    with fastattn.backend.use("triton"):
+        fastattn.attention_with_kv_cache(
+            query, *torch.zeros(2, *shape, dtype=kind), torch.zeros(2, dtype=torch.int32), key=new, value=new,
+            block_table=table, **chosen,
+        )  # fmt: skip
+
+
 def cross_entropy(dtype: str = "bfloat16", classes: int = 1000, label_smoothing: float = 0.0) -> None:
     """Linear cross entropy, forward and backward; the products around the kernel are PyTorch's."""
     hidden = torch.zeros(64, 32, dtype=getattr(torch, dtype), requires_grad=True)
@@ -214,6 +241,19 @@ def _other_cases() -> Iterator[Case]:
     everything = {"flags": ["window", "alibi", "softcap", "dropout"]}
     yield Case("varlen fp16 D80 everything", "varlen_attention", {"dtype": "float16", "head_dim": 80, **everything})
     yield Case("varlen fp32 D64", "varlen_attention", {"dtype": "float32", "flags": []})
+    yield Case("kv cache bf16 D128", "kv_cache", {"head_dim": 128}, core=True)
+    features = ["window", "alibi", "softcap", "sinks"]
+    for dtype in ("bfloat16", "float16", "float32"):
+        for head_dim in (16, 64, 80, 128, 256):
+            where = {"dtype": dtype, "head_dim": head_dim}
+            yield Case(f"kv cache {dtype} D{head_dim}", "kv_cache", where)
+            paged = {**where, "page_size": 16, "flags": features}
+            core = (dtype, head_dim) in (("float16", 80), ("float32", 256))
+            yield Case(f"kv cache {dtype} D{head_dim} paged everything", "kv_cache", paged, core)
+    for queries in (8, 64):
+        for head_dim in (64, 128, 256):
+            several = {"head_dim": head_dim, "queries": queries}
+            yield Case(f"kv cache bf16 D{head_dim} {queries} tokens", "kv_cache", several)
     yield Case("cross entropy bf16", "cross_entropy", {}, core=True)
     for dtype in ("float16", "float32"):
         yield Case(f"cross entropy {dtype}", "cross_entropy", {"dtype": dtype, "label_smoothing": 0.1})

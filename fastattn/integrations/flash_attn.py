@@ -9,10 +9,12 @@ the matrix of probabilities is never kept. Interface: https://github.com/Dao-AIL
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastattn.ops.attention import attention
-from fastattn.ops.checks import check_rank, check_tensor
+from fastattn.ops.checks import check_rank, check_shape, check_tensor
+from fastattn.ops.decode import attention_with_kv_cache
 from fastattn.ops.varlen import varlen_attention
 
 Result = Tensor | tuple[Tensor, Tensor, None]
@@ -132,3 +134,64 @@ def flash_attn_varlen_func(
         alibi_slopes=alibi_slopes, softcap=softcap or None, dropout_p=dropout_p, scale=softmax_scale, return_lse=True,
     )  # fmt: skip
     return (out, lse, None) if return_attn_probs else out
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: Tensor | int | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of q (B, Nq, Hq, D) over caches (≥ B, capacity, Hkv, D), to which k and v (B, new, Hkv, D) are appended.
+
+    See `fastattn.attention_with_kv_cache`. `cache_seqlens` None means that the caches are full; `cache_batch_idx` (B,)
+    says which of the caches is each sequence's; with `block_table` the caches are (pages, page_size, Hkv, D).
+    `num_splits` is accepted: the number of splits follows from the shapes here.
+
+    Returns:
+        (B, Nq, Hq, Dv), or with `return_softmax_lse` (that, lse (B, Hq, Nq)).
+
+    Raises:
+        ValueError: `cache_leftpad` is given; `cache_batch_idx` with `block_table`; k without `cache_seqlens`.
+    """
+    for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
+        if tensor is not None:
+            check_tensor(name, tensor)
+            check_rank(name, tensor, 4, "(batch or pages, length, heads, head_dim)")
+    if cache_leftpad is not None:
+        raise ValueError("cache_leftpad must be None: left padding is not supported")
+    if cache_seqlens is None:
+        if k is not None:
+            raise ValueError("cache_seqlens must say where k and v are appended, got None")
+        cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    if cache_batch_idx is not None:
+        if block_table is not None:
+            raise ValueError(
+                "cache_batch_idx must be None with a block_table, which says where each sequence's keys lie"
+            )
+        check_tensor("cache_batch_idx", cache_batch_idx, (torch.int32,))
+        check_shape("cache_batch_idx", cache_batch_idx, (q.shape[0],), "one cache per sequence")
+        block_table = cache_batch_idx[:, None]  # each sequence has one page, as long as the cache
+    query, key_cache, value_cache = (t.transpose(1, 2) for t in (q, k_cache, v_cache))
+    key, value = (None if t is None else t.transpose(1, 2) for t in (k, v))
+    out, lse = attention_with_kv_cache(
+        query, key_cache, value_cache, cache_seqlens, key=key, value=value, block_table=block_table, causal=causal,
+        window=_window(window_size), alibi_slopes=alibi_slopes, softcap=softcap or None, scale=softmax_scale,
+        return_lse=True,
+    )  # fmt: skip
+    return (out.transpose(1, 2), lse) if return_softmax_lse else out.transpose(1, 2)

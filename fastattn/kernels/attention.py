@@ -42,58 +42,83 @@ __all__ = ["backward", "forward"]
 
 
 @triton.jit
+def add_keys(
+    acc, l, m, q, k_ptrs, v_ptrs, mask_ptr, mask_stride, bias_ptr, bias_stride, slope, seed, start, in_bounds,
+    batch, head, offs_m, row_limit, num_keys, shift, left, right, scale, softcap, threshold, columns_qk, columns_v,
+    BLOCK_N: tl.constexpr, PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds the keys [start, start + BLOCK_N) to the running (acc, l, m). EDGE: some may be invisible to some row.
+
+    `slope` is a number, or one per row as (BLOCK_M, 1).
+    """
+    offs_n = tl.arange(0, BLOCK_N)
+    at = tl.cast(start, tl.int64)
+    # [BLOCK_D, BLOCK_N]
+    k = load_tile(k_ptrs, in_bounds[None, :] if EDGE else None, columns_qk)
+    s = tl.dot(q, k, input_precision=PRECISION)
+    if not PLAIN:
+        bias = None
+        if bias_ptr is not None:
+            # [BLOCK_M, BLOCK_N]
+            bias = load_tile(
+                bias_ptr + offs_m.to(tl.int64)[:, None] * bias_stride[2] + (at + offs_n)[None, :] * bias_stride[3],
+                row_limit, in_bounds[None, :] if EDGE else None,
+            ).to(tl.float32)  # fmt: skip
+        s = base2_score(
+            capped_score(s, scale, softcap), bias, slope, (offs_m + shift - start)[:, None] - offs_n[None, :]
+        )
+    if EDGE:
+        x, y = (offs_m - start)[:, None], offs_n[None, :]
+        s = tl.where(is_visible(x, y, num_keys - start, shift, left, right), s, float("-inf"))
+    if mask_ptr is not None:
+        # [BLOCK_M, BLOCK_N]
+        attend = load_tile(
+            mask_ptr + offs_m.to(tl.int64)[:, None] * mask_stride[2] + (at + offs_n)[None, :] * mask_stride[3],
+            row_limit, in_bounds[None, :] if EDGE else None,
+        )  # fmt: skip
+        s = tl.where(attend != 0, s, float("-inf"))
+    # p = 2^(s - m): in the plain case scale·log2(e) is folded into one fused multiply-add per element
+    if PLAIN:
+        m_new = tl.maximum(m, tl.max(s, 1) * scale)
+        p = tl.exp2(tl.fma(s, scale, -m_new[:, None]))
+    else:
+        m_new = tl.maximum(m, tl.max(s, 1))
+        p = tl.exp2(s - m_new[:, None])
+    rescale = tl.exp2(m - m_new)
+    l = l * rescale + tl.sum(p, 1)
+    if seed is not None:
+        p = tl.where(keep(seed, batch, head, offs_m[:, None], (start + offs_n)[None, :], threshold), p, 0.0)
+    # [BLOCK_N, BLOCK_DV]
+    v = load_tile(v_ptrs, in_bounds[:, None] if EDGE else None, columns_v)
+    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    return acc, l, m_new
+
+
+@triton.jit
+def finish(acc, l, m, keep_scale):
+    """(out, natural log-sum-exp) of the running sums. A row that sees nothing has l = 0: out 0, log-sum-exp -inf."""
+    l_safe = tl.where(l > 0, l, 1.0)
+    return acc * (keep_scale / l_safe)[:, None], tl.where(l > 0, (m + tl.log2(l_safe)) * LN2, float("-inf"))
+
+
+@triton.jit
 def _walk_keys(
     acc, l, m, q, k_ptr, k_stride, v_ptr, v_stride, mask_ptr, mask_stride, bias_ptr, bias_stride, slope, seed,
     low, high, batch, head, offs_m, row_limit, num_keys, shift, left, right, scale, softcap, threshold,
     columns_qk, columns_v, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys [low, high) to the running (acc, l, m). EDGE: some of them may be invisible to some row."""
+    """Adds the keys [low, high) to the running (acc, l, m)."""
     offs_n = tl.arange(0, BLOCK_N)
     k_offsets = offs_n[None, :] * k_stride + tl.arange(0, BLOCK_D)[:, None]
     v_offsets = offs_n[:, None] * v_stride + tl.arange(0, BLOCK_DV)[None, :]
     for start in tl.range(low, high, BLOCK_N, disable_licm=not HOIST):
-        in_bounds = offs_n < num_keys - start
         at = tl.cast(start, tl.int64)
-        # [BLOCK_D, BLOCK_N]
-        k = load_tile(k_ptr + at * k_stride + k_offsets, in_bounds[None, :] if EDGE else None, columns_qk)
-        s = tl.dot(q, k, input_precision=PRECISION)
-        if not PLAIN:
-            bias = None
-            if bias_ptr is not None:
-                # [BLOCK_M, BLOCK_N]
-                bias = load_tile(
-                    bias_ptr + offs_m.to(tl.int64)[:, None] * bias_stride[2] + (at + offs_n)[None, :] * bias_stride[3],
-                    row_limit, in_bounds[None, :] if EDGE else None,
-                ).to(tl.float32)  # fmt: skip
-            s = base2_score(
-                capped_score(s, scale, softcap), bias, slope, (offs_m + shift - start)[:, None] - offs_n[None, :]
-            )
-        if EDGE:
-            x, y = (offs_m - start)[:, None], offs_n[None, :]
-            s = tl.where(is_visible(x, y, num_keys - start, shift, left, right), s, float("-inf"))
-        if mask_ptr is not None:
-            # [BLOCK_M, BLOCK_N]
-            attend = load_tile(
-                mask_ptr + offs_m.to(tl.int64)[:, None] * mask_stride[2] + (at + offs_n)[None, :] * mask_stride[3],
-                row_limit, in_bounds[None, :] if EDGE else None,
-            )  # fmt: skip
-            s = tl.where(attend != 0, s, float("-inf"))
-        # p = 2^(s - m): in the plain case scale·log2(e) is folded into one fused multiply-add per element
-        if PLAIN:
-            m_new = tl.maximum(m, tl.max(s, 1) * scale)
-            p = tl.exp2(tl.fma(s, scale, -m_new[:, None]))
-        else:
-            m_new = tl.maximum(m, tl.max(s, 1))
-            p = tl.exp2(s - m_new[:, None])
-        rescale = tl.exp2(m - m_new)
-        l = l * rescale + tl.sum(p, 1)
-        if seed is not None:
-            p = tl.where(keep(seed, batch, head, offs_m[:, None], (start + offs_n)[None, :], threshold), p, 0.0)
-        # [BLOCK_N, BLOCK_DV]
-        v = load_tile(v_ptr + at * v_stride + v_offsets, in_bounds[:, None] if EDGE else None, columns_v)
-        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
-        m = m_new
+        acc, l, m = add_keys(
+            acc, l, m, q, k_ptr + at * k_stride + k_offsets, v_ptr + at * v_stride + v_offsets, mask_ptr, mask_stride,
+            bias_ptr, bias_stride, slope, seed, start, offs_n < num_keys - start, batch, head, offs_m, row_limit, num_keys,
+            shift, left, right, scale, softcap, threshold, columns_qk, columns_v, BLOCK_N, PLAIN, EDGE, PRECISION,
+        )  # fmt: skip
     return acc, l, m
 
 
@@ -187,10 +212,7 @@ def _attention_forward(
         threshold, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN, True, PRECISION, HOIST,
     )  # fmt: skip
 
-    # a row that sees nothing has l = 0: output 0, log-sum-exp -inf
-    l_safe = tl.where(l > 0, l, 1.0)
-    out = acc * (keep_scale / l_safe)[:, None]
-    lse = tl.where(l > 0, (m + tl.log2(l_safe)) * LN2, float("-inf"))
+    out, lse = finish(acc, l, m, keep_scale)
     out_ptrs = out_ptr + local * out_strides[2] + offs_dv[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=rows & (offs_dv < DV)[None, :])
     tl.store(lse_ptr + tl.arange(0, BLOCK_M), lse, mask=offs_m < num_queries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -115,6 +116,48 @@ def attention_backward_bias_config(target: Target, head_dim: int, itemsize: int)
         return AttentionConfig(32, 32, 4, 1)
     block = 32 if (head_dim <= 128 and itemsize == 2) or head_dim <= 64 else 16
     return AttentionConfig(block, block, 4, 1)
+
+
+# Decoding reads the cache once, whatever the tile: the fewest rows that a dot takes, keys enough to keep loads in flight.
+_DECODE: _Table = {64: (16, 128, 4, 2), 128: (16, 64, 4, 2), 256: (16, 32, 4, 2)}
+MAX_SPLITS = 128
+MERGE_SPLITS = 16  # partial results that one step of the merge reads
+
+
+def decode_config(target: Target, head_dim: int, itemsize: int, rows: int) -> AttentionConfig:
+    """rows: the query rows that share a key head, of all heads and new tokens together."""
+    if target.backend == "interpreter":
+        return AttentionConfig(16, 32, 4, 1)
+    if itemsize == 4:
+        return AttentionConfig(16, 32 if head_dim <= 64 else 16, 8, 1)
+    config = _from_table(_DECODE, head_dim)
+    block_m = min(64 if head_dim <= 128 else 16, max(16, _power_of_2(rows)))
+    stages = 1 if target.backend == "hip" else config.num_stages
+    block_n = config.block_n if block_m == 16 else config.block_n // 2
+    return replace(config, block_m=block_m, block_n=block_n, num_stages=stages)
+
+
+def decode_splits(target: Target, programs: int, key_blocks: int) -> int:
+    """Into how many parts the keys are divided, so that a few long sequences still occupy the whole device.
+
+    Args:
+        programs: those that there are without splitting.
+        key_blocks: blocks of keys in the longest sequence that the cache can hold (its true length is known to the
+            device alone).
+
+    One part where the programs fill four fifths of the processors. Else the fewest parts that keep the processors at
+    least 85 % as busy as the best number of parts would: each more costs a partial result to write and to merge.
+    """
+    if programs == 0 or programs >= 0.8 * target.processors:
+        return 1
+
+    def occupancy(splits: int) -> float:
+        rounds = programs * splits / target.processors
+        return rounds / math.ceil(rounds)
+
+    candidates = range(1, max(1, min(MAX_SPLITS, target.processors, key_blocks)) + 1)
+    best = max(map(occupancy, candidates))
+    return next(splits for splits in candidates if occupancy(splits) >= 0.85 * best)
 
 
 # Normalisation. A program keeps 16 numbers of a tile per thread in the forward, and 8 in the backward, where five such

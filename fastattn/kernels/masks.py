@@ -21,14 +21,14 @@ LOWEST = tl.constexpr(-3.0e38)  # start of a running maximum: finite, so that ex
 
 
 @triton.jit
-def visible_range(start, length, other_length, shift, behind, ahead, BLOCK: tl.constexpr, OTHER: tl.constexpr):
-    """What the block [start, start + BLOCK) of one axis sees of the other axis, in steps of OTHER.
+def visible_range(start, length, other_length, shift, behind, ahead, block, OTHER: tl.constexpr):
+    """What the block [start, start + block) of one axis sees of the other axis, in steps of OTHER.
 
     Position x sees [x + shift - behind, x + shift + ahead]. Returns (low, full_low, full_high, high): nothing outside
     [low, high) is visible to any position of the block, and all of [full_low, full_high) is visible to every one of them;
     all but `high` are multiples of OTHER, and low <= full_low <= full_high.
     """
-    last = tl.minimum(start + BLOCK, length) - 1
+    last = tl.minimum(start + block, length) - 1
     low = 0
     full_low = 0
     high = other_length

@@ -1,0 +1,72 @@
+"""Attention over a cache of keys and values in PyTorch: attention.py on views of the cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.eager import attention
+from fastattn.layout import new_output
+
+
+def append(
+    key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, length: int,
+    block_table: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes key and value behind what the caches hold. Shapes as in `fastattn.ops.decode`."""
+    batch, _, num_new, _ = key.shape
+    if lengths is None and block_table is None:
+        key_cache[:batch, :, length : length + num_new].copy_(key)
+        value_cache[:batch, :, length : length + num_new].copy_(value)
+        return
+    start = torch.full((batch,), length, device=key.device) if lengths is None else lengths.long() + length
+    positions = start[:, None] + torch.arange(num_new, device=key.device)
+    if block_table is None:
+        where = torch.arange(batch, device=key.device)[:, None]
+    else:
+        where = block_table.long().gather(1, positions // key_cache.shape[2])
+        positions = positions % key_cache.shape[2]
+    key_cache[where, :, positions] = key.transpose(1, 2)
+    value_cache[where, :, positions] = value.transpose(1, 2)
+
+
+def _of_sequence(cache: Tensor, block_table: Tensor | None, index: int, keys: int) -> Tensor:
+    """(1, Hkv, keys, D): a view, or what the pages of a paged cache hold."""
+    if block_table is None:
+        return cache[index : index + 1, :, :keys]
+    pages = cache[block_table[index, : -(-keys // cache.shape[2])].long()]  # (pages, Hkv, page_size, D)
+    return pages.transpose(0, 1).flatten(1, 2)[None, :, :keys]
+
+
+def forward(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor | None, more: int, block_table: Tensor | None,
+    alibi_slopes: Tensor | None, sinks: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
+    softcap: float, precision: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, lse). A sequence has lengths + more keys (`more` where lengths is None)."""
+    batch = query.shape[0]
+    if query.shape[2] == 1 and window_right is not None:
+        window_right = None  # one query stands at the last key
+    rules = (scale, window_left, window_right, softcap, 0.0, precision)
+    counts = [more] if lengths is None else sorted({more + n for n in lengths.tolist()})
+    if len(counts) == 1 and block_table is None:
+        keys = counts[0]
+        return attention.forward(
+            query, key_cache[:batch, :, :keys], value_cache[:batch, :, :keys], None, None, alibi_slopes, sinks, None, *rules
+        )  # fmt: skip
+    out = new_output(query, value_cache.shape[3])
+    lse = torch.empty(query.shape[:3], device=query.device)
+    for i, keys in enumerate([more] * batch if lengths is None else (lengths + more).tolist()):
+        k, v = (_of_sequence(cache, block_table, i, keys) for cache in (key_cache, value_cache))
+        slopes = None if alibi_slopes is None else alibi_slopes[i : i + 1]
+        out[i : i + 1], lse[i : i + 1] = attention.forward(
+            query[i : i + 1], k, v, None, None, slopes, sinks, None, *rules
+        )
+    return out, lse
+
+
+def explain(query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor | None) -> list[str]:
+    """How `forward` does this call, in words."""
+    if block_table is not None:
+        return ["attention's way, sequence by sequence, on a copy of its pages"]
+    return ["attention's way on views of the cache; sequence by sequence where lengths differ"]

@@ -1,0 +1,242 @@
+"""`attention_with_kv_cache`: a few new queries over cached keys and values, appended in place. For inference."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from fastattn import backend
+from fastattn.layout import new_output
+from fastattn.ops.attention import MAX_HEAD_DIM, check_slopes, check_window, row_contiguous
+from fastattn.ops.checks import check_rank, check_same_device, check_shape, check_tensor, name_of
+from fastattn.ops.library import call, define
+
+
+def _append(key_cache: Tensor, *rest: Any) -> None:
+    with backend.device_guard(key_cache.device):
+        backend.implementation("decode", key_cache.device).append(key_cache, *rest)
+
+
+def _attend(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    with backend.device_guard(query.device):
+        launcher = backend.implementation("decode", query.device).forward
+        return launcher(query, *rest, backend.input_precision(query.dtype))
+
+
+def _attend_fake(query: Tensor, key_cache: Tensor, value_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return new_output(query, value_cache.shape[3]), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+append_op = define(
+    "kv_cache_append(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor key, Tensor value, Tensor? lengths, SymInt length, "
+    "Tensor? block_table) -> ()",
+    _append,
+    lambda *arguments: None,
+)
+attend_op = define(
+    "kv_cache_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? lengths, SymInt more, Tensor? block_table, "
+    "Tensor? alibi_slopes, Tensor? sinks, float scale, SymInt? window_left, SymInt? window_right, float softcap) "
+    "-> (Tensor, Tensor)",
+    _attend,
+    _attend_fake,
+)
+
+
+def _check_caches(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
+    """What does not depend on paging."""
+    for name, tensor, layout in (
+        ("query", query, "(batch, heads, length, head_dim)"),
+        ("key_cache", key_cache, "(batch or pages, heads, capacity or page size, head_dim)"),
+        ("value_cache", value_cache, "(batch or pages, heads, capacity or page size, head_dim)"),
+    ):
+        check_tensor(name, tensor)
+        check_rank(name, tensor, 4, layout)
+    if not query.dtype == key_cache.dtype == value_cache.dtype:
+        dtypes = ", ".join(name_of(t.dtype) for t in (query, key_cache, value_cache))
+        raise TypeError(f"query, key_cache and value_cache must have one dtype, got {dtypes}")
+    shapes = f"query {tuple(query.shape)}, key_cache {tuple(key_cache.shape)}, value_cache {tuple(value_cache.shape)}"
+    if key_cache.shape[:3] != value_cache.shape[:3] or key_cache.shape[3] != query.shape[3]:
+        raise ValueError(f"query, key_cache and value_cache do not fit together: {shapes}")
+    if key_cache.shape[1] == 0 or query.shape[1] % key_cache.shape[1]:
+        raise ValueError(f"the query's heads must be a multiple of the cache's heads: {shapes}")
+    if not 1 <= query.shape[3] <= MAX_HEAD_DIM or not 1 <= value_cache.shape[3] <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim must be in 1..{MAX_HEAD_DIM}: {shapes}")
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if cache.stride(3) != 1 and cache.shape[3] != 1:
+            raise ValueError(f"{name} must be contiguous in its last dimension, got strides {cache.stride()}")
+
+
+def _check_new(key: Tensor | None, value: Tensor | None, query: Tensor, value_cache: Tensor) -> int:
+    """The number of new keys of each sequence."""
+    if key is None and value is None:
+        return 0
+    if key is None or value is None:
+        missing = "key" if key is None else "value"
+        raise ValueError(f"key and value must be given together, but {missing} is None")
+    for name, tensor, dim in (("key", key, query.shape[3]), ("value", value, value_cache.shape[3])):
+        check_tensor(name, tensor, (query.dtype,))
+        check_rank(name, tensor, 4, "(batch, heads, new tokens, head_dim)")
+        check_shape(name, tensor, (query.shape[0], value_cache.shape[1], key.shape[2], dim), "as key and the caches")
+    return key.shape[2]
+
+
+def _check_lengths(lengths: Tensor | int, batch: int, new: int, capacity: int) -> None:
+    if isinstance(lengths, Tensor):
+        check_tensor("cache_seqlens", lengths, (torch.int32, torch.int64))
+        check_shape("cache_seqlens", lengths, (batch,), "one length per sequence")
+        if lengths.device.type != "cpu" or torch.compiler.is_compiling() or batch == 0:
+            return  # looking at the values would make the host wait for the device
+        values = lengths.tolist()
+        shortest, longest = min(values), max(values)
+    elif isinstance(lengths, (int, torch.SymInt)) and not isinstance(lengths, bool):
+        shortest = longest = lengths
+    else:
+        raise TypeError(f"cache_seqlens must be an int or a tensor of one per sequence, got {type(lengths).__name__}")
+    if shortest < 0 or longest + new > capacity:
+        room = f"{capacity} fit" + (f" and {new} are new" if new else "")
+        raise ValueError(f"cache_seqlens must be at least 0 and fit into the cache ({room}), got {lengths}")
+
+
+def _check_table(table: Tensor, batch: int, pages: int) -> None:
+    check_tensor("block_table", table, (torch.int32,))
+    check_rank("block_table", table, 2, "(batch, pages of a sequence)")
+    if table.shape[0] != batch:
+        raise ValueError(f"block_table must have one row for each of the {batch} sequences, got {tuple(table.shape)}")
+    if table.device.type == "cpu" and not torch.compiler.is_compiling() and table.numel():
+        low, high = (x.item() for x in table.aminmax())
+        if low < 0 or high >= pages:
+            raise ValueError(f"block_table must hold page numbers in [0, {pages}), got {low if low < 0 else high}")
+
+
+@overload
+def attention_with_kv_cache(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, cache_seqlens: Tensor | int, *, key: Tensor | None = ...,
+    value: Tensor | None = ..., block_table: Tensor | None = ..., causal: bool = ...,
+    window: tuple[int | None, int | None] | None = ..., alibi_slopes: Tensor | None = ..., softcap: float | None = ...,
+    sinks: Tensor | None = ..., scale: float | None = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def attention_with_kv_cache(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, cache_seqlens: Tensor | int, *, key: Tensor | None = ...,
+    value: Tensor | None = ..., block_table: Tensor | None = ..., causal: bool = ...,
+    window: tuple[int | None, int | None] | None = ..., alibi_slopes: Tensor | None = ..., softcap: float | None = ...,
+    sinks: Tensor | None = ..., scale: float | None = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def attention_with_kv_cache(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_seqlens: Tensor | int,
+    *,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    block_table: Tensor | None = None,
+    causal: bool = True,
+    window: tuple[int | None, int | None] | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of new queries over a cache of keys and values, to which new ones are appended in place. For inference.
+
+    With `key` and `value`, they are first written behind the cache_seqlens[b] rows that the caches hold of sequence b.
+    Then the queries attend, as in `attention`, to everything that the caches hold: cache_seqlens[b] rows and the new ones.
+    `cache_seqlens` itself is left as it is. On a GPU the keys of each sequence are split among many programs, and the host
+    never waits for the device.
+
+    Source: Dao et al. 2023, "Flash-Decoding for long-context inference"; paging: Kwon et al. 2023, arXiv:2309.06180.
+
+    Args:
+        query: (B, Hq, Nq, D), float32, float16 or bfloat16: the last Nq tokens of each sequence.
+        key_cache: (≥ B, Hkv, capacity, D), the same dtype, any strides, the last dimension contiguous; or, with
+            `block_table`, (pages, Hkv, page_size, D). Hq must be a multiple of Hkv.
+        value_cache: as key_cache, with Dv.
+        cache_seqlens: rows of the caches that are in use: int32 or int64 (B,), or one int for all sequences.
+        key: (B, Hkv, new tokens, D) to append, or None.
+        value: (B, Hkv, new tokens, Dv), with `key`.
+        block_table: int32 (B, pages of a sequence): position p of sequence b lies in row p % page_size of page
+            block_table[b, p // page_size]. Two sequences may share a page that nothing is appended to.
+        causal, window, alibi_slopes, softcap, sinks, scale: as in `attention`. The last query stands at the last key.
+        return_lse: also return the log-sum-exp of the scores.
+
+    Returns:
+        out (B, Hq, Nq, Dv), and with `return_lse` also lse (B, Hq, Nq), float32.
+
+    Raises:
+        TypeError, ValueError: a tensor of the wrong dtype, shape or device; a tensor that requires a gradient while
+            gradients are recorded; lengths or page numbers out of range (checked on the CPU; on a GPU, what lies beyond
+            the cache's end is neither written nor read).
+
+    Example:
+        >>> keys, values = torch.zeros(2, 3, 4, 256, 64).unbind()              # 3 sequences of up to 256 tokens
+        >>> lengths = torch.tensor([17, 100, 0], dtype=torch.int32)
+        >>> q, k, v = (torch.randn(3, h, 1, 64) for h in (8, 4, 4))
+        >>> fastattn.attention_with_kv_cache(q, keys, values, lengths, key=k, value=v).shape
+        torch.Size([3, 8, 1, 64])
+    """
+    _check_caches(query, key_cache, value_cache)
+    if torch.is_grad_enabled():
+        given = {
+            "query": query,
+            "key_cache": key_cache,
+            "value_cache": value_cache,
+            "key": key,
+            "value": value,
+            "sinks": sinks,
+        }
+        for name, tensor in given.items():
+            if tensor is not None and tensor.requires_grad:
+                raise ValueError(
+                    f"{name} requires a gradient, and attention_with_kv_cache has none: use torch.no_grad()"
+                )
+    batch = query.shape[0]
+    new = _check_new(key, value, query, value_cache)
+    capacity = key_cache.shape[2]
+    if block_table is not None:
+        _check_table(block_table, batch, key_cache.shape[0])
+        block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+        capacity = capacity * block_table.shape[1]
+    elif key_cache.shape[0] < batch:
+        raise ValueError(f"key_cache has room for {key_cache.shape[0]} sequences, but query has {batch}")
+    _check_lengths(cache_seqlens, batch, new, capacity)
+    lengths, length = (cache_seqlens, 0) if isinstance(cache_seqlens, Tensor) else (None, cache_seqlens)
+    left, right = check_window(window, causal)
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(f"softcap must be None or > 0, got {softcap}")
+    if sinks is not None:
+        check_tensor("sinks", sinks)
+        check_shape("sinks", sinks, (query.shape[1],), "one per query head")
+        sinks = sinks.contiguous()
+    slopes = check_slopes(alibi_slopes, batch, query.shape[1])
+    check_same_device(
+        query=query, key_cache=key_cache, value_cache=value_cache, cache_seqlens=lengths, key=key, value=value,
+        block_table=block_table, alibi_slopes=slopes, sinks=sinks,
+    )  # fmt: skip
+    if key is not None and value is not None:
+        call(
+            append_op, key_cache, value_cache, row_contiguous(key), row_contiguous(value), lengths, length, block_table
+        )
+    if scale is None:
+        scale = query.shape[3] ** -0.5
+    out, lse = call(
+        attend_op, row_contiguous(query), key_cache, value_cache, lengths, length + new, block_table, slopes, sinks,
+        float(scale), left, right, float(softcap or 0.0),
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[str]:
+    """What `fastattn.explain` says of a call of this module's function."""
+    o = inspect.signature(function).bind(*args, **options).arguments
+    caches = o["key_cache"], o["value_cache"]
+    return backend.implementation("decode", o["query"].device).explain(o["query"], *caches, o.get("block_table"))
