@@ -149,6 +149,13 @@ MUTANTS = (
         DECODE,
     ),
     Mutant(
+        "a token is read without its position",
+        "models/decoding.py",
+        "self.embeddings[1][position]",
+        "self.embeddings[1][0]",
+        ("tests/test_gpt.py",),
+    ),
+    Mutant(
         "derivative of SiLU",
         "kernels/activations.py",
         "value, derivative = z * s, s + z * slope\n",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastattn.backend
 from fastattn.models import GPT, GPTConfig, KVCache, loss
+from fastattn.models.decoding import TokenReader, can_read_tokens
 from fastattn.models.gpt import sample
 from fastattn.models.loss import chunked_cross_entropy
 
@@ -169,6 +170,57 @@ def test_reading_in_pieces_through_the_cache(dtype: torch.dtype) -> None:
         pieces = torch.cat([model.hidden(piece, cache) for piece in tokens.split([7, 1, 9, 1, 6], dim=1)], dim=1)
     assert cache.length == 24
     assert (pieces - exact).abs().max() <= 2 * (whole - exact).abs().max() + 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_reading_one_token_is_what_the_modules_give(name: str, rows: int, dtype: torch.dtype) -> None:
+    model, (tokens, _) = make(VARIANTS[name], dtype=dtype).eval(), batch(VARIANTS[name], rows)
+    results, caches = [], []
+    with torch.inference_mode():
+        assert can_read_tokens(model)
+        reader = TokenReader(model)
+        for read in (reader, lambda token, cache: model.hidden(token[:, None], cache)[:, 0]):
+            cache = KVCache(24)
+            model.hidden(tokens[:, :5], cache)
+            results.append(torch.stack([read(tokens[:, i], cache) for i in range(5, 24)]))
+            assert cache.length == 24
+            caches.append(torch.stack([torch.stack(pair) for pair in cache.blocks]))
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(*results, rtol=0, atol=tolerance)
+    torch.testing.assert_close(*caches, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.blocks[1].attention.register_forward_hook(lambda *_: None),
+        lambda model: model.blocks[0].norm1.register_forward_pre_hook(lambda *_: None),
+        lambda model: setattr(model.blocks[0], "norm1", torch.nn.Sequential(model.blocks[0].norm1)),
+        lambda model: setattr(model.norm, "forward", model.norm.forward),
+        lambda model: model.blocks[0].double(),
+    ],
+    ids=["hook", "pre-hook", "another module", "another forward", "another dtype"],
+)
+def test_a_changed_model_runs_through_its_modules(change) -> None:
+    model = make()
+    with torch.inference_mode():
+        assert can_read_tokens(model)
+        with fastattn.backend.use("triton"):
+            assert not can_read_tokens(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not can_read_tokens(model)
+        change(model)
+        assert not can_read_tokens(model)
+
+
+def test_hooks_run_for_every_token() -> None:
+    model, (prompt, _) = make().eval(), batch(length=4)
+    expected, calls = model.generate(prompt, 10, temperature=0), []
+    model.blocks[1].register_forward_hook(lambda *_: calls.append(None))
+    assert torch.equal(model.generate(prompt, 10, temperature=0), expected)
+    assert len(calls) == 10
 
 
 def test_a_prompt_longer_than_the_context_is_cropped() -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.models.decoding import TokenReader, can_read_tokens
 from fastattn.models.layers import Block, KVCache
 from fastattn.models.loss import chunked_cross_entropy
 from fastattn.models.pretrained import Pretrained, check_sizes
@@ -238,15 +239,20 @@ class GPT(Pretrained):
         was_training = self.training
         self.eval()
         try:
+            read_token = TokenReader(self) if can_read_tokens(self) else None
             window, unread, cache = tokens[:, -context:], tokens[:, -context:], KVCache(context)
             for _ in range(max_new_tokens):
                 with torch.inference_mode():
                     if cache.length + unread.shape[1] > context:
                         window = unread = window[:, -(context // 2 or 1) :]
                         cache = KVCache(context)
-                    last = self.hidden(unread, cache)[:, -1]
+                    if read_token is not None and cache.length and unread.shape[1] == 1:
+                        last = read_token(unread[:, 0], cache)
+                    else:
+                        last = self.hidden(unread, cache)[:, -1]
                     # W hᵀ: for a few rows PyTorch's CPU products take 0.35 (bf16) to 0.7 (fp32) times as long as for h Wᵀ
-                    logits = (self.output_weight @ last.T).T
+                    weight = self.output_weight
+                    logits = torch.mv(weight, last[0])[None] if len(last) == 1 else (weight @ last.T).T
                     token = sample(logits, temperature, top_k, top_p, generator)
                     unread = token[:, None]
                     window = torch.cat([window, unread], dim=1)[:, -context:]

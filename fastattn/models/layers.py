@@ -6,10 +6,11 @@ from torch import Tensor, nn
 
 from fastattn.nn import FeedForward, LayerNorm
 from fastattn.ops.attention import attention
+from fastattn.ops.decode import attention_with_kv_cache
 
 
 class KVCache:
-    """The keys and values of the tokens read so far, one buffer per block, appended in place.
+    """The keys and values of the tokens read so far, one pair of buffers per block, appended to in place.
 
     Args:
         capacity: tokens that fit.
@@ -18,18 +19,18 @@ class KVCache:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
-        self._blocks: list[Tensor] = []
+        self.blocks: list[tuple[Tensor, Tensor]] = []
 
-    def append(self, block: int, new: Tensor) -> Tensor:
-        """Add the new tokens' keys and values of one block, stacked: (2, B, H, T, D); a view of all of them is returned.
+    def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Append the new tokens' keys and values of one block, and attend to all up to each token: (B, H, T, D).
 
         `length` is the caller's to advance, once all blocks have appended.
         """
-        if block == len(self._blocks):
-            self._blocks.append(new.new_empty(*new.shape[:3], self.capacity, new.shape[4]))
-        buffer, count = self._blocks[block], new.shape[3]
-        buffer.narrow(3, self.length, count).copy_(new)
-        return buffer.narrow(3, 0, self.length + count)
+        if block == len(self.blocks):
+            shape = (*key.shape[:2], self.capacity, key.shape[3])
+            self.blocks.append((key.new_empty(shape), key.new_empty(shape)))
+        key_cache, value_cache = self.blocks[block]
+        return attention_with_kv_cache(query, key_cache, value_cache, self.length, key=key, value=value)
 
 
 class SelfAttention(nn.Module):
@@ -50,19 +51,19 @@ class SelfAttention(nn.Module):
         Args:
             x: (B, T, d_model).
             causal: hide later tokens.
-            mask: bool, broadcastable to (B, heads, T, tokens): True = attend.
-            cache: read and extended, or None.
+            mask: bool, broadcastable to (B, heads, T, T): True = attend.
+            cache: read and extended, or None; with a cache, later tokens are hidden and there is no mask.
             block: which of the cache's buffers is this layer's.
         """
         batch, new, width = x.shape
         packed = self.in_proj(x).view(batch, new, 3, self.num_heads, width // self.num_heads)
         packed = packed.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D), of which the three are views: nothing is copied
         query, key, value = packed.unbind()
-        if cache is not None:
-            key, value = cache.append(block, packed[1:]).unbind()
-        # Bottom-right alignment lets T new tokens see all that is in the cache; one token alone sees everything anyway.
-        dropout_p = self.dropout if self.training else 0.0
-        out = attention(query, key, value, causal=causal and new > 1, mask=mask, dropout_p=dropout_p)
+        if cache is None:
+            dropout_p = self.dropout if self.training else 0.0
+            out = attention(query, key, value, causal=causal, mask=mask, dropout_p=dropout_p)
+        else:
+            out = cache.attend(block, query, key, value)
         return self.out_proj(out.transpose(1, 2).reshape(batch, new, width))
 
 
