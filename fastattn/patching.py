@@ -126,6 +126,8 @@ def patch(model: nn.Module, *, include: Patterns = None, exclude: Patterns = Non
         >>> fastattn.unpatch(model)
         7
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     named = list(model.named_modules(remove_duplicate=False))
     chosen = _chosen(named, include, exclude)
     kinds = {module: _class_name(module) for _, module in named}

@@ -1,18 +1,21 @@
 """The machine-code report: its parsing on known code, its arithmetic on known kernels, its tables and its command."""
 
 import json
+import math
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from bench.codegen import pipes, report, timeline, user_file
+from bench.codegen import pipes, published, report, timeline, user_file
 from bench.codegen.bounds import report_loop
 from bench.codegen.hardware import MULTIPROCESSORS
 from bench.codegen.loops import find_loops
 from bench.codegen.occupancy import occupancy
 from bench.codegen.resources import Resources
 from bench.codegen.sass import parse
+from tests import reference
 
 SASS = """
 \t.section\t.text.kernel,"ax",@progbits
@@ -144,6 +147,26 @@ def test_a_kernel_of_any_file_with_its_signature(compile_worker):
     (row,) = compile_worker.reports(launched, "sm_90", place="tests/toy_launches.py:double", **options)
     assert (row["resources"]["kernel"], row["resources"]["num_warps"]) == ("double", 2)
     assert row["loops"][0]["bytes_per_global_access"] == 16
+
+
+def test_published_kernel_is_attention():
+    """What the model is validated on computes what its figures were measured on."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 64, 32).half() for _ in range(3))
+    out, lse = torch.empty_like(q), torch.empty(2, 64)
+    options = {"HEAD_DIM": 32, "BLOCK_M": 32, "BLOCK_N": 16, "CAUSAL": True}
+    published.flash_forward[(2, 2)](q, k, v, out, lse, 32**-0.5 * math.log2(math.e), 64, 32, **options)
+    expected, expected_lse = reference.attention(*(t[:, None].double() for t in (q, k, v)), causal=True)
+    torch.testing.assert_close(out.double(), expected[:, 0], rtol=0, atol=4 * torch.finfo(torch.float16).eps)
+    torch.testing.assert_close(lse.double() * math.log(2), expected_lse[:, 0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("figure", published.FIGURES, ids=lambda f: f"{f.target}_D{f.head_dim}")
+def test_predictions_are_near_published_figures(compile_worker, figure):
+    tile = (128, 32, 4, 3) if figure.target == "sm_80" else (128, 128, 8, 2)
+    launched = "bench.codegen.published:launch"
+    (row,) = compile_worker.reports(launched, figure.target, head_dim=figure.head_dim, causal=figure.causal, tile=tile)
+    assert abs(published.predict(figure, {tile: published.bound(row)})["error"]) < 0.1
 
 
 def test_the_command(pytestconfig):

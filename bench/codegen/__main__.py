@@ -6,6 +6,7 @@ Without arguments it reports the kernels of the package at their real launches; 
     python -m bench.codegen my_kernels.py:launch_all
     python -m bench.codegen my_kernels.py:matmul --signature 'a=*bf16,b=*bf16,c=*bf16,n=i32' --constants BLOCK=128,num_warps=8
     python -m bench.codegen --timeline training --targets sm_90
+    python -m bench.codegen --validate
     python -m bench.codegen --write-budgets
 
 Exit status 1 where a kernel spills, needs more memory than its GPU has, or leaves the tensor cores idle in a dot.
@@ -22,7 +23,7 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # read at triton's first import; the processes of the pool inherit it
 
-from bench.codegen import budgets, cases, report, timeline, user_file
+from bench.codegen import budgets, cases, published, report, timeline, user_file
 from bench.codegen.targets import TARGETS, find_target
 from bench.codegen.worker import report_launches
 
@@ -60,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--constants", default="", help="constexprs and launch options of that kernel")
     parser.add_argument("--output", type=Path, help="directory for report.md, report.json and the plots")
     parser.add_argument("--timeline", choices=("training", "decode"), help="the launches of a GPT's step, in order")
+    parser.add_argument("--validate", action="store_true", help="the model's error where measured figures are public")
     parser.add_argument("--write-budgets", action="store_true", help="record new budgets and print what changed")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     return parser.parse_args()
@@ -83,6 +85,10 @@ def main() -> int:
             find_target(target)
     except ValueError as error:
         sys.exit(str(error))
+    if options.validate:
+        with ProcessPoolExecutor(options.jobs) as pool:
+            print(published.table(list(pool.map(published.validate, published.FIGURES))))
+        return 0
     if options.timeline:
         for target in targets:
             report_timeline(options.timeline, target, options.output)
