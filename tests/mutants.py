@@ -27,6 +27,7 @@ DECODE = ("tests/test_decode.py", "-k", "triton")
 EAGER_ATTENTION = ("tests/test_attention.py", "-k", "eager")
 NORM = ("tests/test_precision.py", "tests/test_normalization.py", "-k", "triton")
 ROTARY = ("tests/test_rotary.py", "-k", "triton or kernel")
+LOSS = ("tests/test_loss.py", "-k", "triton")
 FEED_FORWARD = ("tests/test_precision.py", "tests/test_feed_forward.py", "-k", "triton")
 TRANSFORMER = ("tests/test_nn_transformer.py",)
 PATCHING = ("tests/test_patching.py",)
@@ -136,6 +137,22 @@ MUTANTS = (
         "dh -= (tl.sum(g, 1) / columns)[:, None]",
         "dh -= 0.0",
         NORM,
+    ),
+    Mutant("sum of exponentials is not rescaled", "kernels/loss.py", "l = l * tl.exp(m - larger) +", "l = l +", LOSS),
+    Mutant("z-loss has no gradient", "kernels/loss.py", "(factor + 2.0 * z_loss * lse)", "factor", LOSS),
+    Mutant(
+        "ragged end of a row reads the next row",
+        "kernels/loss.py",
+        'z = tl.where(inside, z, -float("inf"))',
+        'z = tl.where(column >= 0, z, -float("inf"))',
+        LOSS,
+    ),
+    Mutant(
+        "stored gradients are scaled although they are asked for again",
+        "ops/linear_loss.py",
+        " or torch._C._autograd._get_current_graph_task_keep_graph()",
+        "",
+        ("tests/test_loss.py",),
     ),
     Mutant("rotary's gradient turns forward", "kernels/rotary.py", "sin = -sin", "sin = sin", ROTARY),
     Mutant("rotary: rows outside the table are read", "kernels/rotary.py", "& (offs_n < rows)", "", ROTARY),

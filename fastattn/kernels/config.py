@@ -267,10 +267,10 @@ def matmul_config(target: Target, columns: int, depth: int, itemsize: int, heavy
 CHUNK_LOGITS = 1 << 27
 
 
-def cross_entropy_config(classes: int) -> tuple[int, int]:
-    """(columns of a block, warps): 16 numbers per thread."""
-    block = min(4_096, max(128, _power_of_2(classes)))
-    return block, max(4, block // 512)
+def cross_entropy_config(classes: int, itemsize: int) -> tuple[int, int, int]:
+    """(lanes, classes of a lane, warps): a lane is 16 bytes, and a thread has 16 numbers."""
+    block = min(4_096, max(512, _power_of_2(classes)))
+    return block * itemsize // 16, 16 // itemsize, max(1, block // 512)
 
 
 def rotary_config(half: int, tail: int) -> tuple[int, int, int, int]:

@@ -7,7 +7,8 @@ weights w (or 1) with sum W, and z-loss λ:
     ∂ℓ/∂x_v = (1 - (z_v / c)²) · ((a + 2 λ lse) exp(z_v - lse) - (1 - ε) w_y [v = y] - (ε / V) w_v)
 
 A row whose target is `ignore_index` has ℓ = 0 and no gradient. One program takes a row and reads it once for the loss
-(the sum of exponentials is rescaled as the maximum grows) and once more for the gradient, if that is wanted at once.
+and once more for the gradient, if that is wanted at once. Groups of VECTOR classes, which one thread holds, each follow a
+maximum and a sum of exponentials of their own; only at the end do threads talk to each other.
 """
 
 from __future__ import annotations
@@ -19,128 +20,208 @@ from torch import Tensor
 
 from fastattn.kernels.config import CHUNK_LOGITS, cross_entropy_config
 from fastattn.kernels.launch import launch
-from fastattn.kernels.masks import capped_score, capped_score_derivative
+from fastattn.kernels.masks import LOWEST, capped_score, capped_score_derivative
 
 
 @triton.jit
-def load_logits(LOGITS, column, classes, softcap):
-    """z of a block of classes in fp32, -inf beyond the last class."""
-    mask = column < classes
-    z = tl.load(LOGITS + column, mask=mask, other=-float("inf")).to(tl.float32)
-    if softcap is not None:
-        z = tl.where(mask, capped_score(z, 1.0, softcap), -float("inf"))
+def aligned_start(row, stride, VECTOR: tl.constexpr):
+    """(offset, shift): the last multiple of VECTOR up to where the row starts, and how far before the row it lies.
+
+    Blocks count from there, so that a thread reads 16 bytes at a time whatever the number of classes.
+    """
+    offset = row * stride // VECTOR * VECTOR
+    return offset, (row * stride - offset).to(tl.int32)
+
+
+@triton.jit
+def load_logits(POINTERS, column, classes, softcap, EDGE: tl.constexpr):
+    """z of a block of classes in fp32. EDGE: some columns may be none, and are -inf."""
+    if EDGE:
+        inside = (column >= 0) & (column < classes)
+        z = tl.load(POINTERS, mask=inside, other=0.0).to(tl.float32)
+        if softcap is not None:
+            z = capped_score(z, 1.0, softcap)
+        z = tl.where(inside, z, -float("inf"))
+    else:
+        z = tl.load(POINTERS).to(tl.float32)
+        if softcap is not None:
+            z = capped_score(z, 1.0, softcap)
     return z
 
 
 @triton.jit
 def class_weights(CLASS_WEIGHT, column, classes):
-    """w of a block of classes in fp32."""
-    w = tl.full(column.shape, 1.0, tl.float32)
-    if CLASS_WEIGHT is not None:
-        w = tl.load(CLASS_WEIGHT + column, mask=column < classes, other=0.0).to(tl.float32)
-    return w
+    """w of a block of classes in fp32, 0 for what is no class."""
+    return tl.load(CLASS_WEIGHT + column, mask=(column >= 0) & (column < classes), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def target_weight(CLASS_WEIGHT, target, classes):
-    """w_y; 0 for a target that is no class."""
-    w = 1.0
-    if CLASS_WEIGHT is not None:
-        w = tl.load(CLASS_WEIGHT + target, mask=(target >= 0) & (target < classes), other=0.0).to(tl.float32)
-    return w
-
-
-@triton.jit
-def lse_factor(WEIGHT_SUM, w_target, classes, label_smoothing):
-    """a = (1 - ε) w_y + ε W / V"""
+def row_constants(TARGET, CLASS_WEIGHT, WEIGHT_SUM, row, classes, label_smoothing):
+    """(y, (1 - ε) w_y, a, ε / V); a target that is no class has weight 0 where there are weights."""
+    target = tl.load(TARGET + row)
+    w_target = 1.0
     mean = 1.0
-    if WEIGHT_SUM is not None:
+    if CLASS_WEIGHT is not None:
+        known = (target >= 0) & (target < classes)
+        w_target = tl.load(CLASS_WEIGHT + target, mask=known, other=0.0).to(tl.float32)
         mean = tl.load(WEIGHT_SUM) / classes
-    return (1.0 - label_smoothing) * w_target + label_smoothing * mean
+    smooth = 0.0
+    if label_smoothing is not None:
+        smooth = label_smoothing
+    w_target = (1.0 - smooth) * w_target
+    return target, w_target, w_target + smooth * mean, smooth / classes
 
 
 @triton.jit
-def gradient_of_logits(
-    z, column, target, lse, CLASS_WEIGHT, w_target, factor, classes, label_smoothing, z_loss, softcap
-):
-    """∂ℓ/∂x of a block of classes."""
-    smooth = (label_smoothing / classes) * class_weights(CLASS_WEIGHT, column, classes)
-    gradient = (factor + 2.0 * z_loss * lse) * tl.exp(z - lse) - smooth
-    gradient = tl.where(column == target, gradient - (1.0 - label_smoothing) * w_target, gradient)
-    if softcap is not None:
-        gradient *= capped_score_derivative(z, softcap)
-    return gradient
+def accumulate(
+    m, l, found, sums, LOGITS, CLASS_WEIGHT, low, high, shift, classes, label_smoothing, softcap,
+    LANES: tl.constexpr, VECTOR: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Adds blocks [low, high): each of LANES has its maximum m, Σ exp(z - m), the block that m was found in, and Σ w z."""
+    local = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    for start in range(low, high, LANES * VECTOR):
+        column = start - shift + local
+        z = load_logits(LOGITS + start + local, column, classes, softcap, EDGE)  # [LANES, VECTOR]
+        larger = tl.maximum(m, tl.max(z, 1))
+        found = tl.where(larger > m, start, found)
+        l = l * tl.exp(m - larger) + tl.sum(tl.exp(z - larger[:, None]), 1)
+        m = larger
+        if label_smoothing is not None:
+            weighted = z
+            if CLASS_WEIGHT is not None:
+                weighted = z * class_weights(CLASS_WEIGHT, column, classes)
+            if EDGE:
+                weighted = tl.where((column >= 0) & (column < classes), weighted, 0.0)
+            sums += tl.sum(weighted, 1)
+    return m, l, found, sums
+
+
+@triton.jit
+def write_gradient(
+    LOGITS, OUT, CLASS_WEIGHT, low, high, shift, target, lse, scale, w_target, factor, spread, classes, label_smoothing,
+    z_loss, softcap, LANES: tl.constexpr, VECTOR: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """scale · ∂ℓ/∂x of the blocks [low, high); OUT may be LOGITS."""
+    local = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    factor = scale * (factor + 2.0 * z_loss * lse)
+    for start in range(low, high, LANES * VECTOR):
+        column = start - shift + local
+        z = load_logits(LOGITS + start + local, column, classes, softcap, EDGE)  # [LANES, VECTOR]
+        gradient = factor * tl.exp(z - lse)
+        if label_smoothing is not None:
+            if CLASS_WEIGHT is not None:
+                gradient -= scale * spread * class_weights(CLASS_WEIGHT, column, classes)
+            else:
+                gradient -= scale * spread
+        gradient = tl.where(column == target, gradient - scale * w_target, gradient)
+        if softcap is not None:
+            gradient *= capped_score_derivative(z, softcap)
+        gradient = gradient.to(OUT.dtype.element_ty)
+        if EDGE:
+            tl.store(OUT + start + local, gradient, mask=(column >= 0) & (column < classes))
+        else:
+            tl.store(OUT + start + local, gradient)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def cross_entropy_kernel(
     LOGITS, TARGET, CLASS_WEIGHT, WEIGHT_SUM, TOKEN_WEIGHT, LOSSES, LSE, PREDICTIONS,
     stride_row, classes, ignore_index, label_smoothing, z_loss, softcap,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One program: ℓ of a row; with TOKEN_WEIGHT, that times ∂ℓ/∂x is written over the logits."""
+    BLOCK: tl.constexpr = LANES * VECTOR
     row = tl.program_id(0).to(tl.int64)
-    LOGITS += row * stride_row
-    target = tl.load(TARGET + row)
-    valid = target != ignore_index
-    w_target = target_weight(CLASS_WEIGHT, target, classes)
-    factor = lse_factor(WEIGHT_SUM, w_target, classes, label_smoothing)
-    in_range = (target >= 0) & (target < classes)
-    z_target = tl.load(LOGITS + target, mask=in_range, other=0.0).to(tl.float32)
+    target, w_target, factor, spread = row_constants(TARGET, CLASS_WEIGHT, WEIGHT_SUM, row, classes, label_smoothing)
+    valid, is_class = target != ignore_index, (target >= 0) & (target < classes)
+    z_target = tl.load(LOGITS + row * stride_row + target, mask=is_class, other=0.0).to(tl.float32)
     if softcap is not None:
         z_target = capped_score(z_target, 1.0, softcap)
 
-    maximum, total = -float("inf"), 0.0
-    sums = tl.zeros([BLOCK], tl.float32)
-    best, where = tl.full([BLOCK], -float("inf"), tl.float32), tl.zeros([BLOCK], tl.int32)
-    for start in range(0, classes, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        z = load_logits(LOGITS, column, classes, softcap)  # [BLOCK]
-        larger = tl.maximum(maximum, tl.max(z, 0))
-        total = total * tl.exp(maximum - larger) + tl.sum(tl.exp(z - larger), 0)
-        maximum = larger
-        sums += tl.where(column < classes, z * class_weights(CLASS_WEIGHT, column, classes), 0.0)
-        if PREDICTIONS is not None:
-            where = tl.where(z > best, column, where)
-            best = tl.maximum(best, z)
-    lse = maximum + tl.log(total)
-    loss = factor * lse + z_loss * lse * lse - (1.0 - label_smoothing) * w_target * z_target
-    loss -= (label_smoothing / classes) * tl.sum(sums, 0)
+    offset, shift = aligned_start(row, stride_row, VECTOR)
+    LOGITS += offset
+    end = classes + shift
+    first, last = (
+        tl.minimum(end, BLOCK),
+        tl.maximum(end // BLOCK * BLOCK, BLOCK),
+    )  # the blocks before and after are edges
+    m, l = tl.full([LANES], LOWEST, tl.float32), tl.zeros([LANES], tl.float32)
+    found, sums = tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.float32)
+    m, l, found, sums = accumulate(
+        m, l, found, sums, LOGITS, CLASS_WEIGHT, 0, first, shift, classes, label_smoothing, softcap, LANES, VECTOR, True
+    )
+    m, l, found, sums = accumulate(
+        m, l, found, sums, LOGITS, CLASS_WEIGHT, BLOCK, last, shift, classes, label_smoothing, softcap, LANES, VECTOR, False
+    )  # fmt: skip
+    m, l, found, sums = accumulate(
+        m,
+        l,
+        found,
+        sums,
+        LOGITS,
+        CLASS_WEIGHT,
+        last,
+        end,
+        shift,
+        classes,
+        label_smoothing,
+        softcap,
+        LANES,
+        VECTOR,
+        True,
+    )
+    maximum = tl.max(m, 0)
+    lse = maximum + tl.log(tl.sum(l * tl.exp(m - maximum), 0))
+    loss = factor * lse + z_loss * lse * lse - w_target * z_target - spread * tl.sum(sums, 0)
     tl.store(LOSSES + row, tl.where(valid, loss, 0.0))
     if LSE is not None:
         tl.store(LSE + row, lse)
-    if PREDICTIONS is not None:  # the first of the largest
-        tl.store(PREDICTIONS + row, tl.min(tl.where(best == maximum, where, classes), 0).to(tl.int64))
+    if PREDICTIONS is not None:  # the first of the largest, in the first block that has it
+        start = tl.min(tl.where(m == maximum, found, end), 0)
+        column = start - shift + tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+        z = load_logits(LOGITS + shift + column, column, classes, softcap, True)  # [LANES, VECTOR]
+        best = tl.min(tl.min(tl.where(z == maximum, column, classes - 1), 1), 0)
+        tl.store(PREDICTIONS + row, best.to(tl.int64))
     if TOKEN_WEIGHT is not None:
         scale = tl.where(valid, tl.load(TOKEN_WEIGHT + row).to(tl.float32), 0.0)
-        for start in range(0, classes, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            z = load_logits(LOGITS, column, classes, softcap)  # [BLOCK]
-            gradient = scale * gradient_of_logits(
-                z, column, target, lse, CLASS_WEIGHT, w_target, factor, classes, label_smoothing, z_loss, softcap
-            )
-            tl.store(LOGITS + column, gradient.to(LOGITS.dtype.element_ty), mask=column < classes)
+        write_gradient(
+            LOGITS, LOGITS, CLASS_WEIGHT, 0, first, shift, target, lse, scale, w_target, factor, spread, classes,
+            label_smoothing, z_loss, softcap, LANES, VECTOR, True,
+        )  # fmt: skip
+        write_gradient(
+            LOGITS, LOGITS, CLASS_WEIGHT, BLOCK, last, shift, target, lse, scale, w_target, factor, spread, classes,
+            label_smoothing, z_loss, softcap, LANES, VECTOR, False,
+        )  # fmt: skip
+        write_gradient(
+            LOGITS, LOGITS, CLASS_WEIGHT, last, end, shift, target, lse, scale, w_target, factor, spread, classes,
+            label_smoothing, z_loss, softcap, LANES, VECTOR, True,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def cross_entropy_backward_kernel(
     LOGITS, LSE, TARGET, CLASS_WEIGHT, WEIGHT_SUM, GRAD_LOSSES, GRADIENT,
-    stride_row, stride_gradient, classes, ignore_index, label_smoothing, z_loss, softcap,
-    BLOCK: tl.constexpr,
+    stride_row, classes, ignore_index, label_smoothing, z_loss, softcap,
+    LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One program: ∂L/∂x of BLOCK classes of a row; GRADIENT may be LOGITS."""
+    """One program: ∂L/∂x of one block of a row; GRADIENT has the strides of LOGITS, and may be it."""
+    BLOCK: tl.constexpr = LANES * VECTOR
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    target = tl.load(TARGET + row)
-    w_target = target_weight(CLASS_WEIGHT, target, classes)
-    factor = lse_factor(WEIGHT_SUM, w_target, classes, label_smoothing)
+    target, w_target, factor, spread = row_constants(TARGET, CLASS_WEIGHT, WEIGHT_SUM, row, classes, label_smoothing)
     scale = tl.where(target != ignore_index, tl.load(GRAD_LOSSES + row).to(tl.float32), 0.0)
-    z = load_logits(LOGITS + row * stride_row, column, classes, softcap)  # [BLOCK]
-    gradient = scale * gradient_of_logits(
-        z, column, target, tl.load(LSE + row), CLASS_WEIGHT, w_target, factor, classes, label_smoothing, z_loss, softcap
-    )
-    pointers = GRADIENT + row * stride_gradient + column
-    tl.store(pointers, gradient.to(GRADIENT.dtype.element_ty), mask=column < classes)
+    lse = tl.load(LSE + row)
+    offset, shift = aligned_start(row, stride_row, VECTOR)
+    start = tl.program_id(1) * BLOCK
+    if (start > 0) & (start + BLOCK <= classes + shift):
+        write_gradient(
+            LOGITS + offset, GRADIENT + offset, CLASS_WEIGHT, start, start + BLOCK, shift, target, lse, scale, w_target,
+            factor, spread, classes, label_smoothing, z_loss, softcap, LANES, VECTOR, False,
+        )  # fmt: skip
+    else:
+        write_gradient(
+            LOGITS + offset, GRADIENT + offset, CLASS_WEIGHT, start, start + BLOCK, shift, target, lse, scale, w_target,
+            factor, spread, classes, label_smoothing, z_loss, softcap, LANES, VECTOR, True,
+        )  # fmt: skip
 
 
 def chunk_rows(classes: int) -> int:
@@ -164,15 +245,16 @@ def _launch_forward(
     losses = logits.new_empty(rows, dtype=torch.float32)
     lse = logits.new_empty(rows if keep_lse else 0, dtype=torch.float32)
     predictions = logits.new_empty(rows if predict else 0, dtype=torch.int64)
-    block, num_warps = cross_entropy_config(classes)
+    lanes, vector, num_warps = cross_entropy_config(classes, logits.element_size())
     launch(
         cross_entropy_kernel,
         (rows,),
         *(logits, target.contiguous(), class_weight, _sum(class_weight)),
         *(None if token_weight is None else token_weight.contiguous(), losses),
         *(lse if keep_lse else None, predictions if predict else None),
-        *(logits.stride(0), classes, ignore_index, label_smoothing, z_loss, softcap or None),
-        BLOCK=block,
+        *(logits.stride(0), classes, ignore_index, label_smoothing or None, z_loss, softcap or None),
+        LANES=lanes,
+        VECTOR=vector,
         num_warps=num_warps,
     )
     return losses, lse, predictions
@@ -224,16 +306,17 @@ def backward(
     softcap: float,
     inplace: bool,
 ) -> Tensor:
-    """∂L/∂x in the dtype of the logits, which it overwrites if `inplace`."""
+    """∂L/∂x in the dtype of the logits, which are contiguous; it overwrites them if `inplace`."""
     rows, classes = logits.shape
     gradient = logits if inplace else logits.new_empty(rows, classes)
-    block, num_warps = cross_entropy_config(classes)
+    lanes, vector, num_warps = cross_entropy_config(classes, logits.element_size())
     launch(
         cross_entropy_backward_kernel,
-        (rows, triton.cdiv(classes, block)),
+        (rows, triton.cdiv(classes + vector - 1, lanes * vector)),
         *(logits, lse, target.contiguous(), class_weight, _sum(class_weight), grad_losses.contiguous(), gradient),
-        *(logits.stride(0), gradient.stride(0), classes, ignore_index, label_smoothing, z_loss, softcap or None),
-        BLOCK=block,
+        *(classes, classes, ignore_index, label_smoothing or None, z_loss, softcap or None),
+        LANES=lanes,
+        VECTOR=vector,
         num_warps=num_warps,
     )
     return gradient
@@ -245,8 +328,8 @@ def _sum(class_weight: Tensor | None) -> Tensor | None:
 
 def explain(classes: int) -> list[str]:
     """The chunks and blocks of logits over this many classes."""
-    block, num_warps = cross_entropy_config(classes)
+    lanes, vector, num_warps = cross_entropy_config(classes, 2)
     return [
-        f"a program takes a row, {block} classes a step, {num_warps} warps",
+        f"a program takes a row, {lanes * vector} classes a step, {num_warps} warps",
         f"linear_cross_entropy: {chunk_rows(classes)} rows of logits at a time",
     ]

@@ -162,7 +162,16 @@ def _forward(
     check_target_range(target, ignore_index, input.shape[1])
     with device_guard(input.device):
         return implementation("loss", input.device).forward(
-            *(_rows(input), target, contiguous(class_weight), ignore_index, label_smoothing, z_loss, softcap, predict)
+            *(
+                input.contiguous(),
+                target,
+                contiguous(class_weight),
+                ignore_index,
+                label_smoothing,
+                z_loss,
+                softcap,
+                predict,
+            )
         )
 
 
@@ -219,7 +228,7 @@ def _backward(
 ) -> Tensor:
     with device_guard(input.device):
         return implementation("loss", input.device).backward(
-            *(grad_losses, _rows(input), lse, target, contiguous(class_weight)),
+            *(grad_losses, input.contiguous(), lse, target, contiguous(class_weight)),
             *(ignore_index, label_smoothing, z_loss, softcap, inplace),
         )
 
@@ -250,10 +259,6 @@ def _second_gradient(
 
 differentiate(CROSS_ENTROPY, _gradient, keep_outputs=(1,))
 differentiate(CROSS_ENTROPY_BACKWARD, _second_gradient)
-
-
-def _rows(input: Tensor) -> Tensor:
-    return input if input.stride(1) == 1 else input.contiguous()
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
