@@ -5,6 +5,7 @@ The same call runs Triton kernels on a GPU and PyTorch on a CPU, with gradients 
 
 from fastattn import backend, models, nn
 from fastattn.backend import explain
+from fastattn.block_mask import BlockMask
 from fastattn.ops.attention import attention, scaled_dot_product_attention
 from fastattn.ops.decode import attention_with_kv_cache
 from fastattn.ops.feed_forward import feed_forward, linear
@@ -19,6 +20,7 @@ from fastattn.rotary_frequencies import rotary_frequencies, rotary_tables
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockMask",
     "attention",
     "attention_with_kv_cache",
     "backend",

@@ -23,6 +23,7 @@ COPIED = ("fastattn", "tests", "bench", "pyproject.toml")
 
 FORWARD, BACKWARD = "kernels/attention.py", "kernels/attention_backward*.py"
 ATTENTION = ("tests/test_attention.py", "-k", "triton")
+BLOCK_MASK = ("tests/test_block_mask.py", "-k", "triton")
 DECODE = ("tests/test_decode.py", "-k", "triton")
 EAGER_ATTENTION = ("tests/test_attention.py", "-k", "eager")
 NORM = ("tests/test_precision.py", "tests/test_normalization.py", "-k", "triton")
@@ -162,6 +163,34 @@ MUTANTS = (
         "drop_arguments=(0, 1)",
         "drop_arguments=()",
         ("tests/test_rotary.py",),
+    ),
+    Mutant(
+        "a block mask's lists end one block early",
+        "kernels/masks.py",
+        "end * BLOCK, (",
+        "end * BLOCK - BLOCK, (",
+        BLOCK_MASK,
+    ),
+    Mutant(
+        "mixed blocks are read transposed",
+        "kernels/attention.py",
+        "bits = (offs_m - lists[2])[:, None] * BLOCK + offs_n[None, :]",
+        "bits = (offs_m - lists[2])[:, None] + offs_n[None, :] * BLOCK",
+        BLOCK_MASK,
+    ),
+    Mutant(
+        "dBias takes mixed blocks for full ones",
+        "kernels/attention_bias.py",
+        "mask=(kind >= 0) & rows",
+        "mask=(kind >= 9) & rows",
+        BLOCK_MASK,
+    ),
+    Mutant(
+        "blocks are full where they only see something",
+        "block_mask.py",
+        "mixed = some & ~every",
+        "every = some; mixed = some & ~every",
+        ("tests/test_block_mask.py", "-k", "dense_mask"),
     ),
     Mutant("splits are merged without their weights", "kernels/decode.py", "part * weight[:, None]", "part", DECODE),
     Mutant(

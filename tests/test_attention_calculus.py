@@ -101,7 +101,7 @@ def test_opcheck(features, backend):
     q, k, v = small(n=6, nk=7)
     mask, bias = torch.rand(1, 1, 6, 7) > 0.3, torch.randn(1, 2, 6, 1, requires_grad=True)
     slopes, sinks = torch.rand(2).expand(1, 2), torch.randn(2, requires_grad=True)
-    tensors = (mask, bias, slopes, sinks, torch.tensor([7])) if on else (None,) * 5
+    tensors = (mask, None, bias, slopes, sinks, torch.tensor([7])) if on else (None,) * 6
     arguments = (q, k, v, *tensors, 0.3, None, 0, 2.0 if on else 0.0, 0.2 if on else 0.0)
     with fastattn.backend.use(backend):
         torch.library.opcheck(attention_op, arguments)

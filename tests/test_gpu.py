@@ -32,7 +32,7 @@ def test_dropout_drops_the_same_weights_as_on_the_cpu():
     q, k = torch.randn(2, 1, 2, 150, 64).unbind()
     values = torch.eye(150).expand(1, 2, 150, 150)
     seed = torch.tensor([99])
-    rest = (None, None, None, None, seed, 0.125, None, None, 0.0, 0.4)
+    rest = (None, None, None, None, None, seed, 0.125, None, None, 0.0, 0.4)
     outs = [torch.ops.fastattn.attention(*(x.to(d) if isinstance(x, torch.Tensor) else x for x in (q, k, values, *rest)))[0]
             for d in ("cpu", "cuda")]  # fmt: skip
     assert torch.equal(outs[0] == 0, outs[1].cpu() == 0)

@@ -36,6 +36,7 @@ def attention(
         "causal": {"causal": True},
         "window": {"window": (64, 32)},
         "mask": {"mask": torch.zeros(1, 1, queries, keys, dtype=torch.bool)},
+        "blocks": {"mask": fastattn.BlockMask.causal(queries, keys)},
         "bias": {"bias": torch.zeros(1, 2, queries, keys, dtype=kind, requires_grad=backward)},
         "alibi": {"alibi_slopes": torch.zeros(2)},
         "softcap": {"softcap": 30.0},
@@ -231,6 +232,13 @@ def _attention_cases() -> Iterator[Case]:
     for flag in everything:
         yield case(f"bf16 D64 {flag}", flags=[flag])
         yield case(f"bf16 D128 {flag}", head_dim=128, flags=[flag])
+    for head_dim in (64, 128, 256):
+        yield case(f"bf16 D{head_dim} blocks", core=head_dim == 128, head_dim=head_dim, flags=["blocks"])
+        if head_dim <= 128:  # wider: fp32's known spill
+            yield case(f"fp32 D{head_dim} blocks", dtype="float32", head_dim=head_dim, flags=["blocks"])
+        yield case(
+            f"fp16 D{head_dim} blocks everything", dtype="float16", head_dim=head_dim, flags=["blocks", *everything[2:]]
+        )
     yield case("bf16 D192 Dv128", head_dim=192, value_dim=128, flags=["causal"])
 
 

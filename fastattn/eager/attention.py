@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.block_mask import Blocks
 from fastattn.eager.random import keep
 from fastattn.layout import as_gradient, as_output, new_gradient, new_output
 from fastattn.replay import replay
@@ -37,7 +38,7 @@ _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 class Block:
     """Some query rows, the key columns that they see, and what decides their scores."""
 
-    mask: Tensor | None
+    mask: Tensor | Blocks | None
     bias: Tensor | None
     alibi_slopes: Tensor | None
     sinks: Tensor | None
@@ -62,6 +63,8 @@ class Block:
         if self.window_right is not None:
             high = max(min(rows.stop + self.shift + self.window_right, high), low + 1)
         columns = range(low, high)
+        if isinstance(self.mask, Blocks):
+            columns = self.mask.hull(rows, columns)
         cut = [_cut(pair, rows, columns) for pair in (self.mask, self.bias)]
         return replace(self, mask=cut[0], bias=cut[1], rows=rows, columns=columns)
 
@@ -86,6 +89,7 @@ class Block:
             before = j < i - self.window_left
             hidden = before if hidden is None else hidden | before
         if self.mask is not None:
+            assert isinstance(self.mask, Tensor)  # `narrow` has cut it
             hidden = ~self.mask if hidden is None else hidden | ~self.mask
         return hidden
 
@@ -152,10 +156,12 @@ class Block:
         return tensor if tensor.shape[2] == stop - start else tensor[:, :, start:stop]
 
 
-def _cut(pair: Tensor | None, rows: range, columns: range) -> Tensor | None:
-    """The block of a mask or bias (B or 1, H or 1, Nq or 1, Nk or 1)."""
+def _cut(pair: Tensor | Blocks | None, rows: range, columns: range) -> Tensor | None:
+    """The block of a mask or bias (B or 1, H or 1, Nq or 1, Nk or 1). None = nothing to mask or add."""
     if pair is None:
         return None
+    if isinstance(pair, Blocks):
+        return pair.dense(rows, columns)
     if pair.shape[2] != 1:
         pair = pair[:, :, rows.start : rows.stop]
     return pair if pair.shape[3] == 1 else pair[..., columns.start : columns.stop]
@@ -213,7 +219,7 @@ def _nothing(query: Tensor, value: Tensor, sinks: Tensor | None) -> tuple[Tensor
 
 
 def _whole(
-    query: Tensor, key: Tensor, mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None,
+    query: Tensor, key: Tensor, mask: Tensor | Blocks | None, bias: Tensor | None, alibi_slopes: Tensor | None,
     sinks: Tensor | None, seed: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
     softcap: float, dropout_p: float, first_batch: int = 0,
 ) -> Block:  # fmt: skip
@@ -230,7 +236,7 @@ def _product_rows(query: Tensor, key: Tensor) -> int:
 
 
 def definition(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Blocks | None, bias: Tensor | None, alibi_slopes: Tensor | None,
     sinks: Tensor | None, seed: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
     softcap: float, dropout_p: float, first_batch: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -252,7 +258,8 @@ def weights(query: Tensor, key: Tensor, *rules: Any) -> Tensor:
     """The attention weights after dropout, (B, Hq, Nq, Nk) in the query's dtype; rules as in `forward`. Differentiable."""
     if 0 in (query.shape[2], key.shape[2]):
         return query.new_zeros((*query.shape[:3], key.shape[2]))
-    p, l, _ = _weights(query, key, _whole(query, key, *rules))
+    whole = _whole(query, key, *rules)
+    p, l, _ = _weights(query, key, replace(whole, mask=_cut(whole.mask, whole.rows, whole.columns)))
     return (p / l).to(query.dtype)
 
 
@@ -260,7 +267,7 @@ def _fused_blocks(query: Tensor, key: Tensor, value: Tensor, whole: Block) -> tu
     """How PyTorch's fused kernel does the job: (blocks of rows, its own is_causal), or None where it cannot."""
     if query.device.type != "cpu" or whole.softcap or whole.seed is not None or query.shape[3] != value.shape[3]:
         return None
-    varies = [pair is not None and pair.shape[2] != 1 for pair in (whole.mask, whole.bias)]
+    varies = [isinstance(p, Blocks) or (p is not None and p.shape[2] != 1) for p in (whole.mask, whole.bias)]
     if whole.alibi_slopes is None and not any(varies):
         if whole.window_left is None and whole.window_right is None:
             return [whole], False
@@ -293,7 +300,7 @@ def _as_stored(blocks: list[Block], key: Tensor, value: Tensor) -> tuple[Tensor,
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Blocks | None, bias: Tensor | None, alibi_slopes: Tensor | None,
     sinks: Tensor | None, seed: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
     softcap: float, dropout_p: float, precision: str, first_batch: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -344,7 +351,7 @@ def _reduce_like(x: Tensor, pair: Tensor) -> Tensor:
 
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None,
+    mask: Tensor | Blocks | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None,
     scale: float, window_left: int | None, window_right: int | None, softcap: float, dropout_p: float,
     need_bias: bool, need_sinks: bool, precision: str, first_batch: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
@@ -440,7 +447,7 @@ def _block_backward(
 
 def double_backward(
     grad_grads: Sequence[Tensor | None], needs: Sequence[bool], grad_out: Tensor, grad_lse: Tensor | None, query: Tensor,
-    key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None,
+    key: Tensor, value: Tensor, mask: Tensor | Blocks | None, bias: Tensor | None, alibi_slopes: Tensor | None,
     sinks: Tensor | None, seed: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
     softcap: float, dropout_p: float, first_batch: int = 0,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip

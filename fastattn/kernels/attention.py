@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastattn.block_mask import Blocks
 from fastattn.kernels.attention_backward import backward
 from fastattn.kernels.config import (
     attention_backward_key_config,
@@ -21,18 +22,31 @@ from fastattn.kernels.config import (
 )
 from fastattn.kernels.launch import current_target, launch
 from fastattn.kernels.masks import (
+    BLOCK,
     LN2,
     LOG2E,
     LOWEST,
     base2_score,
+    block_list,
     capped_score,
     is_visible,
+    listed,
     load_tile,
+    mixed_tile,
+    pair_pointers,
     sequence,
     visible_range,
 )
 from fastattn.kernels.random import keep
-from fastattn.kernels.tiles import dropout_threshold, head_block, pair_strides, score_class, strides
+from fastattn.kernels.tiles import (
+    dropout_threshold,
+    head_block,
+    launch_lists,
+    pair_strides,
+    score_class,
+    split_mask,
+    strides,
+)
 from fastattn.layout import Packing, new_output
 
 if TYPE_CHECKING:
@@ -43,7 +57,7 @@ __all__ = ["backward", "forward"]
 
 @triton.jit
 def add_keys(
-    acc, l, m, q, k_ptrs, v_ptrs, mask_ptr, mask_stride, bias_ptr, bias_stride, slope, seed, start, in_bounds,
+    acc, l, m, q, k_ptrs, v_ptrs, mask_ptrs, bias_ptr, bias_stride, slope, seed, start, in_bounds,
     batch, head, offs_m, row_limit, num_keys, shift, left, right, scale, softcap, threshold, columns_qk, columns_v,
     BLOCK_N: tl.constexpr, PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -70,12 +84,9 @@ def add_keys(
     if EDGE:
         x, y = (offs_m - start)[:, None], offs_n[None, :]
         s = tl.where(is_visible(x, y, num_keys - start, shift, left, right), s, float("-inf"))
-    if mask_ptr is not None:
+    if mask_ptrs is not None:
         # [BLOCK_M, BLOCK_N]
-        attend = load_tile(
-            mask_ptr + offs_m.to(tl.int64)[:, None] * mask_stride[2] + (at + offs_n)[None, :] * mask_stride[3],
-            row_limit, in_bounds[None, :] if EDGE else None,
-        )  # fmt: skip
+        attend = load_tile(mask_ptrs, row_limit, in_bounds[None, :] if EDGE else None)
         s = tl.where(attend != 0, s, float("-inf"))
     # p = 2^(s - m): in the plain case scale·log2(e) is folded into one fused multiply-add per element
     if PLAIN:
@@ -103,20 +114,29 @@ def finish(acc, l, m, keep_scale):
 
 @triton.jit
 def _walk_keys(
-    acc, l, m, q, k_ptr, k_stride, v_ptr, v_stride, mask_ptr, mask_stride, bias_ptr, bias_stride, slope, seed,
+    acc, l, m, q, k_ptr, k_stride, v_ptr, v_stride, mask_ptr, mask_stride, lists, bias_ptr, bias_stride, slope, seed,
     low, high, batch, head, offs_m, row_limit, num_keys, shift, left, right, scale, softcap, threshold,
     columns_qk, columns_v, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys [low, high) to the running (acc, l, m)."""
+    """Adds the keys [low, high), or the blocks at these positions of a block mask's list, to the running (acc, l, m)."""
     offs_n = tl.arange(0, BLOCK_N)
     k_offsets = offs_n[None, :] * k_stride + tl.arange(0, BLOCK_D)[:, None]
     v_offsets = offs_n[:, None] * v_stride + tl.arange(0, BLOCK_DV)[None, :]
-    for start in tl.range(low, high, BLOCK_N, disable_licm=not HOIST):
+    if lists is not None:
+        bits = (offs_m - lists[2])[:, None] * BLOCK + offs_n[None, :]
+    for position in tl.range(low, high, BLOCK_N, disable_licm=not HOIST):
+        start = position
+        mask_ptrs = None
+        if lists is not None:
+            start, kind = listed(lists, position)
+            if EDGE:
+                mask_ptrs = mixed_tile(lists, kind) + bits + start % BLOCK
         at = tl.cast(start, tl.int64)
+        if mask_ptr is not None:
+            mask_ptrs = pair_pointers(mask_ptr, mask_stride, offs_m[:, None], (start + offs_n)[None, :])
         acc, l, m = add_keys(
-            acc, l, m, q, k_ptr + at * k_stride + k_offsets, v_ptr + at * v_stride + v_offsets, mask_ptr, mask_stride,
-            bias_ptr, bias_stride, slope, seed, start, offs_n < num_keys - start, batch, head, offs_m, row_limit, num_keys,
+            acc, l, m, q, k_ptr + at * k_stride + k_offsets, v_ptr + at * v_stride + v_offsets, mask_ptrs, bias_ptr, bias_stride, slope, seed, start, offs_n < num_keys - start, batch, head, offs_m, row_limit, num_keys,
             shift, left, right, scale, softcap, threshold, columns_qk, columns_v, BLOCK_N, PLAIN, EDGE, PRECISION,
         )  # fmt: skip
     return acc, l, m
@@ -128,6 +148,7 @@ def _attention_forward(
     k_ptr, k_strides,  # (B, Hkv, Nk, D)
     v_ptr, v_strides,  # (B, Hkv, Nk, DV)
     mask_ptr, mask_strides,  # bool (B, Hq, Nq, Nk), stride 0 where broadcast, or None
+    mask_blocks,  # a block mask instead, see `launch_lists`; or None
     bias_ptr, bias_strides,  # (B, Hq, Nq, Nk), stride 0 where broadcast, or None
     slopes_ptr, slopes_strides,  # fp32 (B, Hq), or None
     sinks_ptr,  # (Hq,), or None
@@ -195,19 +216,22 @@ def _attention_forward(
     columns_qk = None if D == BLOCK_D else (offs_d < D)[:, None]
     columns_v = None if DV == BLOCK_DV else (offs_dv < DV)[None, :]
     low, full_low, full_high, high = visible_range(start_m, num_queries, num_keys, shift, left, right, BLOCK_M, BLOCK_N)
+    lists = None
+    if mask_blocks is not None:  # without a left or right bound, full_low is 0
+        full_high, high, lists = block_list(mask_blocks, batch, head, start_m)
     if left is not None:
         acc, l, m = _walk_keys(
-            acc, l, m, q, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, bias_ptr, bias_strides, slope,
+            acc, l, m, q, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr, bias_strides, slope,
             seed, low, tl.minimum(full_low, high), batch, head, offs_m, rows, num_keys, shift, left, right, scale, softcap,
             threshold, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN, True, PRECISION, HOIST,
         )  # fmt: skip
     acc, l, m = _walk_keys(
-        acc, l, m, q, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, bias_ptr, bias_strides, slope,
+        acc, l, m, q, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr, bias_strides, slope,
         seed, full_low, full_high, batch, head, offs_m, rows, num_keys, shift, left, right, scale, softcap,
         threshold, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN, False, PRECISION, HOIST,
     )  # fmt: skip
     acc, l, m = _walk_keys(
-        acc, l, m, q, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, bias_ptr, bias_strides, slope,
+        acc, l, m, q, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr, bias_strides, slope,
         seed, full_high, high, batch, head, offs_m, rows, num_keys, shift, left, right, scale, softcap,
         threshold, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN, True, PRECISION, HOIST,
     )  # fmt: skip
@@ -219,11 +243,12 @@ def _attention_forward(
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Blocks | None, bias: Tensor | None, alibi_slopes: Tensor | None,
     sinks: Tensor | None, seed: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
     softcap: float, dropout_p: float, precision: str, packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse). Shapes as in `fastattn.ops.attention`; with `packing` as in `fastattn.ops.varlen`."""
+    given_mask, (mask, blocks) = mask, split_mask(mask)
     batch, heads, num_queries, head_dim = query.shape
     num_keys, value_dim = value.shape[2:]
     block_d, block_dv = head_block(head_dim), head_block(value_dim)
@@ -233,10 +258,13 @@ def forward(
         batch, num_queries, num_keys = packing.cu_seqlens_q.numel() - 1, packing.max_seqlen_q, packing.max_seqlen_k
         out.zero_()
         lse.fill_(float("-inf"))
-    plain, heavy = score_class(mask, bias, alibi_slopes, seed, scale, softcap)
-    config = attention_forward_config(current_target(), max(block_d, block_dv), query.element_size(), heavy)
+    plain, heavy = score_class(given_mask, bias, alibi_slopes, seed, scale, softcap)
+    config = attention_forward_config(
+        current_target(), max(block_d, block_dv), query.element_size(), heavy, blocks is not None
+    )
     arguments: tuple[Any, ...] = (
-        query, strides(query), key, strides(key), value, strides(value), mask, pair_strides(mask), bias, pair_strides(bias),
+        query, strides(query), key, strides(key), value, strides(value), mask, pair_strides(mask),
+        launch_lists(blocks), bias, pair_strides(bias),
         alibi_slopes, strides(alibi_slopes), sinks, seed, *((None, None) if packing is None else packing[:2]),
         out, strides(out), lse, lse.stride(),
         scale * LOG2E.value if plain else scale, softcap or None, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
@@ -251,7 +279,7 @@ def forward(
 
 
 def explain(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Blocks | None, bias: Tensor | None, alibi_slopes: Tensor | None,
     sinks: Tensor | None, seed: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
     softcap: float, dropout_p: float,
 ) -> list[str]:  # fmt: skip
@@ -265,7 +293,7 @@ def explain(
     }
     lines = [f"target {target.backend}" + (f" sm_{target.arch}" if target.arch else "")]
     for name, choose in configs.items():
-        config = choose(target, width, query.element_size(), heavy)
+        config = choose(target, width, query.element_size(), heavy, blocks=isinstance(mask, Blocks))  # type: ignore[operator]
         tile = f"{config.block_m} rows x {config.block_n} keys"
         lines.append(f"{name}: {tile} a step, {config.num_warps} warps, {config.num_stages} stages")
     return lines

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
+from fastattn.block_mask import Blocks
 from fastattn.kernels.attention_bias import attention_backward_bias
 from fastattn.kernels.config import (
     AttentionConfig,
@@ -24,10 +25,30 @@ from fastattn.kernels.config import (
     attention_backward_query_config,
 )
 from fastattn.kernels.launch import current_target, launch
-from fastattn.kernels.masks import LOG2E, is_visible, load_tile, sequence, visible_range
+from fastattn.kernels.masks import (
+    BLOCK,
+    LOG2E,
+    block_list,
+    is_visible,
+    listed,
+    load_tile,
+    mixed_tile,
+    pair_pointers,
+    sequence,
+    visible_range,
+)
 from fastattn.kernels.random import keep
 from fastattn.kernels.recompute import STATISTICS, load_pair, probability, row_statistics, score_gradient
-from fastattn.kernels.tiles import dropout_threshold, head_block, pair_strides, score_class, strides
+from fastattn.kernels.tiles import (
+    block_kinds,
+    dropout_threshold,
+    head_block,
+    launch_lists,
+    pair_strides,
+    score_class,
+    split_mask,
+    strides,
+)
 from fastattn.layout import Packing, new_gradient
 
 if TYPE_CHECKING:
@@ -36,16 +57,24 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _walk_keys(
-    dq, q, do, lse, delta, k_ptr, k_stride, v_ptr, v_stride, mask_ptr, mask_stride, bias_ptr, bias_stride, slope, seed,
+    dq, q, do, lse, delta, k_ptr, k_stride, v_ptr, v_stride, mask_ptr, mask_stride, lists, bias_ptr, bias_stride, slope, seed,
     low, high, batch, head, offs_m, rows, num_keys, shift, left, right, scale, softcap, threshold, keep_scale,
     columns_qk, columns_v, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys [low, high) to dQ / scale of one block of query rows."""
+    """Adds the keys [low, high), or the blocks at these positions of a block mask's list, to dQ / scale of a block of rows."""
     offs_n = tl.arange(0, BLOCK_N)
     k_offsets = offs_n[:, None] * k_stride + tl.arange(0, BLOCK_D)[None, :]
     v_offsets = offs_n[:, None] * v_stride + tl.arange(0, BLOCK_DV)[None, :]
-    for start in tl.range(low, high, BLOCK_N, disable_licm=not HOIST):
+    if lists is not None:
+        bits = (offs_m - lists[2])[:, None] * BLOCK + offs_n[None, :]
+    for position in tl.range(low, high, BLOCK_N, disable_licm=not HOIST):
+        start = position
+        mask_ptrs = None
+        if lists is not None:
+            start, kind = listed(lists, position)
+            if EDGE:
+                mask_ptrs = mixed_tile(lists, kind) + bits + start % BLOCK
         in_bounds = offs_n < num_keys - start
         visible = None
         columns_ok = None
@@ -61,7 +90,11 @@ def _walk_keys(
         # [BLOCK_N, BLOCK_DV]
         v = load_tile(v_ptr + at * v_stride + v_offsets, keys_ok, columns_v)
         # [BLOCK_M, BLOCK_N] each
-        mask = load_pair(mask_ptr, mask_stride, offs_m[:, None], columns, rows, columns_ok)
+        if mask_ptr is not None:
+            mask_ptrs = pair_pointers(mask_ptr, mask_stride, offs_m[:, None], columns)
+        mask = None
+        if mask_ptrs is not None:
+            mask = load_tile(mask_ptrs, rows, columns_ok)
         bias = None
         if bias_ptr is not None:
             bias = load_pair(bias_ptr, bias_stride, offs_m[:, None], columns, rows, columns_ok).to(tl.float32)
@@ -84,7 +117,9 @@ def _attention_backward_query(
     q_ptr, q_strides,  # (B, Hq, Nq, D)
     k_ptr, k_strides,  # (B, Hkv, Nk, D)
     v_ptr, v_strides,  # (B, Hkv, Nk, DV)
-    mask_ptr, mask_strides, bias_ptr, bias_strides,  # (B, Hq, Nq, Nk), stride 0 where broadcast, or None
+    mask_ptr, mask_strides,  # bool (B, Hq, Nq, Nk), stride 0 where broadcast, or None
+    mask_blocks,  # a block mask instead, see `launch_lists`; or None
+    bias_ptr, bias_strides,  # (B, Hq, Nq, Nk), stride 0 where broadcast, or None
     slopes_ptr, slopes_strides,  # fp32 (B, Hq), or None
     seed_ptr,  # int64 (1,), or None
     cu_q_ptr, cu_k_ptr,  # int32 (sequences + 1,): packed sequences, as in the forward; or None
@@ -165,21 +200,24 @@ def _attention_backward_query(
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     low, full_low, full_high, high = visible_range(start_m, num_queries, num_keys, shift, left, right, BLOCK_M, BLOCK_N)
+    lists = None
+    if mask_blocks is not None:  # without a left or right bound, full_low is 0
+        full_high, high, lists = block_list(mask_blocks, batch, head, start_m)
     if left is not None:
         dq = _walk_keys(
-            dq, q, do, lse, delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, bias_ptr,
+            dq, q, do, lse, delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr,
             bias_strides, slope, seed, low, tl.minimum(full_low, high), batch, head, offs_m, rows, num_keys, shift, left,
             right, score_scale, softcap, threshold, keep_scale, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN,
             True, PRECISION, HOIST,
         )  # fmt: skip
     dq = _walk_keys(
-        dq, q, do, lse, delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, bias_ptr,
+        dq, q, do, lse, delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr,
         bias_strides, slope, seed, full_low, full_high, batch, head, offs_m, rows, num_keys, shift, left,
         right, score_scale, softcap, threshold, keep_scale, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN,
         False, PRECISION, HOIST,
     )  # fmt: skip
     dq = _walk_keys(
-        dq, q, do, lse, delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, bias_ptr,
+        dq, q, do, lse, delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr,
         bias_strides, slope, seed, full_high, high, batch, head, offs_m, rows, num_keys, shift, left,
         right, score_scale, softcap, threshold, keep_scale, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN,
         True, PRECISION, HOIST,
@@ -191,16 +229,25 @@ def _attention_backward_query(
 
 @triton.jit
 def _walk_queries(
-    dk, dv, k, v, q_ptr, q_stride, do_ptr, do_stride, lse_ptr, delta_ptr, mask_ptr, mask_stride, bias_ptr, bias_stride,
+    dk, dv, k, v, q_ptr, q_stride, do_ptr, do_stride, lse_ptr, delta_ptr, mask_ptr, mask_stride, lists, bias_ptr, bias_stride,
     slope, seed, low, high, batch, head, offs_n, columns_ok, num_queries, shift, left, right, scale, softcap, threshold,
     keep_scale, columns_qk, columns_v, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
-    """Adds the query rows [low, high) to dK / scale and dV of one block of keys, as transposed tiles (K Qᵀ)."""
+    """Adds the query rows [low, high), or the blocks at these positions of a block mask's list, to dK / scale and dV of one
+    block of keys, as transposed tiles (K Qᵀ)."""
     offs_m = tl.arange(0, BLOCK_M)
     q_offsets = offs_m[:, None] * q_stride + tl.arange(0, BLOCK_D)[None, :]
     do_offsets = offs_m[:, None] * do_stride + tl.arange(0, BLOCK_DV)[None, :]
-    for start in tl.range(low, high, BLOCK_M, disable_licm=not HOIST):
+    if lists is not None:
+        bits = (offs_n - lists[2])[:, None] + offs_m[None, :] * BLOCK
+    for position in tl.range(low, high, BLOCK_M, disable_licm=not HOIST):
+        start = position
+        mask_ptrs = None
+        if lists is not None:
+            start, kind = listed(lists, position)
+            if EDGE:
+                mask_ptrs = mixed_tile(lists, kind) + bits + start % BLOCK * BLOCK
         in_bounds = offs_m < num_queries - start
         visible = None
         rows = None
@@ -223,7 +270,11 @@ def _walk_queries(
             lse = tl.load(lse_ptr + at + offs_m)
             delta = tl.load(delta_ptr + at + offs_m)
         # [BLOCK_N, BLOCK_M] each
-        mask = load_pair(mask_ptr, mask_stride, queries, offs_n[:, None], rows, columns_ok)
+        if mask_ptr is not None:
+            mask_ptrs = pair_pointers(mask_ptr, mask_stride, queries, offs_n[:, None])
+        mask = None
+        if mask_ptrs is not None:
+            mask = load_tile(mask_ptrs, rows, columns_ok)
         bias = None
         if bias_ptr is not None:
             bias = load_pair(bias_ptr, bias_stride, queries, offs_n[:, None], rows, columns_ok).to(tl.float32)
@@ -249,7 +300,9 @@ def _attention_backward_key(
     q_ptr, q_strides,  # (B, Hq, Nq, D)
     k_ptr, k_strides,  # (B, Hkv, Nk, D)
     v_ptr, v_strides,  # (B, Hkv, Nk, DV)
-    mask_ptr, mask_strides, bias_ptr, bias_strides,  # (B, Hq, Nq, Nk), stride 0 where broadcast, or None
+    mask_ptr, mask_strides,  # bool (B, Hq, Nq, Nk), stride 0 where broadcast, or None
+    mask_blocks,  # a block mask instead, see `launch_lists`; or None
+    bias_ptr, bias_strides,  # (B, Hq, Nq, Nk), stride 0 where broadcast, or None
     slopes_ptr, slopes_strides,  # fp32 (B, Hq), or None
     seed_ptr,  # int64 (1,), or None
     cu_q_ptr, cu_k_ptr,  # int32 (sequences + 1,), or None
@@ -322,22 +375,25 @@ def _attention_backward_key(
             bias_head = bias_ptr + b * bias_strides[0] + h * bias_strides[1]
         if slopes_ptr is not None:
             slope = tl.load(slopes_ptr + batch.to(tl.int64) * slopes_strides[0] + h * slopes_strides[1])
+        lists = None
+        if mask_blocks is not None:
+            full_high, high, lists = block_list(mask_blocks, batch, head, start_n)
         if right is not None:
             dk, dv = _walk_queries(
                 dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_head, delta_head,
-                mask_head, mask_strides, bias_head, bias_strides, slope, seed, low, tl.minimum(full_low, high), batch, head,
+                mask_head, mask_strides, lists, bias_head, bias_strides, slope, seed, low, tl.minimum(full_low, high), batch, head,
                 offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
                 columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_M, PLAIN, True, PRECISION, HOIST,
             )  # fmt: skip
         dk, dv = _walk_queries(
             dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_head, delta_head,
-            mask_head, mask_strides, bias_head, bias_strides, slope, seed, full_low, full_high, batch, head,
+            mask_head, mask_strides, lists, bias_head, bias_strides, slope, seed, full_low, full_high, batch, head,
             offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
             columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_M, PLAIN, False, PRECISION, HOIST,
         )  # fmt: skip
         dk, dv = _walk_queries(
             dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_head, delta_head,
-            mask_head, mask_strides, bias_head, bias_strides, slope, seed, full_high, high, batch, head,
+            mask_head, mask_strides, lists, bias_head, bias_strides, slope, seed, full_high, high, batch, head,
             offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
             columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_M, PLAIN, True, PRECISION, HOIST,
         )  # fmt: skip
@@ -357,17 +413,18 @@ def _blocks(config: AttentionConfig) -> dict[str, int]:
 
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None,
+    mask: Tensor | Blocks | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None,
     scale: float, window_left: int | None, window_right: int | None, softcap: float, dropout_p: float,
     need_bias: bool, need_sinks: bool, precision: str, packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(grad_query, grad_key, grad_value, grad_bias, grad_sinks); the last two None where not needed."""
+    given_mask, (mask, blocks) = mask, split_mask(mask)
     batch, heads, num_queries, head_dim = query.shape
     num_keys, value_dim = value.shape[2:]
     kv_heads = key.shape[1]
     block_d, block_dv = head_block(head_dim), head_block(value_dim)
     target, width = current_target(), max(block_d, block_dv)
-    plain, heavy = score_class(mask, bias, alibi_slopes, seed, scale, softcap)
+    plain, heavy = score_class(given_mask, bias, alibi_slopes, seed, scale, softcap)
     grad_query, grad_key, grad_value = map(new_gradient, (query, key, value))
     if packing is not None:  # rows behind the last sequence belong to no program
         batch, num_queries, num_keys = packing.cu_seqlens_q.numel() - 1, packing.max_seqlen_q, packing.max_seqlen_k
@@ -376,10 +433,13 @@ def backward(
     statistics = lse.new_empty((batch, heads, 2, triton.cdiv(num_queries, STATISTICS) * STATISTICS))
     grad_bias = None if bias is None or not need_bias else bias.new_empty(bias.shape)
     grad_sinks = None
-    inputs: tuple[Any, ...] = (
-        query, strides(query), key, strides(key), value, strides(value), mask, pair_strides(mask), bias, pair_strides(bias),
-        alibi_slopes, strides(alibi_slopes), seed,
-    )  # fmt: skip
+
+    def inputs(lists: tuple[Any, ...] | None) -> tuple[Any, ...]:
+        return (
+            query, strides(query), key, strides(key), value, strides(value), mask, pair_strides(mask), lists, bias,
+            pair_strides(bias), alibi_slopes, strides(alibi_slopes), seed,
+        )  # fmt: skip
+
     scalars: tuple[Any, ...] = (
         scale * LOG2E.value if plain else scale, scale, softcap or None, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
     )  # fmt: skip
@@ -396,9 +456,9 @@ def backward(
         STATISTICS=STATISTICS,
     )
 
-    config = attention_backward_query_config(target, width, query.element_size(), heavy)
+    config = attention_backward_query_config(target, width, query.element_size(), heavy, blocks is not None)
     launch(
-        _attention_backward_query, (batch * heads * triton.cdiv(num_queries, config.block_m),), *inputs, *sequences, out,
+        _attention_backward_query, (batch * heads * triton.cdiv(num_queries, config.block_m),), *inputs(launch_lists(blocks)), *sequences, out,
         strides(out), grad_out, strides(grad_out), lse, grad_lse, lse.stride(), statistics, grad_query, strides(grad_query),
         *scalars, heads, group, *lengths, HOIST=config.hoist, **constants, **_blocks(config),
     )  # fmt: skip
@@ -409,14 +469,16 @@ def backward(
         sum_rows, sum_columns = bias_rows == 1, bias_columns == 1
         launch(
             attention_backward_bias,
-            (bias_batch * bias_heads, 1 if sum_rows else row_blocks, 1 if sum_columns else column_blocks), *inputs,
+            (bias_batch * bias_heads, 1 if sum_rows else row_blocks, 1 if sum_columns else column_blocks), *inputs(block_kinds(blocks)),
             grad_out, strides(grad_out), statistics, grad_bias, pair_strides(grad_bias), *scalars, heads, group, *lengths,
             bias_heads, batch // bias_batch, heads // bias_heads, row_blocks if sum_rows else 1,
             column_blocks if sum_columns else 1, SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, **constants, **_blocks(config),
         )  # fmt: skip
-    config = attention_backward_key_config(target, width, query.element_size(), heavy, packing is not None)
+    config = attention_backward_key_config(
+        target, width, query.element_size(), heavy, packing is not None, blocks is not None
+    )
     launch(
-        _attention_backward_key, (batch * kv_heads * triton.cdiv(num_keys, config.block_n),), *inputs, *sequences, grad_out,
+        _attention_backward_key, (batch * kv_heads * triton.cdiv(num_keys, config.block_n),), *inputs(launch_lists(blocks, by_column=True)), *sequences, grad_out,
         strides(grad_out), statistics, grad_key, strides(grad_key), grad_value, strides(grad_value), *scalars, kv_heads,
         *lengths, GROUP=group, HOIST=config.hoist, **constants, **_blocks(config),
     )  # fmt: skip

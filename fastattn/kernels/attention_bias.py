@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastattn.kernels.masks import is_visible, load_tile, visible_range
+from fastattn.kernels.masks import BLOCK, EMPTY, block_kind, is_visible, load_tile, mixed_tile, visible_range
 from fastattn.kernels.random import keep
 from fastattn.kernels.recompute import load_pair, probability, row_statistics, score_gradient
 
@@ -13,7 +13,7 @@ from fastattn.kernels.recompute import load_pair, probability, row_statistics, s
     "bias_heads", "batches", "heads", "row_blocks", "column_blocks",
 ])  # fmt: skip
 def attention_backward_bias(
-    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, bias_ptr, bias_strides,
+    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, mask_blocks, bias_ptr, bias_strides,
     slopes_ptr, slopes_strides, seed_ptr, do_ptr, do_strides, statistics_ptr,  # as above
     dbias_ptr, dbias_strides,  # the shape of the bias; stride 0 where it broadcasts
     score_scale, scale, softcap, threshold, keep_scale, num_heads, group, num_queries, num_keys, left, right,
@@ -44,7 +44,12 @@ def attention_backward_bias(
         low, _full_low, _full_high, high = visible_range(
             start_m, num_queries, num_keys, shift, left, right, BLOCK_M, BLOCK_N
         )
-        if (start_n < high) & (start_n + BLOCK_N > low):
+        seen = (start_n < high) & (start_n + BLOCK_N > low)
+        kind = 0
+        if mask_blocks is not None:
+            kind = block_kind(mask_blocks, batch, head, start_m, start_n)
+            seen &= kind != EMPTY
+        if seen:
             b, h, kv_h = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
             offs_m = start_m + tl.arange(0, BLOCK_M)
             offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -72,6 +77,10 @@ def attention_backward_bias(
             if mask_ptr is not None:
                 mask_head = mask_ptr + b * mask_strides[0] + h * mask_strides[1]
                 mask = load_pair(mask_head, mask_strides, offs_m[:, None], offs_n[None, :], rows, columns)
+            if mask_blocks is not None:
+                local = (offs_m % BLOCK)[:, None] * BLOCK + (offs_n % BLOCK)[None, :]
+                bits = mixed_tile(mask_blocks, tl.maximum(kind, 0)) + local
+                mask = tl.load(bits, mask=(kind >= 0) & rows & columns, other=1)
             bias_head = bias_ptr + b * bias_strides[0] + h * bias_strides[1]
             bias = load_pair(bias_head, bias_strides, offs_m[:, None], offs_n[None, :], rows, columns).to(tl.float32)
             if slopes_ptr is not None:

@@ -59,6 +59,9 @@ _FORWARD_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16,
 _BACKWARD_QUERY_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)}
 _BACKWARD_KEY_HEAVY: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1, False)}
 _BACKWARD_HEAVY_AMD: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1)}
+# A block mask's lists put addresses into the loop that depend on what was loaded: small tiles, too.
+_FORWARD_BLOCKS: _Table = {64: (64, 32, 8, 1), 128: (64, 32, 8, 1, False), 256: (32, 32, 8, 1)}
+_BACKWARD_QUERY_BLOCKS: _Table = {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)}
 # Packed sequences keep a few more addresses alive: too many for dK and dV on sm_80 and the small GPUs.
 _BACKWARD_KEY_PACKED: _Table = {**_BACKWARD_KEY_HEAVY, 64: (32, 64, 4, 1)}
 
@@ -73,17 +76,25 @@ def _from_table(table: _Table, head_dim: int) -> AttentionConfig:
     return AttentionConfig(*table[next(width for width in table if head_dim <= width)])
 
 
-def attention_forward_config(target: Target, head_dim: int, itemsize: int, heavy: bool = False) -> AttentionConfig:
-    """head_dim: the larger of Dq and Dv; itemsize: bytes per element; heavy: scores need more than a scale and a window."""
+def attention_forward_config(
+    target: Target, head_dim: int, itemsize: int, heavy: bool = False, blocks: bool = False
+) -> AttentionConfig:
+    """head_dim: the larger of Dq and Dv; itemsize: bytes per element; heavy: scores need more than a scale and a window;
+    blocks: there is a block mask (and then heavy is true)."""
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
+    if itemsize == 4 and blocks and head_dim > 64:
+        return AttentionConfig(16, 32, 8, 1) if head_dim <= 128 else AttentionConfig(16, 16, 4, 1)
     if itemsize == 4:
         return AttentionConfig(32, 32, 8, 1)
-    return _from_table(_FORWARD_HEAVY if heavy else _FORWARD[_family(target)], head_dim)
+    family = _family(target)
+    if blocks and family != "amd":
+        return _from_table(_FORWARD_BLOCKS, head_dim)
+    return _from_table(_FORWARD_HEAVY if heavy else _FORWARD[family], head_dim)
 
 
 def attention_backward_query_config(
-    target: Target, head_dim: int, itemsize: int, heavy: bool = False
+    target: Target, head_dim: int, itemsize: int, heavy: bool = False, blocks: bool = False
 ) -> AttentionConfig:
     """For dQ: block_m query rows stay in registers, block_n key columns pass by."""
     if target.backend == "interpreter":
@@ -91,16 +102,21 @@ def attention_backward_query_config(
     if itemsize == 4:
         return AttentionConfig(32, 32, 8, 1) if head_dim <= 64 else AttentionConfig(16, 16, 8, 1)
     family = _family(target)
+    if blocks and family != "amd":
+        return _from_table(_BACKWARD_QUERY_BLOCKS, head_dim)
     heavy_table = _BACKWARD_HEAVY_AMD if family == "amd" else _BACKWARD_QUERY_HEAVY
     return _from_table(heavy_table if heavy else _BACKWARD_QUERY[family], head_dim)
 
 
 def attention_backward_key_config(
-    target: Target, head_dim: int, itemsize: int, heavy: bool = False, packed: bool = False
+    target: Target, head_dim: int, itemsize: int, heavy: bool = False, packed: bool = False, blocks: bool = False
 ) -> AttentionConfig:
     """For dK and dV: block_n key columns stay in registers, block_m query rows pass by."""
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
+    if itemsize == 4 and blocks:
+        warps = 4 if target.backend == "hip" and head_dim > 128 else 8
+        return AttentionConfig(16, 32 if head_dim <= 128 else 16, warps, 1)
     if itemsize == 4:
         return AttentionConfig(32 if head_dim <= 64 else 16, 32, 4 if head_dim <= 32 else 8, 1)
     family = _family(target)

@@ -13,6 +13,7 @@ functions serve the kernels that walk along rows.
 import triton
 import triton.language as tl
 
+from fastattn import block_mask
 from fastattn.kernels.activations import tanh
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -66,6 +67,49 @@ def sequence(cu_seqlens_ptr, index):
     """(first row in int64, number of rows) of a packed sequence."""
     first = tl.load(cu_seqlens_ptr + index)
     return first.to(tl.int64), tl.load(cu_seqlens_ptr + index + 1) - first
+
+
+BLOCK = tl.constexpr(block_mask.BLOCK)
+EMPTY = tl.constexpr(block_mask.EMPTY)
+
+
+@triton.jit
+def block_list(blocks, batch, head, start):
+    """What a block mask says of the row (or column) of blocks that `start` lies in: (end of the full blocks, end, list).
+
+    blocks: (tiles, lists, counts, stride of a batch, stride of a head, blocks in a row), see `launch_lists`. The ends count
+    positions in the list: 128 for each of its blocks.
+    """
+    row = batch * blocks[3] + head * blocks[4] + start // BLOCK
+    full = tl.load(blocks[2] + row * 2)
+    end = tl.load(blocks[2] + row * 2 + 1)
+    return full * BLOCK, end * BLOCK, (blocks[0], blocks[1] + row * blocks[5] * 2, start // BLOCK * BLOCK)
+
+
+@triton.jit
+def listed(block_list, position):
+    """(where the block at a position of the list starts, plus the position in it; its kind)"""
+    position = tl.cast(position, tl.int32)
+    entry = block_list[1] + position // BLOCK * 2
+    return tl.load(entry) * BLOCK + position % BLOCK, tl.load(entry + 1)
+
+
+@triton.jit
+def mixed_tile(block_list, kind):
+    """Where the bits of a mixed block start: pair (i, j) of the block lies i · 128 + j behind."""
+    return block_list[0] + kind.to(tl.int64) * (BLOCK * BLOCK)
+
+
+@triton.jit
+def pair_pointers(ptr, stride, rows, columns):
+    """Pointers to a tile of a mask or bias."""
+    return ptr + rows.to(tl.int64) * stride[2] + columns.to(tl.int64) * stride[3]
+
+
+@triton.jit
+def block_kind(blocks, batch, head, row, column):
+    """The kind of the block around (row, column). blocks: (tiles, kinds, -, stride of a batch, of a head, blocks in a row)."""
+    return tl.load(blocks[1] + (batch * blocks[3] + head * blocks[4] + row // BLOCK) * blocks[5] + column // BLOCK)
 
 
 @triton.jit

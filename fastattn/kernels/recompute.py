@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastattn.kernels.masks import base2_score, capped_score, capped_score_derivative, load_tile
+from fastattn.kernels.masks import base2_score, capped_score, capped_score_derivative, load_tile, pair_pointers
 
 STATISTICS = 128  # the rows of a head's statistics are padded to a multiple of this
 
@@ -41,7 +41,7 @@ def load_pair(ptr, stride, rows, columns, rows_ok, columns_ok):
     if ptr is None:
         return None
     else:
-        return load_tile(ptr + rows.to(tl.int64) * stride[2] + columns.to(tl.int64) * stride[3], rows_ok, columns_ok)
+        return load_tile(pair_pointers(ptr, stride, rows, columns), rows_ok, columns_ok)
 
 
 @triton.jit

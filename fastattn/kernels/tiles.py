@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from fastattn.block_mask import Blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,13 +29,35 @@ def pair_strides(tensor: Tensor | None) -> tuple[int, ...] | None:
     return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride()))
 
 
+def split_mask(mask: Tensor | Blocks | None) -> tuple[Tensor | None, Blocks | None]:
+    """(mask, blocks): which of the two it is."""
+    return (None, mask) if isinstance(mask, Blocks) else (mask, None)
+
+
+def launch_lists(blocks: Blocks | None, by_column: bool = False) -> tuple[Any, ...] | None:
+    """What `kernels.masks.block_list` reads: (tiles, lists, counts, stride of a batch, of a head, blocks in a row)."""
+    if blocks is None:
+        return None
+    lists, counts = (blocks.columns, blocks.column_counts) if by_column else (blocks.rows, blocks.row_counts)
+    batch, heads, rows, others, _ = lists.shape
+    return blocks.tiles, lists, counts, 0 if batch == 1 else heads * rows, 0 if heads == 1 else rows, others
+
+
+def block_kinds(blocks: Blocks | None) -> tuple[Any, ...] | None:
+    """What `kernels.masks.block_kind` reads."""
+    if blocks is None:
+        return None
+    batch, heads, rows, others = blocks.kinds.shape
+    return blocks.tiles, blocks.kinds, None, 0 if batch == 1 else heads * rows, 0 if heads == 1 else rows, others
+
+
 def dropout_threshold(p: float) -> int:
     """What `kernels.random.keep` compares 31 random bits with."""
     return round(p * 2**31)
 
 
 def score_class(
-    mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, seed: Tensor | None, scale: float, softcap: float
+    mask: Tensor | Blocks | None, bias: Tensor | None, alibi_slopes: Tensor | None, seed: Tensor | None, scale: float, softcap: float
 ) -> tuple[bool, bool]:  # fmt: skip
     """(plain, heavy): whether a logit is just scale·q·k with a positive scale, and whether it needs many registers."""
     plain = bias is None and alibi_slopes is None and softcap == 0.0 and scale > 0.0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn import backend
+from fastattn.block_mask import BlockMask, Blocks
 from fastattn.eager import attention as eager
 from fastattn.layout import new_gradient, new_output
 from fastattn.ops.checks import (
@@ -27,15 +28,26 @@ from fastattn.ops.library import call, define, differentiate, needs_composite, o
 MAX_HEAD_DIM = 256
 
 _RULES = (
-    "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, float scale, "
+    "Tensor? mask, Tensor[]? blocks, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, float scale, "
     "SymInt? window_left, SymInt? window_right, float softcap, float dropout_p"
 )
 
 
-def _attention(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _split(mask: Tensor | Blocks | None) -> tuple[Tensor | None, list[Tensor] | None]:
+    """A mask as the two arguments of an op."""
+    return (None, list(mask)) if isinstance(mask, Blocks) else (mask, None)
+
+
+def _joined(mask: Tensor | None, blocks: Sequence[Tensor] | None) -> Tensor | Blocks | None:
+    return mask if blocks is None else Blocks(*blocks)
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, blocks: Sequence[Tensor] | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
     with backend.device_guard(query.device):
         launcher = backend.implementation("attention", query.device).forward
-        return launcher(query, *rest, backend.input_precision(query.dtype))
+        return launcher(query, key, value, _joined(mask, blocks), *rest, backend.input_precision(query.dtype))
 
 
 def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> tuple[Tensor, Tensor]:
@@ -44,9 +56,11 @@ def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> t
 
 
 def _attention_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *tensors, mask, blocks = rest[:8]  # grad_lse, query, key, value, out, lse, mask, blocks
     with backend.device_guard(grad_out.device):
         launcher = backend.implementation("attention", grad_out.device).backward
-        dq, dk, dv, dbias, dsinks = launcher(grad_out, *rest, backend.input_precision(grad_out.dtype))
+        precision = backend.input_precision(grad_out.dtype)
+        dq, dk, dv, dbias, dsinks = launcher(grad_out, *tensors, _joined(mask, blocks), *rest[8:], precision)
     # an op cannot return None
     return (
         dq,
@@ -59,7 +73,8 @@ def _attention_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, Tensor, T
 
 def _attention_backward_fake(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, *rest: Any,
+    mask: Tensor | None, blocks: Sequence[Tensor] | None, bias: Tensor | None, alibi_slopes: Tensor | None,
+    sinks: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     need_bias, need_sinks = rest[-2:]
     dq, dk, dv = map(new_gradient, (query, key, value))
@@ -82,7 +97,7 @@ attention_backward_op = define(
 def _gradient(
     needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
-    query, key, value, mask, bias, slopes, sinks, *rest = arguments
+    query, key, value, mask, blocks, bias, slopes, sinks, *rest = arguments
     out, lse = outputs
     grad_out, grad_lse = grad_outputs
     if grad_out is None:
@@ -90,13 +105,13 @@ def _gradient(
     grad_out = row_contiguous(grad_out)
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
-    need_bias, need_sinks = needs[4], needs[6]
+    need_bias, need_sinks = needs[5], needs[7]
     dq, dk, dv, dbias, dsinks = call(
-        attention_backward_op, grad_out, grad_lse, query, key, value, out, lse, mask, bias, slopes, sinks, *rest,
-        need_bias, need_sinks,
+        attention_backward_op, grad_out, grad_lse, query, key, value, out, lse, mask, blocks, bias, slopes, sinks,
+        *rest, need_bias, need_sinks,
     )  # fmt: skip
     return (
-        dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None, None,
+        dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None, None, None,
         dbias if need_bias else None, None, dsinks if need_sinks else None, *[None] * len(rest),
     )  # fmt: skip
 
@@ -104,14 +119,14 @@ def _gradient(
 def _double_gradient(
     needs: Sequence[bool], grad_grads: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
-    grad_out, grad_lse, query, key, value, _, _, mask, bias, slopes, sinks, *rest = arguments
+    grad_out, grad_lse, query, key, value, _, _, mask, blocks, bias, slopes, sinks, *rest = arguments
     *rules, need_bias, need_sinks = rest
     taken = [True, True, True, need_bias, need_sinks]
     d_out, d_lse, dq, dk, dv, dbias, dsinks = eager.double_backward(
-        [g if t else None for g, t in zip(grad_grads, taken)], taken, grad_out, grad_lse, query, key, value, mask, bias,
-        slopes, sinks, *rules,
+        [g if t else None for g, t in zip(grad_grads, taken)], taken, grad_out, grad_lse, query, key, value,
+        _joined(mask, blocks), bias, slopes, sinks, *rules,
     )  # fmt: skip
-    return d_out, d_lse, dq, dk, dv, None, None, None, dbias, None, dsinks, *[None] * len(rest)
+    return d_out, d_lse, dq, dk, dv, None, None, None, None, dbias, None, dsinks, *[None] * len(rest)
 
 
 differentiate(attention_op, _gradient, keep_outputs=(0, 1))
@@ -159,6 +174,13 @@ def _pairwise(name: str, tensor: Tensor | None, query: Tensor, key: Tensor) -> T
     return tensor.view((1,) * (4 - tensor.dim()) + tuple(tensor.shape))
 
 
+def _check_block_mask(mask: BlockMask, query: Tensor, key: Tensor) -> BlockMask:
+    full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    if mask.shape[2:] != full[2:] or any(size not in (1, f) for size, f in zip(mask.shape, full)):
+        raise ValueError(f"mask must be a block mask of (batch or 1, heads or 1, Nq, Nk) in {full}, got {mask}")
+    return mask
+
+
 def check_window(window: object, causal: bool) -> tuple[int | None, int | None]:
     if window is None:
         return None, 0 if causal else None
@@ -184,7 +206,7 @@ def check_slopes(slopes: Tensor | None, batch: int, heads: int) -> Tensor | None
 
 
 def canonical(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, slopes: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | None, bias: Tensor | None, slopes: Tensor | None,
     sinks: Tensor | None, scale: float | None, left: int | None, right: int | None, softcap: float | None,
     dropout_p: float,
 ) -> tuple[Any, ...]:  # fmt: skip
@@ -192,7 +214,11 @@ def canonical(
     query, key, value = autocast(query, key, value)  # type: ignore[assignment]
     _check_qkv(query, key, value)
     check_probability("dropout_p", dropout_p)
-    if mask is not None:
+    blocks = None
+    if isinstance(mask, BlockMask):
+        blocks = _check_block_mask(mask, query, key).within(left, right).blocks
+        mask = left = right = None
+    elif mask is not None:
         check_tensor("mask", mask, (torch.bool,))
     if bias is not None:
         check_tensor("bias", bias)
@@ -203,7 +229,8 @@ def canonical(
         sinks = sinks.contiguous()
     if softcap is not None and not softcap > 0.0:
         raise ValueError(f"softcap must be None or > 0, got {softcap}")
-    check_same_device(query=query, key=key, value=value, mask=mask, bias=bias, alibi_slopes=slopes, sinks=sinks)
+    given_mask = mask if blocks is None else blocks.kinds
+    check_same_device(query=query, key=key, value=value, mask=given_mask, bias=bias, alibi_slopes=slopes, sinks=sinks)
     slopes = check_slopes(slopes, *query.shape[:2])
     mask, bias = _pairwise("mask", mask, query, key), _pairwise("bias", bias, query, key)
     if scale is None:
@@ -212,17 +239,17 @@ def canonical(
     if dropout_p > 0.0:
         seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=query.device)
     return (
-        row_contiguous(query), row_contiguous(key), row_contiguous(value), mask, bias, slopes, sinks, seed,
+        row_contiguous(query), row_contiguous(key), row_contiguous(value), mask if blocks is None else blocks, bias, slopes, sinks, seed,
         float(scale), left, right, float(softcap or 0.0), float(dropout_p),
     )  # fmt: skip
 
 
 def attend(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """(out, lse) of canonical arguments: the op, or its plain definition inside transforms and forward-mode AD."""
-    query, key, value, _, bias, _, sinks, *_ = arguments
+    query, key, value, mask, bias, _, sinks, *_ = arguments
     if needs_composite(query, key, value, bias, sinks):
         return eager.definition(*arguments)
-    return call(attention_op, *arguments)
+    return call(attention_op, query, key, value, *_split(mask), *arguments[4:])
 
 
 def _by_torch(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> Tensor | None:
@@ -276,7 +303,7 @@ class _Plain(torch.autograd.Function):
 @overload
 def attention(
     query: Tensor, key: Tensor, value: Tensor, *, causal: bool = ..., window: tuple[int | None, int | None] | None = ...,
-    mask: Tensor | None = ..., bias: Tensor | None = ..., alibi_slopes: Tensor | None = ..., softcap: float | None = ...,
+    mask: Tensor | BlockMask | None = ..., bias: Tensor | None = ..., alibi_slopes: Tensor | None = ..., softcap: float | None = ...,
     sinks: Tensor | None = ..., dropout_p: float = ..., scale: float | None = ..., return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
@@ -284,7 +311,7 @@ def attention(
 @overload
 def attention(
     query: Tensor, key: Tensor, value: Tensor, *, causal: bool = ..., window: tuple[int | None, int | None] | None = ...,
-    mask: Tensor | None = ..., bias: Tensor | None = ..., alibi_slopes: Tensor | None = ..., softcap: float | None = ...,
+    mask: Tensor | BlockMask | None = ..., bias: Tensor | None = ..., alibi_slopes: Tensor | None = ..., softcap: float | None = ...,
     sinks: Tensor | None = ..., dropout_p: float = ..., scale: float | None = ..., return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
@@ -296,7 +323,7 @@ def attention(
     *,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
-    mask: Tensor | None = None,
+    mask: Tensor | BlockMask | None = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
@@ -320,7 +347,7 @@ def attention(
         causal: row i sees column j only where j <= i + Nk - Nq (aligned at the bottom right).
         window: (left, right): row i sees i + Nk - Nq - left <= j <= i + Nk - Nq + right; None = unbounded on that side.
             With `causal`, the right side is 0.
-        mask: bool, broadcastable to (B, Hq, Nq, Nk); True = attend.
+        mask: bool, broadcastable to (B, Hq, Nq, Nk); True = attend. Or a `fastattn.BlockMask`, whose empty blocks cost nothing.
         bias: floating, broadcastable to (B, Hq, Nq, Nk); added to the score. Its gradient has its shape.
         alibi_slopes: (Hq,) or (B, Hq), floating; not differentiable.
         softcap: None, or the bound c > 0 of c·tanh(score / c).
