@@ -109,6 +109,13 @@ def wrap(model: nn.Module, how: str) -> nn.Module:
     return model
 
 
+def patch_wrapped() -> dict[str, dict[str, str]]:
+    """What `patch` swaps in a model that DistributedDataParallel holds, and why it leaves one that FSDP2 has sharded."""
+    encoder = nn.TransformerEncoderLayer(WIDTH, 4, 32, dropout=0.0, batch_first=True)
+    swapped = fastattn.patch(DistributedDataParallel(encoder)).swapped
+    return {"swapped": swapped, "left": fastattn.patch(fully_shard(nn.LayerNorm(WIDTH))).left}
+
+
 def train(name: str, how: str = "alone") -> list[float]:
     """The losses of `STEPS` steps over the same data, whatever the number of processes."""
     torch.manual_seed(0)
@@ -136,14 +143,14 @@ def train(name: str, how: str = "alone") -> list[float]:
 
 
 def run_all(rank: int, world: int, folder: str) -> None:
-    """What each of `world` processes runs: every case, one after the other; the losses go to `folder`."""
+    """What each of `world` processes runs: every case, one after the other; the results go to `folder`."""
     os.environ.update(GLOO_SOCKET_IFNAME="lo", FASTATTN_BACKEND="eager")
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", store=dist.FileStore(str(Path(folder) / "store"), world), rank=rank, world_size=world
     )
     cases = [(name, how) for name in MODELS for how in WRAPPERS] + [(name, "tensor_parallel") for name in PLANS]
-    losses = {(name, how): train(name, how) for name, how in cases}
+    results = {"losses": {(name, how): train(name, how) for name, how in cases}, "patched": patch_wrapped()}
     if rank == 0:
-        torch.save(losses, Path(folder) / "losses.pt")
+        torch.save(results, Path(folder) / "results.pt")
     dist.destroy_process_group()
