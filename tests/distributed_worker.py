@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import fastattn
@@ -34,16 +38,58 @@ class Encoder(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.gpt = GPT(GPTConfig(vocab_size=40, context_length=LENGTH, num_layers=2, num_heads=4, d_model=WIDTH))
+        sizes = {"vocab_size": 40, "context_length": LENGTH, "num_layers": 2, "num_heads": 4, "d_model": WIDTH}
+        self.gpt = GPT(GPTConfig(**sizes, **options))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = (x[..., 0].abs() * 20).long().clamp(max=39)
         return self.gpt(tokens, tokens.roll(-1, 1))[1]
 
 
+class PatchedLlama(nn.Module):
+    """transformers' Llama, whose projections are layers of their own, so that a plan can give each process its heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+        config = LlamaConfig(vocab_size=40, hidden_size=WIDTH, intermediate_size=24, **heads)
+        self.llama = LlamaForCausalLM(config)
+        fastattn.patch(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = (x[..., 0].abs() * 20).long().clamp(max=39)
+        return self.llama(tokens, labels=tokens).loss
+
+
+# Tensor parallelism: the first product's columns and the second's rows, heads and hidden features, are each process's own.
+PLANS = {
+    "gpt": {
+        "gpt.blocks.*.feed_forward.linear1": ColwiseParallel(),
+        "gpt.blocks.*.feed_forward.linear2": RowwiseParallel(),
+    },
+    "gated": {
+        **{f"gpt.blocks.*.feed_forward.{name}": ColwiseParallel() for name in ("linear1", "gate")},
+        "gpt.blocks.*.feed_forward.linear2": RowwiseParallel(),
+    },
+    "encoder": {"encoder.layers.*.linear1": ColwiseParallel(), "encoder.layers.*.linear2": RowwiseParallel()},
+    "llama": {
+        **{f"llama.model.layers.*.self_attn.{name}_proj": ColwiseParallel() for name in "qkv"},
+        **{f"llama.model.layers.*.mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")},
+        "llama.model.layers.*.self_attn.o_proj": RowwiseParallel(),
+        "llama.model.layers.*.mlp.down_proj": RowwiseParallel(),
+    },
+}
 MODELS = {"encoder": lambda: Encoder(False), "patched": lambda: Encoder(True), "gpt": LanguageModel}
+TENSOR_PARALLEL = {
+    "encoder": MODELS["encoder"],
+    "gpt": LanguageModel,
+    "gated": lambda: LanguageModel(gated=True, activation="silu", positions="rotary"),
+    "llama": PatchedLlama,
+}
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -63,12 +109,25 @@ def wrap(model: nn.Module, how: str) -> nn.Module:
     return model
 
 
+def patch_wrapped() -> dict[str, dict[str, str]]:
+    """What `patch` swaps in a model that DistributedDataParallel holds, and why it leaves one that FSDP2 has sharded."""
+    encoder = nn.TransformerEncoderLayer(WIDTH, 4, 32, dropout=0.0, batch_first=True)
+    swapped = fastattn.patch(DistributedDataParallel(encoder)).swapped
+    return {"swapped": swapped, "left": fastattn.patch(fully_shard(nn.LayerNorm(WIDTH))).left}
+
+
 def train(name: str, how: str = "alone") -> list[float]:
     """The losses of `STEPS` steps over the same data, whatever the number of processes."""
     torch.manual_seed(0)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    model = wrap(MODELS[name](), how)
-    data = torch.randn(BATCH, LENGTH, WIDTH).chunk(world)[rank]
+    model = (TENSOR_PARALLEL if how.startswith("tensor") else MODELS)[name]()
+    if how == "tensor_parallel":
+        parallelize_module(model, init_device_mesh("cpu", (world,)), PLANS[name])
+        shared = [m for m in model.modules() if type(m) is nn.Linear and isinstance(m.weight, DTensor)]
+        assert len(shared) == sum(2 for _ in PLANS[name])  # in each of two layers
+    model, data = wrap(model, how), torch.randn(BATCH, LENGTH, WIDTH)
+    if not how.startswith("tensor"):
+        data = data.chunk(world)[rank]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     losses = []
     for _ in range(STEPS):
@@ -84,13 +143,14 @@ def train(name: str, how: str = "alone") -> list[float]:
 
 
 def run_all(rank: int, world: int, folder: str) -> None:
-    """What each of `world` processes runs: every case, one after the other; the losses go to `folder`."""
+    """What each of `world` processes runs: every case, one after the other; the results go to `folder`."""
     os.environ.update(GLOO_SOCKET_IFNAME="lo", FASTATTN_BACKEND="eager")
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", store=dist.FileStore(str(Path(folder) / "store"), world), rank=rank, world_size=world
     )
-    losses = {(name, how): train(name, how) for name in MODELS for how in WRAPPERS}
+    cases = [(name, how) for name in MODELS for how in WRAPPERS] + [(name, "tensor_parallel") for name in PLANS]
+    results = {"losses": {(name, how): train(name, how) for name, how in cases}, "patched": patch_wrapped()}
     if rank == 0:
-        torch.save(losses, Path(folder) / "losses.pt")
+        torch.save(results, Path(folder) / "results.pt")
     dist.destroy_process_group()

@@ -31,6 +31,7 @@ ROTARY = ("tests/test_rotary.py", "-k", "triton or kernel")
 LOSS = ("tests/test_loss.py", "-k", "triton")
 FEED_FORWARD = ("tests/test_precision.py", "tests/test_feed_forward.py", "-k", "triton")
 TRANSFORMER = ("tests/test_nn_transformer.py",)
+HUB = ("tests/test_hub.py",)
 PATCHING = ("tests/test_patching.py",)
 TRANSFORMERS = ("tests/test_transformers_attention.py",)
 
@@ -284,6 +285,21 @@ MUTANTS = (
         "weight_offset = 1.0",
         "weight_offset = 0.0",
         PATCHING,
+    ),
+    Mutant(
+        "hub: the scaling of rotary positions is dropped",
+        "models/hub.py",
+        'None if rule == "default" else rope',
+        "None",
+        HUB,
+    ),
+    Mutant("hub: GPT-2's weights stay transposed", "models/hub.py", '".c_fc.weight")', ")", HUB),
+    Mutant(
+        "GPT: positions start anew behind the cache",
+        "models/layers.py",
+        "offset=0 if cache is None else cache.length",
+        "offset=0",
+        HUB,
     ),
     Mutant(
         "transformers: the empty places of a static cache are attended to",

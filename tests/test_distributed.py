@@ -1,4 +1,4 @@
-"""Training on two processes gives the losses of one: DistributedDataParallel and FSDP2, over gloo."""
+"""Training on two processes gives the losses of one: DistributedDataParallel, FSDP2 and tensor parallelism, over gloo."""
 
 import pytest
 import torch
@@ -7,20 +7,34 @@ import torch.multiprocessing as mp
 
 from tests import distributed_worker
 
+pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
 
 
 @pytest.fixture(scope="module")
-def losses(tmp_path_factory):
+def results(tmp_path_factory):
     """What two processes get, for every model and wrapper."""
     folder = tmp_path_factory.mktemp("distributed")
     mp.spawn(distributed_worker.run_all, (2, str(folder)), nprocs=2)
-    return torch.load(folder / "losses.pt")
+    return torch.load(folder / "results.pt")
 
 
 @pytest.mark.parametrize("how", distributed_worker.WRAPPERS)
 @pytest.mark.parametrize("name", distributed_worker.MODELS)
-def test_two_processes_train_as_one(name, how, losses):
+def test_two_processes_train_as_one(name, how, results):
     expected = distributed_worker.train(name)
     assert expected[-1] < expected[0]
-    assert losses[name, how] == pytest.approx(expected, rel=1e-5)
+    assert results["losses"][name, how] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", distributed_worker.PLANS)
+def test_two_processes_that_share_the_features_train_as_one(name, results):
+    expected = distributed_worker.train(name, "tensor_alone")
+    assert expected[-1] < expected[0]
+    assert results["losses"][name, "tensor_parallel"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_patching_inside_wrappers(results):
+    patched = results["patched"]
+    assert patched["swapped"].keys() == {"module", "module.self_attn", "module.norm1", "module.norm2"}
+    assert patched["left"][""] == "its parameters are DTensor: patch before they are distributed"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastattn
+from tests.compare import assert_close
 from tests.tiny_models import CAUSAL, OTHERS, build, inputs
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -130,6 +131,42 @@ def test_results_stay_and_everything_is_put_back(name):
         assert vars(m).keys() == attributes[n].keys()
     for expected, got in zip(before, run(model, batch)):
         assert (got is None and expected is None) or torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+@pytest.mark.parametrize("name", SWAPPED.keys() - {"gpt_oss_sinks"})  # experts have no fp64, and routing jumps
+def test_in_bf16_the_error_is_that_of_the_model_as_it_was(name, how):
+    model, batch = make(name)
+    model.requires_grad_(False)
+    truth = copy.deepcopy(model).double()(**{k: v.double() if v.is_floating_point() else v for k, v in batch.items()})
+    if how == "bfloat16":
+        model.bfloat16()
+        batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()}
+    results = []
+    for patched in (False, True):
+        if patched:
+            assert fastattn.patch(model).swapped
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            results.append(model(**batch))
+    truth, plain, got = (r if torch.is_tensor(r) else r[0] for r in (truth, *results))
+    if "attention_mask" in batch:
+        truth, plain, got = (r[batch["attention_mask"].bool()] for r in (truth, plain, got))
+    assert got.dtype == plain.dtype
+    assert_close("output", got, truth, plain)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "vit"])
+def test_gradient_checkpointing_changes_nothing(name):
+    model, batch = make(name)
+    fastattn.patch(model)
+    expected = run(model, batch)
+    model.activation_checkpointing_enable()
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for expected_one, got in zip(expected, run(model, batch)):
+        assert (got is None and expected_one is None) or torch.allclose(got, expected_one, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "timm_block", "nn_transformer"])
@@ -307,10 +344,10 @@ def test_one_attention_layer_that_is_excluded_leaves_them_all():
     assert model.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert", "timm_block", "nn_transformer"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "vit", "timm_block", "nn_transformer"])
 def test_patched_models_compile_to_one_graph(name):
     model, batch = make(name)
-    if name == "gpt2":
+    if name in CAUSAL:
         batch["use_cache"] = False
     fastattn.patch(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import fastattn
 from tests.tiny_models import CAUSAL, OTHERS, build, inputs, transformers
 
 from fastattn.integrations.transformers import attention_forward, register  # isort: skip
@@ -42,6 +43,19 @@ def test_outputs_and_gradients_are_eagers(name, side):
         assert (expected is None) == (got is None)
         if got is not None:
             torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma2_softcap_window", "gpt_oss_sinks", "bert"])
+def test_the_kernels_give_eagers_outputs_and_gradients(name):
+    batch = inputs(name, "left")
+    rows = batch["attention_mask"].bool()
+    eager, ours = pair(name)
+    expected = values_and_gradients(eager, batch, rows)
+    with fastattn.backend.use("triton"):
+        got = values_and_gradients(ours, batch, rows)
+    for a, b in zip(expected, got):
+        if a is not None:
+            torch.testing.assert_close(b, a, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

@@ -1,0 +1,79 @@
+"""`patch` over many families of transformers: results stay, and `unpatch` is exact."""
+
+import pytest
+import torch
+
+import fastattn
+from tests.tiny_models import inputs, transformers
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+_SIZES = dict(
+    vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+)  # fmt: skip
+_GROUPED = {**_SIZES, "num_key_value_heads": 2}
+_HEADS = {**_GROUPED, "head_dim": 8}
+_VISION = dict(
+    image_size=8, patch_size=4, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+)
+_BART = dict(
+    vocab_size=50, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, max_position_embeddings=64,
+    decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
+)  # fmt: skip
+_SHORT = dict(vocab_size=50, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+
+DECODERS = {
+    **dict.fromkeys(
+        ("Phi3", "Phi", "Olmo", "Olmo2", "Granite", "Cohere", "Starcoder2", "StableLm", "SmolLM3"), _GROUPED
+    ),
+    **dict.fromkeys(("Qwen3", "Gemma", "Glm", "Helium"), _HEADS),
+    "Gemma3Text": {**_HEADS, "sliding_window": 4},
+    "GPTNeoX": _SIZES,
+    "Mixtral": {**_GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "Nemotron": _GROUPED,
+    "GPTJ": {**_SHORT, "rotary_dim": 4},
+    "Falcon": dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+    "Bloom": dict(vocab_size=50, hidden_size=32, n_layer=2, n_head=4),
+}
+ENCODERS = {
+    **dict.fromkeys(("XLMRoberta", "Camembert", "MPNet", "Ernie", "DebertaV2"), _SIZES),
+    "Electra": {**_SIZES, "embedding_size": 16},
+    "Albert": {**_SIZES, "embedding_size": 16},
+    "ModernBert": {**_SIZES, "local_attention": 4, "cls_token_id": 1, "sep_token_id": 2},
+    "DistilBert": dict(vocab_size=50, dim=32, hidden_dim=48, n_layers=2, n_heads=4, max_position_embeddings=64),
+}
+VISION = dict.fromkeys(("DeiT", "Dinov2", "Beit", "CLIPVision", "SiglipVision"), _VISION)
+ENCODER_DECODERS = {
+    "T5": dict(vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0),
+    "Bart": _BART,
+}
+FAMILIES = {**DECODERS, **ENCODERS, **VISION, **ENCODER_DECODERS}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_results_stay(family):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**FAMILIES[family])
+    auto = transformers.AutoModelForCausalLM if family in DECODERS else transformers.AutoModel
+    model = auto.from_config(config, attn_implementation="eager").eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    batch = inputs("vit" if family in VISION else "bert")
+    if family in ENCODER_DECODERS:
+        batch["decoder_input_ids"] = batch["input_ids"]
+
+    def run():
+        out = model(**batch)[0]
+        rows = batch.get("attention_mask") if family not in ENCODER_DECODERS else None
+        out = out if rows is None else out[rows.bool()]
+        return [out, *torch.autograd.grad(out.sin().sum(), list(model.parameters()), allow_unused=True)]
+
+    before = run()
+    assert torch.isfinite(before[0]).all()
+    assert fastattn.patch(model).swapped
+    for expected, got in zip(before, run()):
+        if expected is not None:
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5 * (1 + expected.abs().max().item()))
+    fastattn.unpatch(model)
+    assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(before, run()))
