@@ -125,6 +125,10 @@ def test_report_files(compile_worker, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text()) == rows
     assert "**matmul_tile on sm_80 spills**" in (tmp_path / "report.md").read_text()
     assert "! matmul_tile on sm_80 spills" in report.terminal_table(rows)
+    header, _, line = report.summary_table(rows).splitlines()
+    assert header == "| case | kernel | sm_80 A100 | gfx942 MI300X |"
+    assert line.startswith("| toy | matmul_tile | ")
+    assert f"({rows[0]['resources']['registers']}, " in line
 
 
 @pytest.mark.parametrize(

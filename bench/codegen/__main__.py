@@ -57,6 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--targets", default="sm_80,sm_90,sm_100,sm_120,gfx942", help=f"of {', '.join(TARGETS)}")
     parser.add_argument("--kernels", default="", help="only cases and kernels with this text in their name")
     parser.add_argument("--all", action="store_true", help="all cases, not only the core ones")
+    parser.add_argument("--summary", action="store_true", help="one Markdown line per kernel, a column per target")
     parser.add_argument("--signature", default="", help="of a kernel given as file.py:kernel")
     parser.add_argument("--constants", default="", help="constexprs and launch options of that kernel")
     parser.add_argument("--output", type=Path, help="directory for report.md, report.json and the plots")
@@ -113,7 +114,7 @@ def main() -> int:
                 failures.append(f"{name}: {type(problem).__name__}: {problem}".splitlines()[0])
             else:
                 rows += job.result()
-    print(report.terminal_table(rows))
+    print(report.summary_table(rows) if options.summary else report.terminal_table(rows))
     for failure in failures:
         print(f"  ! {failure}")
     if options.output:
