@@ -39,6 +39,11 @@ def growth(run: Callable[[], object]) -> int:
     return _peak() - before
 
 
+def resident() -> int:
+    """Bytes of this process that are in memory now (Linux; elsewhere the most that ever were)."""
+    return _kilobytes("VmRSS") if Path("/proc/self/status").exists() else _peak()
+
+
 def _on_gpu(case: Case, provider: Callable[[Any], Any]) -> int:
     run = case.job(provider)
     run()
@@ -57,11 +62,9 @@ def _on_cpu(case: Case, provider: Callable[[Any], Any]) -> int:
 
 def _reset_peak() -> int:
     """Forget the peak so far where the system can (Linux); the resident bytes to start from."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return _peak()
-    Path("/proc/self/clear_refs").write_text("5")
-    return _kilobytes("VmRSS")
+    if Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+    return resident()
 
 
 def _peak() -> int:

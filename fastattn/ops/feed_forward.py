@@ -86,7 +86,9 @@ def feed_forward(
         residual: (..., d_out), dtype of `input`: added last.
         recompute: what the backward computes again instead of keeping it, per row in numbers of the input's dtype:
             "none" keeps 2 · d_hidden (gated 3), "activation" keeps 1 · d_hidden (gated 2) and repeats only the
-            activation, "hidden" keeps nothing but the input and repeats the first layer.
+            activation, "hidden" keeps nothing but the input and repeats the first layer. With d_in = d_out = d, forward and
+            backward are 6 (gated 9) products of 2 · d · d_hidden operations per row; "hidden" makes them 7 (gated 11).
+            What a level saves counts for every layer of a model: the peak within one layer's backward is the same.
 
     Returns:
         (..., d_out), dtype of `input`.
