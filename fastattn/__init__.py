@@ -7,6 +7,7 @@ from fastattn import backend, models, nn
 from fastattn.backend import explain
 from fastattn.block_mask import BlockMask
 from fastattn.ops.attention import attention, scaled_dot_product_attention
+from fastattn.ops.attention_maps import attention_column_sums, attention_weights
 from fastattn.ops.decode import attention_with_kv_cache
 from fastattn.ops.feed_forward import feed_forward, linear
 from fastattn.ops.linear_loss import linear_cross_entropy
@@ -22,6 +23,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockMask",
     "attention",
+    "attention_column_sums",
+    "attention_weights",
     "attention_with_kv_cache",
     "backend",
     "cross_entropy",

@@ -33,6 +33,22 @@ def double_gradients(function, tensors, seed=5):
     return torch.autograd.grad(first, [*leaves, *draws], weights)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_double_backward_of_the_short_way_matches_fp64(causal):
+    """Without a feature, an LSE or a mask, the CPU takes PyTorch's own kernel, with a backward beside the op's."""
+    tensors = small(n=24, kv_heads=2)
+    got, truth, plain = (
+        double_gradients(lambda *qkv, f=f: (f(*qkv, causal=causal),), [t.to(dtype) for t in tensors])
+        for f, dtype in (
+            (fastattn.attention, torch.float32),
+            (lambda *qkv, causal: reference.attention(*qkv, causal=causal)[0], torch.float64),
+            (lambda *qkv, causal: reference.attention(*qkv, causal=causal)[0], torch.float32),
+        )
+    )
+    for i, triple in enumerate(zip(got, truth, plain)):
+        assert_close(f"second gradient {i}", *triple, relative=torch.finfo(torch.float32).eps)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FEATURES)
 def test_double_backward_matches_fp64(name, backend):

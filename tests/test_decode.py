@@ -189,6 +189,33 @@ def test_lengths_of_any_kind_mean_the_same(backend):
     assert torch.equal(outs[1], outs[2])
 
 
+FREQUENCIES = 10_000.0 ** (-torch.arange(0, 12, 2, dtype=torch.float64) / 12)  # 12 of 16 numbers are turned
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("name", ["one_token", "all_of_one_length", "fewer_new_keys", "paged_odd"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rotary_turns_queries_and_new_keys_by_their_positions(name, interleaved, backend):
+    case = Case(queries=3, new=2, lengths=(5, 40)) if name == "fewer_new_keys" else CASES[name]
+    query, keys, values = case.tensors(torch.float32)
+    last = torch.tensor(case.counts)[:, None] + case.new
+    turns = {"inverse_frequencies": FREQUENCIES, "interleaved": interleaved}
+    turned_query, _ = reference.rotary(
+        query.double(), query.double(), positions=last - case.queries + torch.arange(case.queries), **turns
+    )
+    _, turned = reference.rotary(keys.double(), keys.double(), positions=torch.arange(case.capacity)[None], **turns)
+    truth, _ = case.definition(turned_query, turned, values.double())
+    (key_cache, table), (value_cache, _) = case.caches(turned.float()), case.caches(values)
+    cos, sin = fastattn.rotary_tables(12, case.capacity)
+    lengths = case.lengths if isinstance(case.lengths, int) else torch.tensor(case.lengths)
+    with fastattn.backend.use(backend):
+        out = fastattn.attention_with_kv_cache(
+            query, key_cache, value_cache, lengths, key=case.fresh(keys), value=case.fresh(values), block_table=table,
+            rotary_cos=cos, rotary_sin=sin, rotary_interleaved=interleaved,
+        )  # fmt: skip
+    assert max_error(out, truth) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("programs", "blocks", "expected"),
     [(0, 10, 1), (106, 1000, 1), (132, 1000, 1), (1, 1, 1), (1, 4, 4), (1, 1000, 109), (8, 1000, 15), (70, 1000, 5)],
@@ -242,6 +269,7 @@ NEW = {"key": torch.zeros(2, 2, 1, 8), "value": torch.zeros(2, 2, 1, 8)}
         ({"block_table": torch.zeros(2, 1)}, TypeError, "block_table has dtype float32; allowed: int32"),
         ({"block_table": torch.full((2, 1), 2, dtype=torch.int32)}, ValueError, r"page numbers in \[0, 2\), got 2"),
         ({"block_table": torch.zeros(1, 1, dtype=torch.int32)}, ValueError, "one row for each of the 2 sequences"),
+        ({"rotary_cos": torch.zeros(6, 4)}, ValueError, "given together, but rotary_sin is None"),
         ({"softcap": -1.0}, ValueError, "softcap must be None or > 0"),
         ({"sinks": torch.zeros(2)}, ValueError, r"sinks must have shape \(4,\)"),
         ({"query": X.clone().requires_grad_()}, ValueError, "query requires a gradient, and attention_with_kv_cache has none"),

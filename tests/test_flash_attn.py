@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 
+import fastattn
 from fastattn.integrations.flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -73,6 +74,30 @@ def test_kv_cache_means_the_same(name, where):
         assert torch.equal(*whole)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_kv_cache_turns_by_position(causal, interleaved):
+    """Where attention is neither causal nor local, flash-attn takes all queries to stand at the first new position."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 4, 16), torch.randn(2, 3, 2, 16), torch.randn(2, 3, 2, 16)
+    key_cache, value_cache = torch.randn(2, 2, 12, 2, 16).unbind()
+    lengths, (cos, sin) = torch.tensor([5, 9], dtype=torch.int32), fastattn.rotary_tables(16, 12)
+    frequencies = 10_000.0 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
+    positions = lengths[:, None] + torch.arange(3)
+    turn = {"inverse_frequencies": frequencies, "interleaved": interleaved}
+    new = reference.rotary(*[k.transpose(1, 2).double()] * 2, positions=positions, **turn)[0]
+    standing = positions if causal else lengths[:, None].expand(2, 3)
+    query = reference.rotary(*[q.transpose(1, 2).double()] * 2, positions=standing, **turn)[0]
+    out = flash_attn_with_kvcache(
+        q, key_cache, value_cache, k, v, cos, sin, lengths, causal=causal, rotary_interleaved=interleaved
+    )
+    for i, n in enumerate(lengths.tolist()):
+        keys = torch.cat([key_cache[i, :n].transpose(0, 1).double(), new[i]], 1)[None]
+        values = torch.cat([value_cache[i, :n], v[i]]).transpose(0, 1)[None].double()
+        expected, _ = reference.attention(query[i : i + 1], keys, values, causal=causal)
+        assert torch.allclose(out[i : i + 1].double(), expected.transpose(1, 2), atol=1e-5)
+
+
 def test_signatures_are_those_of_the_package():
     common = [
         "dropout_p",
@@ -105,6 +130,8 @@ def test_what_is_not_supported_is_refused():
     q, cache = torch.zeros(1, 1, 2, 8), torch.zeros(1, 4, 2, 8)
     with pytest.raises(ValueError, match="cache_leftpad must be None"):
         flash_attn_with_kvcache(q, cache, cache, cache_leftpad=torch.zeros(1, dtype=torch.int32))
+    with pytest.raises(ValueError, match="rotary_cos and rotary_sin must be given together, and with k and v"):
+        flash_attn_with_kvcache(q, cache, cache, rotary_cos=cache[0, 0], rotary_sin=cache[0, 0], cache_seqlens=1)
     with pytest.raises(ValueError, match="cache_seqlens must say where k and v are appended"):
         flash_attn_with_kvcache(q, cache, cache, q, q)
     with pytest.raises(ValueError, match=r"qkv must have shape \(batch, length, 3, heads, head_dim\), got \(3, 2, 8\)"):

@@ -185,7 +185,7 @@ def _grouped(x: Tensor, kv: Tensor) -> Tensor:
     return x.reshape(x.shape[0], kv.shape[1], x.shape[1] // kv.shape[1] * x.shape[2], x.shape[3])
 
 
-def _weights(q: Tensor, k: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+def block_weights(q: Tensor, k: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
     """(P·l after dropout, l, lse) of one block, differentiable: P = exp(S - m) / l; l is 1 for a row that sees nothing."""
     s, _ = _logits(q.float(), k.float(), block)
     m = s.detach().amax(-1, keepdim=True)
@@ -206,7 +206,7 @@ def _weights(q: Tensor, k: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     """(out, lse) of one block, differentiable by any of torch's means. q, k, v are the block's, any dtype."""
-    p, l, lse = _weights(q, k, block)
+    p, l, lse = block_weights(q, k, block)
     out = (_grouped(p, v) @ v.float()).reshape(*q.shape[:3], v.shape[3]) / l
     return out.to(q.dtype), lse
 
@@ -218,7 +218,7 @@ def _nothing(query: Tensor, value: Tensor, sinks: Tensor | None) -> tuple[Tensor
     return zero[..., None].expand(*query.shape[:3], value.shape[3]), lse
 
 
-def _whole(
+def whole_block(
     query: Tensor, key: Tensor, mask: Tensor | Blocks | None, bias: Tensor | None, alibi_slopes: Tensor | None,
     sinks: Tensor | None, seed: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
     softcap: float, dropout_p: float, first_batch: int = 0,
@@ -230,7 +230,7 @@ def _whole(
     )  # fmt: skip
 
 
-def _product_rows(query: Tensor, key: Tensor) -> int:
+def product_rows(query: Tensor, key: Tensor) -> int:
     """Rows of a block of matrix products."""
     return max(16, _BLOCK_SCORES // max(1, query.shape[0] * query.shape[1] * key.shape[2]) // 16 * 16)
 
@@ -243,13 +243,13 @@ def definition(
     """(out, lse) by plain differentiable PyTorch: what transforms and forward-mode AD run through."""
     if 0 in (query.shape[2], key.shape[2]):
         return _nothing(query, value, sinks)
-    whole = _whole(
+    whole = whole_block(
         query, key, mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p,
         first_batch,
     )  # fmt: skip
     parts = [
         _attend(b.of_rows(query), b.of_columns(key), b.of_columns(value), b)
-        for b in whole.split(_product_rows(query, key))
+        for b in whole.split(product_rows(query, key))
     ]
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
@@ -258,8 +258,8 @@ def weights(query: Tensor, key: Tensor, *rules: Any) -> Tensor:
     """The attention weights after dropout, (B, Hq, Nq, Nk) in the query's dtype; rules as in `forward`. Differentiable."""
     if 0 in (query.shape[2], key.shape[2]):
         return query.new_zeros((*query.shape[:3], key.shape[2]))
-    whole = _whole(query, key, *rules)
-    p, l, _ = _weights(query, key, replace(whole, mask=_cut(whole.mask, whole.rows, whole.columns)))
+    whole = whole_block(query, key, *rules)
+    p, l, _ = block_weights(query, key, replace(whole, mask=_cut(whole.mask, whole.rows, whole.columns)))
     return (p / l).to(query.dtype)
 
 
@@ -308,13 +308,13 @@ def forward(
     if 0 in (query.shape[2], key.shape[2]) or query.numel() == 0:
         out, lse = _nothing(query, value, sinks)
         return as_output(out, query), lse.contiguous()
-    whole = _whole(
+    whole = whole_block(
         query, key, mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p,
         first_batch,
     )  # fmt: skip
     fused = _fused_blocks(query, key, value, whole)
     if fused is None:
-        blocks, is_causal = list(whole.split(_product_rows(query, key))), False
+        blocks, is_causal = list(whole.split(product_rows(query, key))), False
     else:
         blocks, is_causal = fused
         key, value = _as_stored(blocks, key, value)
@@ -375,13 +375,13 @@ def backward(
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
             grad_sinks,
         )
-    whole = _whole(
+    whole = whole_block(
         query, key, mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p,
         first_batch,
     )  # fmt: skip
     fused = None if grad_lse is not None or need_bias else _fused_blocks(query, key, value, whole)
     if fused is None:
-        blocks, is_causal = list(whole.split(_product_rows(query, key))), False
+        blocks, is_causal = list(whole.split(product_rows(query, key))), False
         if delta is None:
             delta = (grad_out.float() * out.float()).sum(-1)
     else:
@@ -463,11 +463,11 @@ def double_backward(
         if total[1] is not None and grad_grads[4] is not None:  # without keys the LSE is the sink itself
             total[1] += grad_grads[4].float()[:, None]
         return tuple(None if g is None or t is None else g.to(t.dtype) for g, t in zip(total, inputs))
-    whole = _whole(
+    whole = whole_block(
         query, key, mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p,
         first_batch,
     )  # fmt: skip
-    for block in whole.split(_product_rows(query, key)):
+    for block in whole.split(product_rows(query, key)):
 
         def of_block(tensors: Sequence[Tensor | None], block: Block = block) -> list[Tensor | None]:
             """The block's part of (query, key, value, bias, sinks) or of their gradients."""
@@ -493,10 +493,10 @@ def double_backward(
 
 def explain(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> list[str]:
     """How `forward` does this call, in words."""
-    whole = _whole(query, key, *rules)
+    whole = whole_block(query, key, *rules)
     fused = _fused_blocks(query, key, value, whole)
     if fused is None:
-        rows = min(_product_rows(query, key), query.shape[2])
+        rows = min(product_rows(query, key), query.shape[2])
         return [f"matrix products on blocks of {rows} rows: PyTorch's fused CPU attention lacks this combination"]
     blocks, is_causal = fused
     if len(blocks) == 1:

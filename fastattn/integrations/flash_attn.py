@@ -15,6 +15,7 @@ from torch import Tensor
 from fastattn.ops.attention import attention
 from fastattn.ops.checks import check_rank, check_shape, check_tensor
 from fastattn.ops.decode import attention_with_kv_cache
+from fastattn.ops.rotary import rotary
 from fastattn.ops.varlen import varlen_attention
 
 Result = Tensor | tuple[Tensor, Tensor, None]
@@ -161,13 +162,15 @@ def flash_attn_with_kvcache(
 
     See `fastattn.attention_with_kv_cache`. `cache_seqlens` None means that the caches are full; `cache_batch_idx` (B,)
     says which of the caches is each sequence's; with `block_table` the caches are (pages, page_size, Hkv, D).
-    `num_splits` is accepted: the number of splits follows from the shapes here.
+    With rotary tables, k is turned by its positions, and q by its own or, where attention is neither causal nor local, by
+    the position `cache_seqlens` alone. `num_splits` is accepted: the number of splits follows from the shapes here.
 
     Returns:
         (B, Nq, Hq, Dv), or with `return_softmax_lse` (that, lse (B, Hq, Nq)).
 
     Raises:
-        ValueError: `cache_leftpad` is given; `cache_batch_idx` with `block_table`; k without `cache_seqlens`.
+        ValueError: `cache_leftpad` is given; `cache_batch_idx` with `block_table`; k without `cache_seqlens`; rotary tables
+            without k.
     """
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
         if tensor is not None:
@@ -189,9 +192,26 @@ def flash_attn_with_kvcache(
         block_table = cache_batch_idx[:, None]  # each sequence has one page, as long as the cache
     query, key_cache, value_cache = (t.transpose(1, 2) for t in (q, k_cache, v_cache))
     key, value = (None if t is None else t.transpose(1, 2) for t in (k, v))
+    if rotary_cos is not None or rotary_sin is not None:
+        if key is None or rotary_cos is None or rotary_sin is None:
+            raise ValueError("rotary_cos and rotary_sin must be given together, and with k and v")
+        by_position = causal or window_size != (-1, -1)
+        query, key = _rotated(query, key, rotary_cos, rotary_sin, cache_seqlens, rotary_interleaved, by_position)
     out, lse = attention_with_kv_cache(
         query, key_cache, value_cache, cache_seqlens, key=key, value=value, block_table=block_table, causal=causal,
         window=_window(window_size), alibi_slopes=alibi_slopes, softcap=softcap or None, scale=softmax_scale,
         return_lse=True,
     )  # fmt: skip
     return (out.transpose(1, 2), lse) if return_softmax_lse else out.transpose(1, 2)
+
+
+def _rotated(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor | int, interleaved: bool, by_position: bool
+) -> tuple[Tensor, Tensor]:
+    """query (B, Hq, Nq, D) and key (B, Hkv, new, D), rotated as flash-attn does."""
+    key, _ = rotary(key, None, cos, sin, offset=lengths, interleaved=interleaved)
+    if by_position:
+        return rotary(query, None, cos, sin, offset=lengths, interleaved=interleaved)[0], key
+    positions = lengths if isinstance(lengths, Tensor) else torch.full((query.shape[0],), lengths, device=query.device)
+    positions = positions[:, None].expand(-1, query.shape[2])
+    return rotary(query, None, cos, sin, positions=positions, interleaved=interleaved)[0], key

@@ -290,7 +290,21 @@ class _Plain(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         query, key, value, out, lse = ctx.saved_tensors
         if torch.is_grad_enabled():
-            rules = (None, None, None, None, None, ctx.scale, None, 0 if ctx.causal else None, 0.0, 0.0, False, False)
+            rules = (
+                None,
+                None,
+                None,
+                None,
+                None,
+                None,
+                ctx.scale,
+                None,
+                0 if ctx.causal else None,
+                0.0,
+                0.0,
+                False,
+                False,
+            )
             tensors = (row_contiguous(grad_out), None, query, key, value, out, lse.contiguous())
             grads = call(attention_backward_op, *tensors, *rules)[:3]
         else:

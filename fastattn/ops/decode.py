@@ -14,6 +14,7 @@ from fastattn.layout import new_output
 from fastattn.ops.attention import MAX_HEAD_DIM, check_slopes, check_window, row_contiguous
 from fastattn.ops.checks import check_rank, check_same_device, check_shape, check_tensor, name_of
 from fastattn.ops.library import call, define
+from fastattn.ops.rotary import rotary
 
 
 def _append(key_cache: Tensor, *rest: Any) -> None:
@@ -112,12 +113,27 @@ def _check_table(table: Tensor, batch: int, pages: int) -> None:
             raise ValueError(f"block_table must hold page numbers in [0, {pages}), got {low if low < 0 else high}")
 
 
+def _turned(
+    query: Tensor, key: Tensor | None, new: int, lengths: Tensor | int, cos: Tensor | None, sin: Tensor | None,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """query and key, rotated by their positions: the new keys come behind the cache, the last query is the last key."""
+    if cos is None or sin is None:
+        missing = "rotary_cos" if cos is None else "rotary_sin"
+        raise ValueError(f"rotary_cos and rotary_sin must be given together, but {missing} is None")
+    if query.shape[2] == new:
+        return rotary(query, key, cos, sin, offset=lengths, interleaved=interleaved)
+    query, _ = rotary(query, None, cos, sin, offset=lengths + (new - query.shape[2]), interleaved=interleaved)
+    return query, None if key is None else rotary(key, None, cos, sin, offset=lengths, interleaved=interleaved)[0]
+
+
 @overload
 def attention_with_kv_cache(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, cache_seqlens: Tensor | int, *, key: Tensor | None = ...,
     value: Tensor | None = ..., block_table: Tensor | None = ..., causal: bool = ...,
     window: tuple[int | None, int | None] | None = ..., alibi_slopes: Tensor | None = ..., softcap: float | None = ...,
-    sinks: Tensor | None = ..., scale: float | None = ..., return_lse: Literal[False] = ...,
+    sinks: Tensor | None = ..., scale: float | None = ..., rotary_cos: Tensor | None = ..., rotary_sin: Tensor | None = ...,
+    rotary_interleaved: bool = ..., return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -126,7 +142,8 @@ def attention_with_kv_cache(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, cache_seqlens: Tensor | int, *, key: Tensor | None = ...,
     value: Tensor | None = ..., block_table: Tensor | None = ..., causal: bool = ...,
     window: tuple[int | None, int | None] | None = ..., alibi_slopes: Tensor | None = ..., softcap: float | None = ...,
-    sinks: Tensor | None = ..., scale: float | None = ..., return_lse: Literal[True],
+    sinks: Tensor | None = ..., scale: float | None = ..., rotary_cos: Tensor | None = ..., rotary_sin: Tensor | None = ...,
+    rotary_interleaved: bool = ..., return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -145,6 +162,9 @@ def attention_with_kv_cache(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     scale: float | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new queries over a cache of keys and values, to which new ones are appended in place. For inference.
@@ -167,6 +187,9 @@ def attention_with_kv_cache(
         block_table: int32 (B, pages of a sequence): position p of sequence b lies in row p % page_size of page
             block_table[b, p // page_size]. Two sequences may share a page that nothing is appended to.
         causal, window, alibi_slopes, softcap, sinks, scale: as in `attention`. The last query stands at the last key.
+        rotary_cos, rotary_sin: (positions, half), the tables of `fastattn.rotary`: query and key are turned by their positions
+            in the sequence before anything else, as the cached keys were when they came.
+        rotary_interleaved: which numbers are a pair, see `fastattn.rotary`.
         return_lse: also return the log-sum-exp of the scores.
 
     Returns:
@@ -222,6 +245,8 @@ def attention_with_kv_cache(
         query=query, key_cache=key_cache, value_cache=value_cache, cache_seqlens=lengths, key=key, value=value,
         block_table=block_table, alibi_slopes=slopes, sinks=sinks,
     )  # fmt: skip
+    if rotary_cos is not None or rotary_sin is not None:
+        query, key = _turned(query, key, new, cache_seqlens, rotary_cos, rotary_sin, rotary_interleaved)
     if key is not None and value is not None:
         call(
             append_op, key_cache, value_cache, row_contiguous(key), row_contiguous(value), lengths, length, block_table
