@@ -2,6 +2,7 @@
 
     python examples/train_gpt.py                                   Shakespeare, about 3 minutes on two CPU cores
     python examples/train_gpt.py --data book.txt --out runs/book   a UTF-8 file, or a folder of .txt and .md files
+    python examples/train_gpt.py --architecture llama --kv-heads 2  as Llama instead of GPT-2
     the same command with --resume                                 goes on exactly where it was interrupted
 
 The folder --out receives the tokens, checkpoint.pt, metrics.jsonl, loss.png and the model with the best validation loss
@@ -17,6 +18,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import corpus
 import numpy as np
@@ -27,6 +29,11 @@ from tqdm import tqdm
 from training import TrainingError
 
 from fastattn.models import GPT, GPTConfig
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "llama": {"norm": "rms_norm", "positions": "rotary", "activation": "silu", "gated": True, "bias": False},
+}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -42,9 +49,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     model = parser.add_argument_group("model")
     add = model.add_argument
+    add(
+        "--architecture", choices=ARCHITECTURES, default="gpt2", help="llama: rotary positions, RMS norm, SwiGLU (gpt2)"
+    )
     add("--context-length", type=int, default=128, help="tokens the model sees at once (%(default)s)")
     add("--layers", type=int, default=4, help="number of blocks (%(default)s)")
     add("--heads", type=int, default=4, help="attention heads a block; must divide --d-model (%(default)s)")
+    add("--kv-heads", type=int, help="heads of keys and values; must divide --heads (default: --heads)")
     add("--d-model", type=int, default=256, help="width of the model (%(default)s)")
     add("--dropout", type=float, default=0.0, help="raise it when the validation loss turns up (%(default)s)")
 
@@ -105,6 +116,8 @@ class Trainer:
                 num_heads=arguments.heads,
                 d_model=arguments.d_model,
                 dropout=arguments.dropout,
+                num_kv_heads=arguments.kv_heads,
+                **ARCHITECTURES[arguments.architecture],
             )
         except ValueError as error:
             raise TrainingError(str(error)) from error

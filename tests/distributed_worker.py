@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastattn
 from fastattn.models import GPT, GPTConfig
+from fastattn.models.tensor_parallel import tensor_parallel
 
 WRAPPERS = ("ddp", "fsdp", "fsdp_linears")
 STEPS, BATCH, LENGTH, WIDTH = 3, 4, 6, 16
@@ -67,14 +68,6 @@ class PatchedLlama(nn.Module):
 
 # Tensor parallelism: the first product's columns and the second's rows, heads and hidden features, are each process's own.
 PLANS = {
-    "gpt": {
-        "gpt.blocks.*.feed_forward.linear1": ColwiseParallel(),
-        "gpt.blocks.*.feed_forward.linear2": RowwiseParallel(),
-    },
-    "gated": {
-        **{f"gpt.blocks.*.feed_forward.{name}": ColwiseParallel() for name in ("linear1", "gate")},
-        "gpt.blocks.*.feed_forward.linear2": RowwiseParallel(),
-    },
     "encoder": {"encoder.layers.*.linear1": ColwiseParallel(), "encoder.layers.*.linear2": RowwiseParallel()},
     "llama": {
         **{f"llama.model.layers.*.self_attn.{name}_proj": ColwiseParallel() for name in "qkv"},
@@ -87,7 +80,7 @@ MODELS = {"encoder": lambda: Encoder(False), "patched": lambda: Encoder(True), "
 TENSOR_PARALLEL = {
     "encoder": MODELS["encoder"],
     "gpt": LanguageModel,
-    "gated": lambda: LanguageModel(gated=True, activation="silu", positions="rotary"),
+    "gated": lambda: LanguageModel(gated=True, activation="silu", positions="rotary", num_kv_heads=2),
     "llama": PatchedLlama,
 }
 
@@ -122,9 +115,13 @@ def train(name: str, how: str = "alone") -> list[float]:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model = (TENSOR_PARALLEL if how.startswith("tensor") else MODELS)[name]()
     if how == "tensor_parallel":
-        parallelize_module(model, init_device_mesh("cpu", (world,)), PLANS[name])
+        mesh = init_device_mesh("cpu", (world,))
+        if isinstance(model, LanguageModel):
+            tensor_parallel(model.gpt, mesh)
+        else:
+            parallelize_module(model, mesh, PLANS[name])
         shared = [m for m in model.modules() if type(m) is nn.Linear and isinstance(m.weight, DTensor)]
-        assert len(shared) == sum(2 for _ in PLANS[name])  # in each of two layers
+        assert len(shared) == 2 * {"encoder": 2, "gpt": 6, "gated": 7, "llama": 7}[name]  # in two layers
     model, data = wrap(model, how), torch.randn(BATCH, LENGTH, WIDTH)
     if not how.startswith("tensor"):
         data = data.chunk(world)[rank]
@@ -149,7 +146,9 @@ def run_all(rank: int, world: int, folder: str) -> None:
     dist.init_process_group(
         "gloo", store=dist.FileStore(str(Path(folder) / "store"), world), rank=rank, world_size=world
     )
-    cases = [(name, how) for name in MODELS for how in WRAPPERS] + [(name, "tensor_parallel") for name in PLANS]
+    cases = [(name, how) for name in MODELS for how in WRAPPERS] + [
+        (name, "tensor_parallel") for name in TENSOR_PARALLEL
+    ]
     results = {"losses": {(name, how): train(name, how) for name, how in cases}, "patched": patch_wrapped()}
     if rank == 0:
         torch.save(results, Path(folder) / "results.pt")

@@ -1,10 +1,13 @@
 """Training on two processes gives the losses of one: DistributedDataParallel, FSDP2 and tensor parallelism, over gloo."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from fastattn.models.tensor_parallel import tensor_parallel
 from tests import distributed_worker
 
 pytest.importorskip("transformers")
@@ -27,7 +30,7 @@ def test_two_processes_train_as_one(name, how, results):
     assert results["losses"][name, how] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", distributed_worker.PLANS)
+@pytest.mark.parametrize("name", distributed_worker.TENSOR_PARALLEL)
 def test_two_processes_that_share_the_features_train_as_one(name, results):
     expected = distributed_worker.train(name, "tensor_alone")
     assert expected[-1] < expected[0]
@@ -38,3 +41,14 @@ def test_patching_inside_wrappers(results):
     patched = results["patched"]
     assert patched["swapped"].keys() == {"module", "module.self_attn", "module.norm1", "module.norm2"}
     assert patched["left"][""] == "its parameters are DTensor: patch before they are distributed"
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "size", "message"),
+    [(2, 2, "mesh must have one dimension, got 2"), (1, 3, "num_heads must be a multiple of the mesh's 3, got 4")],
+)
+def test_a_mesh_that_does_not_fit(dimensions, size, message):
+    model = distributed_worker.LanguageModel().gpt
+    with pytest.raises(ValueError, match=message):
+        tensor_parallel(model, SimpleNamespace(ndim=dimensions, size=lambda: size))
+    assert type(model.blocks[0].attention.in_proj) is torch.nn.Linear

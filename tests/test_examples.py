@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastattn.models import GPT
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = "--context-length 16 --layers 1 --heads 2 --d-model 16 --vocab-size 300 --batch-size 4 --dtype fp32 --device cpu"
 
@@ -135,6 +137,15 @@ def train(scripts: None, capfd: pytest.CaptureFixture[str]) -> Callable[..., str
         return stderr
 
     return call
+
+
+def test_a_llama_trains_and_is_saved_as_one(text: Path, tmp_path: Path, train: Callable[..., str]) -> None:
+    train(text, tmp_path, 20, "--architecture", "llama", "--kv-heads", 1, "--dropout", 0)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert (settings["model_type"], settings["num_key_value_heads"]) == ("llama", 1)
+    assert GPT.from_pretrained(tmp_path).config.positions == "rotary"
+    losses = [value for _, name, value in curve(tmp_path) if name == "loss"]
+    assert losses[-1] < losses[0]
 
 
 def test_accumulation_is_a_larger_batch(train: Callable[..., str], text: Path, tmp_path: Path) -> None:

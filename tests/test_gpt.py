@@ -11,7 +11,7 @@ from torch import Tensor
 import fastattn.backend
 from fastattn.models import GPT, GPTConfig, KVCache
 from fastattn.models.decoding import TokenReader, can_read_tokens
-from fastattn.models.gpt import sample
+from fastattn.models.sampling import sample
 
 TINY = GPTConfig(vocab_size=61, context_length=24, num_layers=2, num_heads=3, d_model=24, d_ff=40)
 VARIANTS = {

@@ -75,6 +75,7 @@ class SelfAttention(nn.Module):
         self.window = None if window is None else (window - 1, None)
         self.dropout = dropout
         heads = self.num_heads + 2 * self.num_kv_heads
+        self.heads_per_kv_head = heads // self.num_kv_heads  # query heads and the key's and the value's own
         self.in_proj = nn.Linear(d_model, heads * self.head_dim, bias=bias if qkv_bias is None else qkv_bias)
         self.out_proj = nn.Linear(num_heads * self.head_dim, d_model, bias=bias)
 
@@ -99,7 +100,8 @@ class SelfAttention(nn.Module):
             block: which of the cache's buffers is this layer's.
         """
         heads = self.in_proj(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # (B, Hq + 2 Hkv, T, D)
-        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)  # views
+        kv_heads = heads.shape[1] // self.heads_per_kv_head  # of this process, where heads are shared among processes
+        query, key, value = heads.split((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)  # views
         if rotary is not None:
             query, key = rotary(query, key, offset=0 if cache is None else cache.length)
         if cache is None:

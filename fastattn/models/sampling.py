@@ -1,0 +1,33 @@
+"""How the next token is drawn from a language model's logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+) -> Tensor:
+    """Draw one token from each row of logits, (B, vocab_size) → (B,), by inverting the cumulative distribution.
+
+    With the tokens in descending order of probability, top-k and top-p both keep a prefix of the order; u is uniform in
+    [0, probability of the prefix), and the token drawn is the first whose cumulative probability exceeds u. (Without
+    either any order does.)
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the largest is 0 at any temperature
+    order = None
+    if top_k is not None:
+        logits, order = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
+    elif top_p is not None:
+        logits, order = logits.sort(dim=-1, descending=True)
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
+    last = torch.full_like(cumulative[:, :1], cumulative.shape[-1] - 1, dtype=torch.int64)
+    if top_p is not None:
+        last = torch.minimum(last, torch.searchsorted(cumulative, torch.full_like(cumulative[:, :1], top_p)))
+    u = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cumulative.gather(1, last)
+    index = torch.minimum(last, torch.searchsorted(cumulative, u, right=True))
+    return (index if order is None else order.gather(1, index)).squeeze(1)
