@@ -4,6 +4,7 @@
     python examples/train_gpt.py --data book.txt --out runs/book   a UTF-8 file, or a folder of .txt and .md files
     python examples/train_gpt.py --architecture llama --kv-heads 2  as Llama instead of GPT-2
     the same command with --resume                                 goes on exactly where it was interrupted
+    torchrun --nproc-per-node 4 examples/train_gpt.py --parallel ddp     on four GPUs, or CPU processes; also: fsdp
 
 The folder --out receives the tokens, checkpoint.pt, metrics.jsonl, loss.png and the model with the best validation loss
 (config.json, model.safetensors, tokenizer.json), which examples/generate.py reads.
@@ -15,16 +16,21 @@ import argparse
 import dataclasses
 import math
 import shutil
+import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import corpus
 import numpy as np
+import parallel
 import torch
 import training
 from corpus import DataError
+from parallel import Processes
 from tqdm import tqdm
 from training import TrainingError
 
@@ -62,7 +68,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     optimisation = parser.add_argument_group("optimisation")
     add = optimisation.add_argument
     add("--steps", type=int, default=1000, help="optimizer steps (%(default)s)")
-    add("--batch-size", type=int, default=16, help="contexts per forward pass: what memory allows (%(default)s)")
+    add("--batch-size", type=int, default=16, help="contexts per forward pass, of all processes together (%(default)s)")
     add("--accumulate", type=int, default=1, help="forward passes per step: a larger batch in the same memory (1)")
     add("--lr", type=float, default=2e-3, help="peak learning rate; smaller for wider models (%(default)s)")
     add("--warmup", type=int, default=50, help="steps of linear warm-up before the cosine (%(default)s)")
@@ -74,6 +80,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = run.add_argument
     add("--device", default="auto", help="auto takes the GPU if there is one; or cpu, cuda, cuda:1, ...")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 autocast where it is fast")
+    add("--parallel", choices=parallel.KINDS, default="none", help="under torchrun: ddp copies the model, fsdp cuts it")
+    add("--checkpoint-activations", action="store_true", help="compute each block twice to keep less of it in memory")
+    add("--compile", action="store_true", help="torch.compile the blocks")
     add("--eval-every", type=int, default=100, help="steps between validation losses and checkpoints (%(default)s)")
     add("--eval-batches", type=int, default=10, help="batches of each of these; the last one takes all (%(default)s)")
     either = run.add_mutually_exclusive_group().add_argument
@@ -98,16 +107,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 class Trainer:
     """One run: its data, model, optimizer and position."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, arguments: argparse.Namespace, processes: Processes) -> None:
         self.arguments = arguments
+        self.processes = processes
         self.out: Path = arguments.out
-        self.device = training.choose_device(arguments.device)
+        self.device = processes.device
         self.dtype = training.choose_dtype(arguments.dtype, self.device)
-        saved = self.out / "checkpoint.pt"
-        if saved.exists() and not (arguments.resume or arguments.overwrite):
-            raise TrainingError(f"{saved} exists: add --resume to go on, --overwrite to start anew, or change --out")
+        saved = checkpoints.find(self.out)
+        if saved and not (arguments.resume or arguments.overwrite):
+            raise TrainingError(f"{saved[0]} exists: add --resume to go on, --overwrite to start anew, or change --out")
+        if arguments.batch_size % processes.count:
+            raise TrainingError(
+                f"--batch-size must be a multiple of the {processes.count} processes, got {arguments.batch_size}"
+            )
         tokens = arguments.tokens or self.out / "tokens"
-        self.corpus = corpus.prepare(arguments.data, tokens, arguments.vocab_size, arguments.val_fraction)
+        with processes.main_first():
+            self.corpus = corpus.prepare(arguments.data, tokens, arguments.vocab_size, arguments.val_fraction)
         try:
             self.config = GPTConfig(
                 vocab_size=self.corpus.vocab_size,
@@ -126,6 +141,11 @@ class Trainer:
         self.baselines = self.corpus.baselines()
         torch.manual_seed(arguments.seed)
         self.model = GPT(self.config).to(self.device)
+        if arguments.checkpoint_activations:
+            parallel.checkpoint_activations(self.model)
+        if arguments.compile:
+            parallel.compile_blocks(self.model)
+        self.wrapped = processes.wrap(self.model)
         self.optimizer = training.make_optimizer(self.model, arguments.lr, arguments.weight_decay)
         names = ("steps", "batch_size", "accumulate", "lr", "warmup", "weight_decay", "clip", "seed", "eval_batches")
         identity = {
@@ -133,14 +153,14 @@ class Trainer:
             "data": {key: self.corpus.manifest[key] for key in ("sha256", "requested_vocab_size", "val_fraction")},
             "training": {name: getattr(arguments, name) for name in names} | {"dtype": str(self.dtype)},
         }
-        self.checkpoint = training.Checkpoint(saved, identity)
+        self.checkpoints = checkpoints.Checkpoints(self.out, identity, processes)
         self.step, self.best = 0, float("inf")
-        if arguments.overwrite:
-            saved.unlink(missing_ok=True)
-        elif saved.exists():
-            progress = self.checkpoint.load(self.model, self.optimizer, self.device)
+        if saved and arguments.resume:
+            progress = self.checkpoints.load(self.model, self.optimizer)
             self.step, self.best = progress["step"], progress["best"]
-        self.metrics = training.Metrics(self.out / "metrics.jsonl", self.step)
+        elif processes.main:
+            checkpoints.delete(saved)
+        self.metrics = training.Metrics(self.out / "metrics.jsonl", self.step, writes=processes.main)
 
     @property
     def tokens_per_step(self) -> int:
@@ -156,7 +176,7 @@ class Trainer:
             f"model  {self.model.num_parameters():,} parameters: {config.num_layers} layers, {config.num_heads} heads, "
             f"width {config.d_model}, context {config.context_length}\n"
             f"run    {self.arguments.steps:,} steps of {self.tokens_per_step:,} tokens "
-            f"on {self.device} in {precision}, into {self.out}\n"
+            f"on {self.processes} in {precision}, into {self.out}\n"
             f"loss of guessing, in nats per token: {baselines}"
         )
 
@@ -165,25 +185,28 @@ class Trainer:
         lr = training.learning_rate(self.step, arguments.steps, arguments.lr, arguments.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        training.seed(arguments.seed, self.step, self.processes.rank)
         total = torch.zeros((), device=self.device)
         for part in range(arguments.accumulate):
             first = (self.step * arguments.accumulate + part) * arguments.batch_size
             context = self.config.context_length
             tokens = self.corpus.train
             starts = corpus.training_starts(len(tokens), context, first, arguments.batch_size, arguments.seed)
-            loss = self._loss(tokens, starts) / arguments.accumulate
-            loss.backward()
+            with self.processes.accumulating(self.wrapped, last=part == arguments.accumulate - 1):
+                loss = self._loss(tokens, self.processes.share(starts)) / arguments.accumulate
+                loss.backward()
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), arguments.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return {"loss": total.item(), "lr": lr, "gradient_norm": norm.item()}
+        loss = self.processes.sum(total.item()) / self.processes.count
+        return {"loss": loss, "lr": lr, "gradient_norm": self.processes.whole(norm).item()}
 
     def _loss(self, tokens: np.ndarray, starts: np.ndarray) -> torch.Tensor:
         inputs, targets = corpus.windows(tokens, starts, self.config.context_length)
         with training.autocast(self.device, self.dtype):
-            _, loss = self.model(inputs.to(self.device), targets.to(self.device))
+            _, loss = self.wrapped(inputs.to(self.device), targets.to(self.device))
         return loss
 
     @torch.no_grad()
@@ -193,35 +216,35 @@ class Trainer:
         limit = None if batches is None else batches * size
         starts = corpus.validation_starts(len(tokens), self.config.context_length, limit)
         self.model.eval()
-        losses = [
-            self._loss(tokens, batch).item() * len(batch)
-            for batch in (starts[i : i + size] for i in range(0, len(starts), size))
-        ]
+        total = 0.0
+        for batch in (starts[i : i + size] for i in range(0, len(starts), size)):
+            share = self.processes.share(batch)
+            # FSDP needs every process in every pass, also where the last batch has too few windows for all.
+            total += self._loss(tokens, share if len(share) else batch[:1]).item() * len(share)
         self.model.train()
-        return sum(losses) / len(starts)
+        return self.processes.sum(total) / len(starts)
 
     def save(self) -> None:
-        self.checkpoint.save(self.model, self.optimizer, self.device, step=self.step, best=self.best)
+        self.checkpoints.save(self.model, self.optimizer, step=self.step, best=self.best)
 
     def evaluate(self) -> float:
         loss = self.validation_loss(self.arguments.eval_batches)
         self.metrics.write(step=self.step, val_loss=loss)
         if loss < self.best:
             self.best = loss
-            self.model.save_pretrained(self.out)
-            shutil.copyfile(self.corpus.folder / "tokenizer.json", self.out / "tokenizer.json")
+            self.processes.save_pretrained(self.model, self.out)
+            if self.processes.main:
+                shutil.copyfile(self.corpus.folder / "tokenizer.json", self.out / "tokenizer.json")
         return loss
 
     def run(self) -> int:
         """Train to the last step, or until a signal; the exit status is returned."""
         steps, every = self.arguments.steps, self.arguments.eval_every
         interval = 0.5 if sys.stderr.isatty() else 15.0
+        shown = {"mininterval": interval, "dynamic_ncols": True, "disable": not self.processes.main}
         val_loss = None
-        with (
-            training.StopSignal() as stop,
-            tqdm(total=steps, initial=self.step, unit="step", mininterval=interval, dynamic_ncols=True) as progress,
-        ):
-            while self.step < steps and not stop.received:
+        with training.StopSignal() as stop, tqdm(total=steps, initial=self.step, unit="step", **shown) as progress:
+            while self.step < steps and not (number := self.processes.max(stop.received or 0)):
                 start = time.perf_counter()
                 record = self.train_step()
                 speed = self.tokens_per_step / (time.perf_counter() - start)
@@ -236,16 +259,19 @@ class Trainer:
                 validation = "" if val_loss is None else f", val {val_loss:.3f}"
                 progress.set_postfix_str(f"loss {record['loss']:.3f}{validation}, {speed:,.0f} tokens/s", refresh=False)
                 progress.update()
-        if stop.received and self.step < steps:
+        if self.step < steps:
             self.save()
-            print(f"{stop.received.name}: saved after step {self.step}; the same command with --resume goes on")
-            return 128 + stop.received
+            name = signal.Signals(number).name
+            print(f"{name}: saved after step {self.step}; the same command with --resume goes on")
+            return 128 + number
         return 0
 
     def finish(self) -> None:
         """Measure the best model on the whole validation text, draw the curve, write a sample."""
-        self.model = GPT.from_pretrained(self.out, device=self.device)
+        self.model = self.wrapped = GPT.from_pretrained(self.out, device=self.device)
         loss = self.validation_loss(None)
+        if not self.processes.main:
+            return
         manifest = self.corpus.manifest
         bits = loss / math.log(2) * manifest["val_tokens"] / manifest["val_bytes"]
         if not any("final_val_loss" in record for record in self.metrics.records):
@@ -269,15 +295,18 @@ class Trainer:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     try:
-        with training.lock(arguments.out):
-            trainer = Trainer(arguments)
+        with (
+            parallel.join(arguments.parallel, arguments.device) as processes,
+            training.lock(arguments.out) if processes.main else nullcontext(),
+        ):
+            trainer = Trainer(arguments, processes)
             print(trainer.describe(), flush=True)
             status = trainer.run()
             if status == 0:
                 trainer.finish()
             return status
     except (DataError, TrainingError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error{f' (process {rank})' if (rank := parallel.rank()) else ''}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; what was saved before is unharmed", file=sys.stderr)

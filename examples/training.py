@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -48,6 +49,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def seed(*numbers: int) -> None:
+    """Seed PyTorch's generators with a few numbers, such as a run's seed and the step: what is drawn depends on no more."""
+    torch.manual_seed(np.random.SeedSequence(numbers).generate_state(1, np.uint64).item())
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -138,25 +144,34 @@ class Checkpoint:
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, Any]:
         """Restore model, optimizer and random generators; the `progress` that was saved is returned."""
-        try:
-            state = torch.load(self.path, map_location=device, weights_only=True)
-            identity = state["identity"]
-        except Exception as error:
-            raise TrainingError(f"{self.path} cannot be read as a checkpoint: {error}") from error
-        then, now = _flat(identity), _flat(self.identity)
-        if then != now:
-            names = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
-            changes = ", ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in names)
-            raise TrainingError(
-                f"{self.path} belongs to a run with another configuration: {changes}. Give the old values to go on, "
-                "another --out to train beside it, or --overwrite to start anew"
-            )
+        state = self.read(device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["cpu_generator"].cpu())
         if state["device_generator"] is not None:
             torch.get_device_module(device).set_rng_state(state["device_generator"].cpu(), device)
         return dict(state["progress"])
+
+    def read(self, device: torch.device | str) -> dict[str, Any]:
+        """What `save` wrote; a checkpoint of another configuration is refused."""
+        try:
+            state = torch.load(self.path, map_location=device, weights_only=True)
+            identity = state["identity"]
+        except Exception as error:
+            raise TrainingError(f"{self.path} cannot be read as a checkpoint: {error}") from error
+        self.check(identity, self.path)
+        return dict(state)
+
+    def check(self, identity: dict[str, Any], path: Path) -> None:
+        """TrainingError, with every setting that changed, where `path` was not written by this configuration."""
+        then, now = _flat(identity), _flat(self.identity)
+        if then != now:
+            names = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+            changes = ", ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in names)
+            raise TrainingError(
+                f"{path} belongs to a run with another configuration: {changes}. Give the old values to go on, "
+                "another --out to train beside it, or --overwrite to start anew"
+            )
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -172,13 +187,16 @@ class Metrics:
     Args:
         path: of the file.
         step: records beyond this step are dropped: a resumed run writes them again.
+        writes: whether there is a file at all; of several processes one writes.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, *, writes: bool = True) -> None:
         self.path = path
+        self.writes = writes
         self.records = [record for record in self._read(path) if record["step"] <= step]
-        with atomic_write(path) as file:
-            file.writelines(json.dumps(record).encode() + b"\n" for record in self.records)
+        if writes:
+            with atomic_write(path) as file:
+                file.writelines(json.dumps(record).encode() + b"\n" for record in self.records)
 
     @staticmethod
     def _read(path: Path) -> list[dict[str, Any]]:
@@ -188,8 +206,9 @@ class Metrics:
 
     def write(self, **record: Any) -> None:
         self.records.append(record)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        if self.writes:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         found = [(record["step"], record[name]) for record in self.records if name in record]

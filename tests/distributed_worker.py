@@ -1,8 +1,10 @@
-"""Training runs, alone or on several processes: what each process of tests/test_distributed.py runs."""
+"""Training runs, alone or on several processes: what each process of tests/test_distributed.py and test_parallel.py runs."""
 
 from __future__ import annotations
 
 import os
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +141,14 @@ def train(name: str, how: str = "alone") -> list[float]:
     return losses
 
 
-def run_all(rank: int, world: int, folder: str) -> None:
-    """What each of `world` processes runs: every case, one after the other; the results go to `folder`."""
+def _prepare() -> None:
     os.environ.update(GLOO_SOCKET_IFNAME="lo", FASTATTN_BACKEND="eager")
     torch.set_num_threads(1)
+
+
+def run_all(rank: int, world: int, folder: str) -> None:
+    """What each of `world` processes runs: every case, one after the other; the results go to `folder`."""
+    _prepare()
     dist.init_process_group(
         "gloo", store=dist.FileStore(str(Path(folder) / "store"), world), rank=rank, world_size=world
     )
@@ -153,3 +159,19 @@ def run_all(rank: int, world: int, folder: str) -> None:
     if rank == 0:
         torch.save(results, Path(folder) / "results.pt")
     dist.destroy_process_group()
+
+
+def run_script(rank: int, world: int, path: str, runs: dict[int, list[str]]) -> None:
+    """A script with each of `runs`, one after the other, in the environment that torchrun gives process `rank` of `world`.
+
+    As there, a store of the parent's is where they meet: the key of each run is its port.
+    """
+    _prepare()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", TORCHELASTIC_USE_AGENT_STORE="True")
+    sys.path.insert(0, str(Path(path).parent))
+    main = runpy.run_path(path)["main"]
+    for port, arguments in runs.items():
+        os.environ["MASTER_PORT"] = str(port)
+        if status := main(arguments):
+            raise SystemExit(status)
