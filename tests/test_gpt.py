@@ -86,6 +86,38 @@ def test_logits_loss_and_gradients_are_those_of_a_plain_gpt(config: GPTConfig) -
         assert (parameter.grad - exact[name].grad).abs().max() < 1e-4 * largest, name
 
 
+ROTARY = GPTConfig(
+    61, context_length=24, num_layers=2, num_heads=2, d_model=24, positions="rotary", num_kv_heads=1, window=3
+)
+
+
+@pytest.mark.parametrize("config", [TINY, ROTARY], ids=["learned", "rotary"])
+def test_packed_sequences_are_those_sequences_alone(config: GPTConfig) -> None:
+    """Positions begin anew, no sequence sees another; together they are longer than the context."""
+    model, lengths = make(config), [5, 0, 24, 1, 13]
+    parts = [batch(config, 1, length, seed=length) for length in lengths]
+    tokens, targets = (torch.cat(part, dim=1) for part in zip(*parts))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    alone = torch.cat([model(part)[0] for part, _ in parts if part.shape[1]], dim=1)
+    expected = F.cross_entropy(alone[0].double(), targets[0])
+    torch.testing.assert_close(model(tokens, cu_seqlens=cu_seqlens)[0], alone, rtol=1e-5, atol=1e-6)
+    value = model(tokens, targets, cu_seqlens=cu_seqlens)[1]
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in (value, expected)]
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item() + 1e-9)
+
+
+def test_packing_that_does_not_fit() -> None:
+    model, (tokens, _) = make(), batch(rows=1, length=30)
+    with pytest.raises(ValueError, match=r"cu_seqlens must end with the packed length 30, got \[0, 20\]"):
+        model(tokens, cu_seqlens=torch.tensor([0, 20], dtype=torch.int32))
+    with pytest.raises(ValueError, match="a sequence has 30 tokens; context_length is 24"):
+        model(tokens, cu_seqlens=torch.tensor([0, 30], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"packed tokens must have shape \(1, T\), got \(2, 30\)"):
+        model(tokens.expand(2, -1), cu_seqlens=torch.tensor([0, 30], dtype=torch.int32))
+
+
 def test_logits_and_loss_together() -> None:
     model, (tokens, targets) = make(), batch()
     logits, value = model(tokens, targets, return_logits=True)
