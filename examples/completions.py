@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import corpus
 import numpy as np
 import torch
+import torch.nn.functional as F
 from corpus import DataError
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -178,12 +179,17 @@ def encode(tokenizer: Tokenizer, examples: Sequence[Example], context_length: in
     """The tokens of each example, and how many completions had to be cut because they alone fill the context.
 
     A prompt that leaves no room for its completion loses its middle: what it is about mostly stands at its beginning,
-    and what is asked at its end.
+    and what is asked at its end. A completion of nothing, plain text, becomes as many sequences as it fills.
     """
     end, cut, encoded = tokenizer.token_to_id(corpus.END_OF_TEXT), 0, []
     completions = tokenizer.encode_batch([example.completion for example in examples])
-    for prompt, completion in zip(encode_prompts(tokenizer, [e.prompt for e in examples]), completions):
+    for example, prompt, completion in zip(examples, encode_prompts(tokenizer, examples), completions):
         answer = [*completion.ids, end]
+        if not example.prompt:
+            ids = np.array(prompt + answer, dtype=np.int32)
+            starts = range(0, len(ids) - 1, context_length)
+            encoded += [Tokens(ids[start : start + context_length + 1], 1) for start in starts]
+            continue
         cut += len(answer) > context_length
         answer = answer[:context_length]
         prompt = without_middle(prompt, context_length + 1 - len(answer))
@@ -191,10 +197,10 @@ def encode(tokenizer: Tokenizer, examples: Sequence[Example], context_length: in
     return encoded, cut
 
 
-def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+def encode_prompts(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[list[int]]:
     """As `corpus.encode_prompt`, many at once."""
     end = tokenizer.token_to_id(corpus.END_OF_TEXT)
-    return [encoding.ids or [end] for encoding in tokenizer.encode_batch(list(prompts))]
+    return [encoding.ids or [end] for encoding in tokenizer.encode_batch([example.prompt for example in examples])]
 
 
 def without_middle(tokens: list[int], length: int) -> list[int]:
@@ -238,6 +244,20 @@ def fill(lengths: Sequence[int], budget: int, order: Iterable[int] | None = None
         packs[-1].append(index)
         room -= lengths[index]
     return packs
+
+
+@torch.no_grad()
+def log_likelihoods(model: GPT, sequences: Sequence[Tokens], budget: int = 4096) -> np.ndarray:
+    """(sequences,): the sum of the log-probabilities that the model gives to each completion's tokens, in nats."""
+    device, found = model.output_weight.device, []
+    for chosen in fill([sequence.length for sequence in sequences], budget):
+        tokens, targets, cu_seqlens = pack([sequences[index] for index in chosen]).to(device)
+        counted = (targets[0] != IGNORE_INDEX).nonzero()[:, 0]
+        hidden = model.hidden(tokens, cu_seqlens=cu_seqlens)[0, counted]
+        losses = F.cross_entropy(F.linear(hidden, model.output_weight).float(), targets[0, counted], reduction="none")
+        owner = torch.searchsorted(cu_seqlens, counted.int(), right=True) - 1
+        found.append(torch.zeros(len(chosen), device=device).index_add(0, owner, -losses).cpu())
+    return torch.cat(found).double().numpy()
 
 
 @torch.no_grad()

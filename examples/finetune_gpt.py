@@ -234,10 +234,11 @@ class Trainer:
         training.plot_losses(self.metrics, {"untuned": self.untuned}, self.out / "loss.png", title)
         print(f"\nvalidation loss {loss:.3f} nats per token of the completions (before fine-tuning {self.untuned:.3f})")
         print(f"curve {self.out / 'loss.png'}, metrics {self.out / 'metrics.jsonl'}, model {self.out}")
-        shown = list(zip(self.held_out, self.val))[: self.arguments.samples]
-        prompts = [tokens.ids[: tokens.start].tolist() for _, tokens in shown]
+        shown = self.held_out[: self.arguments.samples]
+        encoded = [completions.encode(self.tokenizer, [example], self.config.context_length)[0][0] for example in shown]
+        prompts = [tokens.ids[: tokens.start].tolist() for tokens in encoded]
         self.model.eval()
-        for (example, _), text in zip(shown, completions.answer(self.model, self.tokenizer, prompts, 48)):
+        for example, text in zip(shown, completions.answer(self.model, self.tokenizer, prompts, 48)):
             print(f"{'-' * 72}\n...{example.prompt[-200:]}\n  wanted {example.completion.strip()[:200]!r}")
             print(f"  the model says {text.strip()!r}")
         print(f"measure it: python examples/evaluate.py {self.out} --data {self.out / 'val.jsonl'}")

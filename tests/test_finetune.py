@@ -108,6 +108,25 @@ def test_the_packed_loss_is_that_of_the_completions_alone(start: Path) -> None:
     assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
+def test_plain_text_is_read_to_its_end(start: Path) -> None:
+    """Each token is predicted once, and a long text is not cut; every sequence's likelihood is its own."""
+    import completions
+    import corpus
+
+    tokenizer, model = corpus.load_tokenizer(start), GPT.from_pretrained(start)
+    text = "is the sky blue? " * 12
+    sequences, cut = completions.encode(tokenizer, [completions.Example("", text), completions.Example("a", "b")], 24)
+    end = tokenizer.token_to_id(corpus.END_OF_TEXT)
+    assert cut == 0
+    assert len(sequences) > 3
+    assert [*tokenizer.encode(text).ids, end] == [token for s in sequences[:-1] for token in s.ids[1:].tolist()]
+    assert sequences[0].ids[0] == end
+    for sequence, value in zip(sequences, completions.log_likelihoods(model, sequences, 30)):
+        log_p = model(torch.from_numpy(sequence.ids[None, :-1]).long())[0][0].log_softmax(-1)
+        each = log_p.gather(1, torch.from_numpy(sequence.ids[1:, None]).long())[sequence.start - 1 :]
+        assert value == pytest.approx(each.sum().item(), rel=1e-5)
+
+
 def test_packs_hold_everything_once_within_the_budget() -> None:
     import completions
 
