@@ -11,7 +11,7 @@ from torch import Tensor
 import fastattn.backend
 from fastattn.models import GPT, GPTConfig, KVCache
 from fastattn.models.decoding import TokenReader, can_read_tokens
-from fastattn.models.gpt import sample
+from fastattn.models.gpt import penalise_repetition, sample
 
 TINY = GPTConfig(vocab_size=61, context_length=24, num_layers=2, num_heads=3, d_model=24, d_ff=40)
 VARIANTS = {
@@ -352,12 +352,25 @@ def test_bad_calls() -> None:
         ({"temperature": -1.0}, "temperature"),
         ({"top_k": 0}, "top_k"),
         ({"top_p": 1.5}, "top_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"max_new_tokens": -1}, "max_new_tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(tokens, **({"max_new_tokens": 1} | settings))
     with pytest.raises(ValueError, match="at least one token"):
         model.generate(tokens[:, :0], 3)
+
+
+def test_repetition_is_penalised_as_in_transformers() -> None:
+    """Of positive and negative logits, of tokens that came twice; greedily, whatever came does not come again."""
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits, tokens = torch.randn(3, 61), torch.randint(61, (3, 40))
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(tokens, logits)
+    torch.testing.assert_close(penalise_repetition(logits, tokens, 1.7), expected)
+    prompt, _ = batch(length=4)
+    for row in make().generate(prompt, 12, temperature=0, repetition_penalty=1e6)[:, 4:]:
+        assert len(row.unique()) == 12
 
 
 def test_empty_batch_and_no_new_tokens() -> None:
