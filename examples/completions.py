@@ -176,31 +176,32 @@ class Tokens(NamedTuple):
 
 
 def encode(tokenizer: Tokenizer, examples: Sequence[Example], context_length: int) -> tuple[list[Tokens], int]:
-    """The tokens of each example, and how many completions had to be cut because they alone fill the context.
+    """The tokens of each example, and how many completions had to be cut because the context is full.
 
-    A prompt that leaves no room for its completion loses its middle: what it is about mostly stands at its beginning,
-    and what is asked at its end. A completion of nothing, plain text, becomes as many sequences as it fills.
+    A completion of nothing, plain text, becomes as many sequences as it fills.
     """
     end, cut, encoded = tokenizer.token_to_id(corpus.END_OF_TEXT), 0, []
     completions = tokenizer.encode_batch([example.completion for example in examples])
-    for example, prompt, completion in zip(examples, encode_prompts(tokenizer, examples), completions):
-        answer = [*completion.ids, end]
-        if not example.prompt:
-            ids = np.array(prompt + answer, dtype=np.int32)
-            starts = range(0, len(ids) - 1, context_length)
-            encoded += [Tokens(ids[start : start + context_length + 1], 1) for start in starts]
-            continue
-        cut += len(answer) > context_length
-        answer = answer[:context_length]
-        prompt = without_middle(prompt, context_length + 1 - len(answer))
-        encoded.append(Tokens(np.array(prompt + answer, dtype=np.int32), len(prompt)))
+    for example, prompt, completion in zip(examples, encode_prompts(tokenizer, examples, context_length), completions):
+        ids = np.array([*prompt, *completion.ids, end], dtype=np.int32)
+        size = context_length + 1
+        if example.prompt:
+            cut += len(ids) > size
+            encoded.append(Tokens(ids[:size], len(prompt)))
+        else:
+            encoded += [Tokens(ids[start : start + size], 1) for start in range(0, len(ids) - 1, context_length)]
     return encoded, cut
 
 
-def encode_prompts(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[list[int]]:
-    """As `corpus.encode_prompt`, many at once."""
-    end = tokenizer.token_to_id(corpus.END_OF_TEXT)
-    return [encoding.ids or [end] for encoding in tokenizer.encode_batch([example.prompt for example in examples])]
+def encode_prompts(tokenizer: Tokenizer, examples: Sequence[Example], context_length: int) -> list[list[int]]:
+    """As `corpus.encode_prompt`; of a prompt longer than three quarters of the context, the middle is left out.
+
+    What a text is about mostly stands at its beginning, and what is asked at its end. How much is left out must not
+    depend on the completion: a model would read its length off the position where it begins.
+    """
+    end, room = tokenizer.token_to_id(corpus.END_OF_TEXT), context_length - context_length // 4
+    encodings = tokenizer.encode_batch([example.prompt for example in examples])
+    return [without_middle(encoding.ids or [end], room) for encoding in encodings]
 
 
 def without_middle(tokens: list[int], length: int) -> list[int]:

@@ -82,10 +82,9 @@ class Subject:
     @cached_property
     def said(self) -> list[str]:
         """The greedy answer to each prompt."""
-        room = max(1, self.model.config.context_length - self.max_new_tokens)
-        prompts = completions.encode_prompts(self.tokenizer, self.examples)
-        cut = [completions.without_middle(prompt, room) for prompt in prompts]
-        return [text.strip() for text in completions.answer(self.model, self.tokenizer, cut, self.max_new_tokens)]
+        prompts = completions.encode_prompts(self.tokenizer, self.examples, self.model.config.context_length)
+        answers = completions.answer(self.model, self.tokenizer, prompts, self.max_new_tokens)
+        return [text.strip() for text in answers]
 
     @property
     def accepted(self) -> list[list[str]]:

@@ -144,7 +144,7 @@ class Trainer:
             f"{'fp32' if self.dtype == torch.float32 else 'bf16 autocast'}, into {self.out}",
         ]
         if self.cut:
-            lines.append(f"note   {self.cut:,} completions are longer than the context: what does not fit is left out")
+            lines.append(f"note   {self.cut:,} completions do not fit into the context: their ends are left out")
         return "\n".join(lines)
 
     def _loss(self, sequences: list[Tokens]) -> torch.Tensor:
@@ -235,8 +235,7 @@ class Trainer:
         print(f"\nvalidation loss {loss:.3f} nats per token of the completions (before fine-tuning {self.untuned:.3f})")
         print(f"curve {self.out / 'loss.png'}, metrics {self.out / 'metrics.jsonl'}, model {self.out}")
         shown = self.held_out[: self.arguments.samples]
-        encoded = [completions.encode(self.tokenizer, [example], self.config.context_length)[0][0] for example in shown]
-        prompts = [tokens.ids[: tokens.start].tolist() for tokens in encoded]
+        prompts = completions.encode_prompts(self.tokenizer, shown, self.config.context_length)
         self.model.eval()
         for example, text in zip(shown, completions.answer(self.model, self.tokenizer, prompts, 48)):
             print(f"{'-' * 72}\n...{example.prompt[-200:]}\n  wanted {example.completion.strip()[:200]!r}")

@@ -92,9 +92,7 @@ def test_the_packed_loss_is_that_of_the_completions_alone(start: Path) -> None:
     for row, example, sequence in zip(rows, examples, sequences):
         assert sequence.length <= 24
         asked, said = sequence.ids[: sequence.start].tolist(), sequence.ids[sequence.start :].tolist()
-        whole = tokenizer.encode(example.prompt).ids or [end]
-        assert asked[0] == whole[0]
-        assert asked[-1] == (whole[-1] if len(asked) > 1 else whole[0])
+        assert asked == completions.without_middle(tokenizer.encode(example.prompt).ids or [end], 18)
         assert said == [*tokenizer.encode(example.completion).ids, end][: len(said)]
         row[: sequence.length] = torch.from_numpy(sequence.ids[:-1])
     logits, _ = model(rows)
@@ -136,9 +134,17 @@ def test_packs_hold_everything_once_within_the_budget() -> None:
     assert sorted(index for chosen in packs for index in chosen) == list(range(7))
 
 
-def test_a_prompt_that_is_too_long_keeps_both_ends() -> None:
+def test_a_prompt_that_is_too_long_keeps_both_ends(start: Path) -> None:
+    """And where its completion begins says nothing about the completion."""
     import completions
+    import corpus
 
+    tokenizer = corpus.load_tokenizer(start)
+    examples = [completions.Example("green green? " * 9, completion) for completion in (" red", " colour of the sky")]
+    (short, long), _ = completions.encode(tokenizer, examples, 24)
+    assert short.start == long.start == 18
+    assert (short.ids[:18] == long.ids[:18]).all()
+    assert len(short.ids) < len(long.ids)
     assert completions.without_middle(list(range(10)), 5) == [0, 1, 2, 8, 9]
     assert completions.without_middle([1, 2, 3], 3) == [1, 2, 3]
     assert completions.without_middle([1, 2, 3], 1) == [1]
