@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 import training
 from corpus import DataError
-from generate import decode_stream
 from gguf_model import read_gguf
+from streaming import decode_stream
 from tokenizers import Tokenizer
 from training import TrainingError
 

@@ -65,20 +65,20 @@ def read_documents(source: str) -> list[Document]:
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
         if not files:
             raise DataError(f"the folder {path} holds no text files ({', '.join(SUFFIXES)})")
-        documents = [Document(_read_file(file)) for file in files]
+        documents = [Document(read_file(file)) for file in files]
     elif not path.is_file():
         raise DataError(f"{source!r} is neither a file nor a folder, nor a built-in source ({', '.join(PACKAGES)})")
     elif path.suffix.lower() in (".csv", ".jsonl"):
         documents = _read_rows(path)
     else:
-        documents = [Document(_read_file(path))]
+        documents = [Document(read_file(path))]
     unique = {document.text: document for document in reversed(documents) if document.text.strip()}
     if not unique:
         raise DataError(f"{path} is empty: there is no text to train on")
     return list(reversed(unique.values()))
 
 
-def _read_file(path: Path) -> str:
+def read_file(path: Path) -> str:
     data = path.read_bytes()
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
@@ -90,7 +90,7 @@ def _read_file(path: Path) -> str:
 
 
 def _read_rows(path: Path) -> list[Document]:
-    text = _read_file(path)
+    text = read_file(path)
     try:
         if path.suffix.lower() == ".jsonl":
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
@@ -109,7 +109,7 @@ def _read_package(source: str) -> list[Document]:
         raise DataError(f"the source {source!r} is in the package {name}, which is not installed: {install}")
     folder = Path(spec.submodule_search_locations[0])
     if source == SHAKESPEARE:
-        return [Document(_without_markdown(_read_file(file))) for file in sorted(folder.glob("plays/**/*.md"))]
+        return [Document(_without_markdown(read_file(file))) for file in sorted(folder.glob("plays/**/*.md"))]
     if source == "bbc":
         files = sorted((folder / "bbcnews" / "data").glob("*/*.txt"))
         return [Document(file.read_text(encoding="utf-8", errors="replace"), file.parent.name) for file in files]
@@ -191,7 +191,7 @@ def prepare(source: str, root: Path, vocab_size: int, val_fraction: float) -> Co
     if (folder / "manifest.json").is_file():
         return _open(folder)
     parts = dict(zip(("train", "val"), _split(texts, val_fraction)))
-    tokenizer = _train_tokenizer(parts["train"], vocab_size)
+    tokenizer = train_tokenizer(parts["train"], vocab_size)
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
     folder.mkdir(parents=True, exist_ok=True)
     counts = {}
@@ -230,7 +230,7 @@ def _split(texts: list[str], val_fraction: float) -> tuple[str, str]:
     return text[: len(text) - missing], text[len(text) - missing :]
 
 
-def _train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
+def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
     """A byte-level BPE: every text can be written in it, whatever it was trained on."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,23 +1,27 @@
-"""Write text with a GPT that examples/train_gpt.py trained.
+"""Write text with a GPT that examples/train_gpt.py or finetune_gpt.py trained.
 
 python examples/generate.py runs/gpt --prompt "ROMEO:"
 python examples/generate.py runs/gpt --prompt "To be, or" --temperature 0          the most likely words
 echo "JULIET:" | python examples/generate.py runs/gpt --prompt - --samples 3 --seed 1
+python examples/generate.py runs/gpt --interactive --stop "\n\n"                   a prompt a line
+python examples/generate.py runs/gpt --prompts prompts.txt > answers.jsonl         a file of them, .txt (a line each) or .jsonl
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import corpus
 import torch
 import training
 from corpus import DataError
-from tokenizers import Tokenizer
+from streaming import decode_stream
 from training import TrainingError
 
 from fastattn.models import GPT
@@ -28,6 +32,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("model", type=Path, help="folder with config.json, model.safetensors and tokenizer.json")
     add("--prompt", default="\n", help="the text to continue; - reads it from standard input")
+    add("--prompts", type=Path, help="a file of prompts; the result is a line of JSON for each")
+    add("--interactive", action="store_true", help="ask for one prompt after the other")
     add("--tokens", type=int, default=300, help="tokens to write (%(default)s)")
     add("--samples", type=int, default=1, help="how many continuations, one after the other (%(default)s)")
     add(
@@ -38,53 +44,85 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--top-k", type=int, help="choose among the k likeliest tokens")
     add("--top-p", type=float, default=0.95, help="choose among the likeliest tokens that reach p (%(default)s)")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1: what was said is less likely (%(default)s)")
+    add("--stop", action="append", default=[], help="end before this text; may be given several times")
     add("--seed", type=int, help="repeats a result; by default every call writes something new")
     add("--device", default="auto", help="auto takes the GPU if there is one")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (%(default)s)")
     return parser.parse_args(argv)
 
 
-def decode_stream(tokenizer: Tokenizer, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
-    """The text that each token adds; a character whose bytes are spread over tokens comes with the last of them."""
-    ids, start, shown = list(prompt), max(0, len(prompt) - 8), None
-    for token in tokens:
-        if shown is None:
-            shown = tokenizer.decode(ids[start:])
-        ids.append(token)
-        text = tokenizer.decode(ids[start:])
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            continue
-        yield text[len(shown) :]
-        start, shown = max(0, len(ids) - 8), None
+def options(arguments: argparse.Namespace, sample: int = 0) -> dict[str, Any]:
+    """What `GPT.stream` takes."""
+    names = ("temperature", "top_k", "top_p", "repetition_penalty")
+    seed = None if arguments.seed is None else arguments.seed + sample
+    return {name: getattr(arguments, name) for name in names} | {"seed": seed}
+
+
+class Writer:
+    """A model, its tokenizer, and how to write with them."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.device = training.choose_device(arguments.device)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
+        self.tokenizer = corpus.load_tokenizer(arguments.model)
+        self.model = GPT.from_pretrained(arguments.model, device=self.device, dtype=dtype)
+        self.end = self.tokenizer.token_to_id(corpus.END_OF_TEXT)
+        self.count = 0
+
+    def tokens(self, prompt: list[int], sample: int) -> Iterator[int]:
+        """What follows the prompt, up to the end of the text."""
+        given = torch.tensor([prompt], device=self.device)
+        for token in self.model.stream(given, self.arguments.tokens, **options(self.arguments, sample)):
+            self.count += 1
+            if token.item() == self.end:
+                return
+            yield int(token)
+
+    def continuation(self, text: str, sample: int = 0) -> Iterator[str]:
+        """The text that follows, piece by piece."""
+        prompt = corpus.encode_prompt(self.tokenizer, text)
+        return decode_stream(self.tokenizer, prompt, self.tokens(prompt, sample), self.arguments.stop)
+
+    def show(self, text: str, sample: int = 0) -> None:
+        print(text, end="", flush=True)
+        for piece in self.continuation(text, sample):
+            print(piece, end="", flush=True)
+        print()
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not blank, or the field `prompt` of a .jsonl file's."""
+    lines = [line for line in corpus.read_file(path).splitlines() if line.strip()]
+    if path.suffix.lower() != ".jsonl":
+        return lines
+    try:
+        return [str(json.loads(line)["prompt"]) for line in lines]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: every line needs the field prompt ({error!r})") from error
 
 
 def run(arguments: argparse.Namespace) -> None:
-    device = training.choose_device(arguments.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
-    tokenizer = corpus.load_tokenizer(arguments.model)
-    model = GPT.from_pretrained(arguments.model, device=device, dtype=dtype)
-    text = sys.stdin.read().rstrip("\n") if arguments.prompt == "-" else arguments.prompt
-    prompt = corpus.encode_prompt(tokenizer, text)
-    tokens = torch.tensor([prompt], device=device)
-    start = time.perf_counter()
-    for sample in range(arguments.samples):
-        seed = None if arguments.seed is None else arguments.seed + sample
-        new = model.stream(
-            tokens,
-            arguments.tokens,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            seed=seed,
-        )
-        if arguments.samples > 1:
-            print(f"--- sample {sample + 1} of {arguments.samples}")
-        print(text, end="", flush=True)
-        for piece in decode_stream(tokenizer, prompt, (int(token) for token in new)):
-            print(piece, end="", flush=True)
-        print()
-    seconds, count = time.perf_counter() - start, arguments.samples * arguments.tokens
-    print(f"[{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s]", file=sys.stderr)
+    writer, start = Writer(arguments), time.perf_counter()
+    if arguments.interactive:
+        print("A prompt, please; an empty line ends.", file=sys.stderr)
+        while text := input("> "):
+            writer.show(text)
+        return
+    if arguments.prompts:
+        for text in read_prompts(arguments.prompts):
+            for sample in range(arguments.samples):
+                completion = "".join(writer.continuation(text, sample))
+                print(json.dumps({"prompt": text, "completion": completion}), flush=True)
+    else:
+        text = sys.stdin.read().rstrip("\n") if arguments.prompt == "-" else arguments.prompt
+        for sample in range(arguments.samples):
+            if arguments.samples > 1:
+                print(f"--- sample {sample + 1} of {arguments.samples}")
+            writer.show(text, sample)
+    seconds = time.perf_counter() - start
+    print(f"[{writer.count} tokens in {seconds:.1f} s, {writer.count / seconds:.0f} tokens/s]", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,6 +131,8 @@ def main(argv: list[str] | None = None) -> int:
     except (DataError, TrainingError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except EOFError:  # the end of what --interactive reads
+        print()
     except KeyboardInterrupt:
         print()
         return 130

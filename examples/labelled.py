@@ -6,12 +6,15 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from corpus import DataError, read_documents
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
+
+from fastattn.models import Classifier
 
 PAD, UNKNOWN = "[PAD]", "[UNK]"
 
@@ -73,6 +76,35 @@ def encode(tokenizer: Tokenizer, texts: list[str], length: int) -> list[np.ndarr
     ids = (np.array(encoding.ids, dtype=np.int32) for encoding in tokenizer.encode_batch_fast(texts))
     half = length // 2
     return [t if len(t) <= length else np.concatenate([t[: length - half], t[len(t) - half :]]) for t in ids]
+
+
+def is_classifier(folder: Path) -> bool:
+    """Whether the model in a folder is a `Classifier`; otherwise it is a `GPT`, or nothing."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise DataError(f"{folder} holds no config.json: it is not a folder that a training script wrote")
+    return bool(json.loads(path.read_text(encoding="utf-8")).get("model") == "Classifier")
+
+
+def load_classifier(folder: Path, device: torch.device) -> tuple[Classifier, Tokenizer, list[str]]:
+    """(model, tokenizer, names of the classes) of a folder that train_classifier.py wrote."""
+    for name in ("tokenizer.json", "labels.json"):
+        if not (folder / name).is_file():
+            raise DataError(f"{folder} holds no {name}: it is not a folder that train_classifier.py wrote")
+    model = Classifier.from_pretrained(folder, device=device)
+    names = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+    return model, Tokenizer.from_file(str(folder / "tokenizer.json")), names
+
+
+@torch.no_grad()
+def probabilities(model: Classifier, tokens: list[np.ndarray]) -> np.ndarray:
+    """(texts, classes), in the order of the texts; the model must be in evaluation mode."""
+    device = next(model.parameters()).device
+    found = np.empty((len(tokens), model.config.num_classes))
+    for rows, mask, indices in batches(tokens, np.arange(len(tokens)), 64):
+        logits, _ = model(rows.to(device), mask.to(device))
+        found[indices.numpy()] = logits.float().softmax(-1).cpu().numpy()
+    return found
 
 
 def batches(

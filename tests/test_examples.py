@@ -314,15 +314,79 @@ def test_generate(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "12 tokens" in speed
     assert call("--prompt", "", "--seed", 1)[0].strip()
     assert "top_p must be in (0, 1]" in call("--top-p", 2, status=1)[1]
+    for penalty in (0.01, 100.0):  # the same few words again and again, or never
+        said = call("--temperature", 0, "--repetition-penalty", penalty)[0].split()
+        assert (len(set(said)) < len(said) - 2) == (penalty < 1)
+    assert "repetition_penalty must be above 0" in call("--repetition-penalty", 0, status=1)[1]
     assert generate.main([str(EXAMPLES)]) == 1
     assert "holds no tokenizer.json" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("scripts")
+def test_generate_in_batch_and_in_conversation(
+    finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same prompts from the command line, a text file, a .jsonl file and the keyboard give the same texts."""
+    import generate
+
+    def call(*more: object, status: int = 0) -> tuple[str, str]:
+        arguments = [finished, "--tokens", 8, "--temperature", 0, "--device", "cpu", *more]
+        assert generate.main([str(argument) for argument in arguments]) == status
+        return capfd.readouterr()
+
+    prompts = ["the king", "my lord is"]
+    whole = [call("--prompt", prompt)[0].removesuffix("\n") for prompt in prompts]
+    text, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    text.write_text("\n\n".join(prompts))
+    lines.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    for path in (text, lines):
+        rows = [json.loads(line) for line in call("--prompts", path)[0].splitlines()]
+        assert [row["prompt"] + row["completion"] for row in rows] == whole
+    typed = iter([*prompts, ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    assert call("--interactive")[0] == "".join(f"{line}\n" for line in whole)
+    stop = whole[0].removeprefix(prompts[0])[3:6]
+    stopped = call("--prompt", prompts[0], "--stop", stop, "--stop", "no such text")[0]
+    assert stopped == whole[0][: whole[0].index(stop, len(prompts[0]))] + "\n"
+    lines.write_text('{"text": "a"}')
+    assert "every line needs the field prompt" in call("--prompts", lines, status=1)[1]
+
+
+@pytest.mark.usefixtures("scripts")
+def test_writing_ends_with_the_text(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import corpus
+    import generate
+
+    arguments = generate.parse([str(finished), "--device", "cpu"])
+    writer = generate.Writer(arguments)
+    ids = [*writer.tokenizer.encode("and then").ids, writer.tokenizer.token_to_id(corpus.END_OF_TEXT), 5]
+    writer.model.stream = lambda *_, **__: iter(torch.tensor(ids)[:, None])
+    writer.show("")
+    assert capfd.readouterr().out == "and then\n"
+
+
+@pytest.mark.usefixtures("scripts")
+@pytest.mark.parametrize("size", [1, 2, 3, 50])
+def test_stop_strings_in_pieces(size: int) -> None:
+    """What begins like a stop string is held back until it is clear, and lost only where it is one."""
+    from streaming import StopStrings
+
+    cases = {"one two\n\nthree": "one two", "one\ntwo aab": "one\ntwo ", "aa\nab a": "aa\nab a", "a": "a", "": ""}
+    for text, expected in cases.items():
+        gate, shown = StopStrings(["\n\n", "aab", ""]), ""
+        for start in range(0, len(text), size):
+            if not gate.found:
+                shown += gate.push(text[start : start + size])
+            assert expected.startswith(shown)
+        assert shown + gate.flush() == expected
+        assert gate.found == (expected != text)
 
 
 @pytest.mark.usefixtures("scripts")
 def test_streamed_text_is_the_decoded_text(finished: Path) -> None:
     """Characters of several bytes arrive whole, whatever tokens their bytes are in."""
     import corpus
-    import generate
+    import streaming
 
     tokenizer = corpus.load_tokenizer(finished)
     text = "the king \u2014 \u738b\u69d8 \U0001f934 said: na\u00efve!"
@@ -330,6 +394,6 @@ def test_streamed_text_is_the_decoded_text(finished: Path) -> None:
     cuts = [cut for cut in range(1, len(ids)) if not tokenizer.decode(ids[:cut]).endswith("\N{REPLACEMENT CHARACTER}")]
     assert 10 < len(cuts) < len(ids) - 5
     for cut in cuts:
-        pieces = list(generate.decode_stream(tokenizer, ids[:cut], iter(ids[cut:])))
+        pieces = list(streaming.decode_stream(tokenizer, ids[:cut], iter(ids[cut:])))
         assert tokenizer.decode(ids[:cut]) + "".join(pieces) == text
         assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)

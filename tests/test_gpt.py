@@ -11,7 +11,7 @@ from torch import Tensor
 import fastattn.backend
 from fastattn.models import GPT, GPTConfig, KVCache
 from fastattn.models.decoding import TokenReader, can_read_tokens
-from fastattn.models.sampling import sample
+from fastattn.models.sampling import penalise_repetition, sample
 
 TINY = GPTConfig(vocab_size=61, context_length=24, num_layers=2, num_heads=3, d_model=24, d_ff=40)
 VARIANTS = {
@@ -84,6 +84,38 @@ def test_logits_loss_and_gradients_are_those_of_a_plain_gpt(config: GPTConfig) -
     for name, parameter in model.named_parameters():
         largest = exact[name].grad.abs().max()
         assert (parameter.grad - exact[name].grad).abs().max() < 1e-4 * largest, name
+
+
+ROTARY = GPTConfig(
+    61, context_length=24, num_layers=2, num_heads=2, d_model=24, positions="rotary", num_kv_heads=1, window=3
+)
+
+
+@pytest.mark.parametrize("config", [TINY, ROTARY], ids=["learned", "rotary"])
+def test_packed_sequences_are_those_sequences_alone(config: GPTConfig) -> None:
+    """Positions begin anew, no sequence sees another; together they are longer than the context."""
+    model, lengths = make(config), [5, 0, 24, 1, 13]
+    parts = [batch(config, 1, length, seed=length) for length in lengths]
+    tokens, targets = (torch.cat(part, dim=1) for part in zip(*parts))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    alone = torch.cat([model(part)[0] for part, _ in parts if part.shape[1]], dim=1)
+    expected = F.cross_entropy(alone[0].double(), targets[0])
+    torch.testing.assert_close(model(tokens, cu_seqlens=cu_seqlens)[0], alone, rtol=1e-5, atol=1e-6)
+    value = model(tokens, targets, cu_seqlens=cu_seqlens)[1]
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in (value, expected)]
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item() + 1e-9)
+
+
+def test_packing_that_does_not_fit() -> None:
+    model, (tokens, _) = make(), batch(rows=1, length=30)
+    with pytest.raises(ValueError, match=r"cu_seqlens must end with the packed length 30, got \[0, 20\]"):
+        model(tokens, cu_seqlens=torch.tensor([0, 20], dtype=torch.int32))
+    with pytest.raises(ValueError, match="a sequence has 30 tokens; context_length is 24"):
+        model(tokens, cu_seqlens=torch.tensor([0, 30], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"packed tokens must have shape \(1, T\), got \(2, 30\)"):
+        model(tokens.expand(2, -1), cu_seqlens=torch.tensor([0, 30], dtype=torch.int32))
 
 
 def test_logits_and_loss_together() -> None:
@@ -320,12 +352,25 @@ def test_bad_calls() -> None:
         ({"temperature": -1.0}, "temperature"),
         ({"top_k": 0}, "top_k"),
         ({"top_p": 1.5}, "top_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"max_new_tokens": -1}, "max_new_tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(tokens, **({"max_new_tokens": 1} | settings))
     with pytest.raises(ValueError, match="at least one token"):
         model.generate(tokens[:, :0], 3)
+
+
+def test_repetition_is_penalised_as_in_transformers() -> None:
+    """Of positive and negative logits, of tokens that came twice; greedily, whatever came does not come again."""
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits, tokens = torch.randn(3, 61), torch.randint(61, (3, 40))
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(tokens, logits)
+    torch.testing.assert_close(penalise_repetition(logits, tokens, 1.7), expected)
+    prompt, _ = batch(length=4)
+    for row in make().generate(prompt, 12, temperature=0, repetition_penalty=1e6)[:, 4:]:
+        assert len(row.unique()) == 12
 
 
 def test_empty_batch_and_no_new_tokens() -> None:

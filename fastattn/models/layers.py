@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastattn.layout import Packing
 from fastattn.nn import FeedForward, LayerNorm, RMSNorm, RotaryEmbedding
 from fastattn.ops.attention import attention
 from fastattn.ops.decode import attention_with_kv_cache
+from fastattn.ops.varlen import varlen_attention
 
 NORMS = ("layer_norm", "rms_norm")
 
@@ -86,6 +88,8 @@ class SelfAttention(nn.Module):
         causal: bool,
         mask: Tensor | None = None,
         rotary: RotaryEmbedding | None = None,
+        positions: Tensor | None = None,
+        packing: Packing | None = None,
         cache: KVCache | None = None,
         block: int = 0,
     ) -> Tensor:
@@ -96,6 +100,8 @@ class SelfAttention(nn.Module):
             causal: hide later tokens.
             mask: bool, broadcastable to (B, heads, T, T): True = attend.
             rotary: turns queries and keys by their positions, or None.
+            positions: int64 (B or 1, T), for `rotary`; None: those after the cache's.
+            packing: how sequences lie one after the other in x, with B = 1 and no mask; each sees itself alone. Or None.
             cache: read and extended, or None; with a cache, later tokens are hidden and there is no mask.
             block: which of the cache's buffers is this layer's.
         """
@@ -103,12 +109,18 @@ class SelfAttention(nn.Module):
         kv_heads = heads.shape[1] // self.heads_per_kv_head  # of this process, where heads are shared among processes
         query, key, value = heads.split((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)  # views
         if rotary is not None:
-            query, key = rotary(query, key, offset=0 if cache is None else cache.length)
-        if cache is None:
-            dropout_p = self.dropout if self.training else 0.0
-            out = attention(query, key, value, causal=causal, window=self.window, mask=mask, dropout_p=dropout_p)
-        else:
+            offset = 0 if cache is None or positions is not None else cache.length
+            query, key = rotary(query, key, positions=positions, offset=offset)
+        dropout_p = self.dropout if self.training else 0.0
+        if cache is not None:
             out = cache.attend(block, query, key, value, window=self.window)
+        elif packing is not None:
+            q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, H, D)
+            rows = varlen_attention(q, k, v, *packing, causal=causal, window=self.window, dropout_p=dropout_p)
+            assert isinstance(rows, Tensor)
+            out = rows.transpose(0, 1)[None]
+        else:
+            out = attention(query, key, value, causal=causal, window=self.window, mask=mask, dropout_p=dropout_p)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 

@@ -31,3 +31,12 @@ def sample(
     u = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cumulative.gather(1, last)
     index = torch.minimum(last, torch.searchsorted(cumulative, u, right=True))
     return (index if order is None else order.gather(1, index)).squeeze(1)
+
+
+def penalise_repetition(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor:
+    """Divide the logits (B, vocab_size) of the tokens (B, T) that have come by the penalty; multiply the negative ones.
+
+    Keskar et al., 2019, https://arxiv.org/abs/1909.05858, with the negative logits treated as in Hugging Face's generate.
+    """
+    chosen = logits.gather(1, tokens)
+    return logits.scatter(1, tokens, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
