@@ -77,6 +77,20 @@ def test_double_backward_matches_fp64(name, backend):
         assert_close(f"second gradient {i}", *triple, relative=torch.finfo(torch.float32).eps)
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("op", [fastattn.attention, fastattn.scaled_dot_product_attention])
+def test_forward_mode_of_the_short_way(op, requires_grad):
+    """PyTorch's fused kernel has no forward derivative, so dual tensors must not reach it."""
+    query, key, value = small(requires_grad, n=24, kv_heads=2)
+    tangent = torch.randn_like(query)
+    with torch.autograd.forward_ad.dual_level():
+        out = op(torch.autograd.forward_ad.make_dual(query, tangent), key, value)
+        got = torch.autograd.forward_ad.unpack_dual(out).tangent
+    inputs = [t.detach().double() for t in (query, key, value)]
+    _, truth = torch.func.jvp(lambda q: reference.attention(q, *inputs[1:])[0], (inputs[0],), (tangent.double(),))
+    torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("transform", ["grad", "vmap", "vmap_of_grad", "jvp", "forward_ad", "hessian"])
 def test_transforms_match_fp64_and_are_never_silently_zero(transform):
     q, k, v = small(requires_grad=False, n=6, nk=7, dim=4)

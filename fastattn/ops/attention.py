@@ -269,11 +269,14 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: fl
         return None
     if not query.stride(3) == key.stride(3) == value.stride(3) == 1 or torch._C._is_any_autocast_enabled():
         return None
-    if not key.is_cpu or not value.is_cpu or observed((query,)) or backend.choose(query.device)[0] != "eager":
+    if not key.is_cpu or not value.is_cpu or observed((query,)) or torch.autograd.forward_ad._current_level >= 0:
+        return None
+    if backend.choose(query.device)[0] != "eager":
         return None
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return _Plain.apply(query, key, value, causal, shape[3] ** -0.5 if scale is None else float(scale))
-    return torch._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)[0]
+        return _Plain.apply(query, key, value, bool(causal), shape[3] ** -0.5 if scale is None else float(scale))
+    factor = None if scale is None else float(scale)
+    return torch._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, bool(causal), scale=factor)[0]
 
 
 class _Plain(torch.autograd.Function):
@@ -290,21 +293,9 @@ class _Plain(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         query, key, value, out, lse = ctx.saved_tensors
         if torch.is_grad_enabled():
-            rules = (
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                ctx.scale,
-                None,
-                0 if ctx.causal else None,
-                0.0,
-                0.0,
-                False,
-                False,
-            )
+            right = 0 if ctx.causal else None
+            nothing = [None] * 6
+            rules = (*nothing, ctx.scale, None, right, 0.0, 0.0, False, False)
             tensors = (row_contiguous(grad_out), None, query, key, value, out, lse.contiguous())
             grads = call(attention_backward_op, *tensors, *rules)[:3]
         else:
