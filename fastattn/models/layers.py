@@ -105,9 +105,10 @@ class SelfAttention(nn.Module):
             cache: read and extended, or None; with a cache, later tokens are hidden and there is no mask.
             block: which of the cache's buffers is this layer's.
         """
-        heads = self.in_proj(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # (B, Hq + 2 Hkv, T, D)
-        kv_heads = heads.shape[1] // self.heads_per_kv_head  # of this process, where heads are shared among processes
-        query, key, value = heads.split((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)  # views
+        packed = self.in_proj(x)  # (B, T, (Hq + 2 Hkv) · D), of the heads that this process has
+        width = packed.shape[2] // self.heads_per_kv_head
+        parts = packed.split((packed.shape[2] - 2 * width, width, width), dim=2)
+        query, key, value = (part.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for part in parts)  # (B, H, T, D)
         if rotary is not None:
             offset = 0 if cache is None or positions is not None else cache.length
             query, key = rotary(query, key, positions=positions, offset=offset)
