@@ -140,4 +140,4 @@ def test_a_few(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_many(name: str) -> None:
-    check(name, 200, derandomize=False)
+    check(name, 100, derandomize=False)
