@@ -7,6 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastattn
 from bench.memory import growth, in_child, resident
+from fastattn.models import GPT, GPTConfig
 
 
 def loss_step(ours, tokens, classes, width):
@@ -37,6 +38,34 @@ def test_linear_cross_entropy_needs_a_fifth_of_torchs_memory(width):
     gradients = 4 * width * (2048 + 50_257)
     assert gradients < ours < torchs / 5, f"{ours / 1e6:.0f} MB, torch {torchs / 1e6:.0f} MB"
     assert ours < gradients + 60e6, f"{(ours - gradients) / 1e6:.0f} MB on top of the gradients"
+
+
+def training(fused, steps):
+    """(losses of `steps` training steps of a GPT, bytes that the last of them takes at most)."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(8192, context_length=64, num_layers=1, num_heads=2, d_model=32))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+
+    def step():
+        tokens = torch.randint(8192, (32, 65), generator=torch.Generator().manual_seed(len(losses) % 2))
+        loss = model(tokens[:, :-1], tokens[:, 1:], return_logits=not fused)[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+
+    for _ in range(steps):
+        step()
+    return losses, growth(step)
+
+
+def test_a_gpt_trains_alike_without_its_logits_in_less_memory():
+    (ours, memory), (plain, plain_memory) = (in_child(training, fused, 6) for fused in (True, False))
+    assert ours == pytest.approx(plain, rel=1e-5)
+    assert ours[-1] < ours[0] - 0.5
+    assert memory < plain_memory - 4 * 32 * 64 * 8192, "at least the logits are saved"
 
 
 def feed_forward(gated, recompute, rows=8192, width=64, hidden=1024):

@@ -147,6 +147,7 @@ def _forward(
         launcher = implementation("loss", input.device)
         step = min(launcher.chunk_rows(classes), rows)
         buffer = x.new_empty(step, -(-classes // ROW_MULTIPLE) * ROW_MULTIPLE)
+        buffer[:, classes:].zero_()  # PyTorch's bf16 product on a CPU reads beyond such a row, and NaN · 0 is NaN
         for start in range(0, rows, max(step, 1)):
             chunk = slice(start, min(start + step, rows))
             logits = buffer[: chunk.stop - start, :classes]
