@@ -74,7 +74,7 @@ class BlockMask:
         >>> documents = torch.tensor([0] * 300 + [1] * 200)
         >>> mask = BlockMask.causal(500) & BlockMask.document(documents)
         >>> mask
-        BlockMask(shape=(1, 1, 500, 500), 9 of 16 blocks empty, 7 mixed)
+        BlockMask(shape=(1, 1, 500, 500), 8 of 16 blocks empty, 7 mixed)
         >>> q = torch.randn(1, 8, 500, 64)
         >>> fastattn.attention(q, q, q, mask=mask).shape
         torch.Size([1, 8, 500, 64])
