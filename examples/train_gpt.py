@@ -128,10 +128,7 @@ class Trainer:
         self.baselines = self.corpus.baselines()
         torch.manual_seed(arguments.seed)
         self.model = GPT(self.config).to(self.device)
-        if arguments.checkpoint_activations:
-            parallel.checkpoint_activations(self.model)
-        if arguments.compile:
-            parallel.compile_blocks(self.model)
+        parallel.prepare_blocks(self.model, compiled=arguments.compile, checkpointed=arguments.checkpoint_activations)
         self.wrapped = processes.wrap(self.model)
         self.optimizer = training.make_optimizer(self.model, arguments.lr, arguments.weight_decay)
         names = ("steps", "batch_size", "accumulate", "lr", "warmup", "weight_decay", "clip", "seed", "eval_batches")
