@@ -9,6 +9,7 @@ import base64
 import html
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -81,7 +82,7 @@ def environment() -> dict[str, str]:
     versions = {name: found[name] for name in PACKAGES if name in found}
     return {
         "written": datetime.now(timezone.utc).isoformat(" ", "seconds"),
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "device": device,
         "system": platform.platform(),
         "Python": platform.python_version(),
