@@ -157,13 +157,16 @@ def join(kind: str, device: str) -> Iterator[Processes]:
     dist.destroy_process_group()  # after an error it could wait for processes that wait for this one
 
 
-def checkpoint_activations(model: GPT) -> None:
-    """Keep only each block's input for the backward pass, which computes the block a second time."""
-    for block in model.blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+def prepare_blocks(model: GPT, *, compiled: bool, checkpointed: bool) -> None:
+    """Change how the blocks compute, where they stand, so that parameters keep their names.
 
-
-def compile_blocks(model: GPT) -> None:
-    """Compile the blocks where they stand: all are alike, so there is one compilation, and names stay as they are."""
+    Args:
+        compiled: by torch.compile; the blocks are alike, so there is one compilation. It comes first: torch.compile does
+            not look into a checkpointed function.
+        checkpointed: only each block's input is kept for the backward pass, which computes the block a second time.
+    """
     for block in model.blocks:
-        block.compile()
+        if compiled:
+            block.forward = torch.compile(block.forward)
+        if checkpointed:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

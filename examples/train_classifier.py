@@ -5,7 +5,7 @@
     python examples/train_classifier.py --data mine.csv            your own .csv or .jsonl with the fields text and label
 
 The folder --out receives the model after every epoch (config.json, model.safetensors, tokenizer.json, labels.json),
-checkpoint.pt for --resume, metrics.jsonl, report.json and curves.png. The test texts are never trained on, and nothing
+checkpoint.pt for --resume, metrics.jsonl, report.json, and report.html with the curves. The test texts are never trained on, and nothing
 is chosen by their accuracy: the last epoch counts. They are also given to a logistic regression on single words and
 pairs of words, a baseline that many neural networks do not reach.
 """
@@ -27,6 +27,7 @@ import torch
 import training
 from corpus import DataError
 from labelled import Labelled
+from report import write_report
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from training import TrainingError
@@ -79,6 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto")
     add("--dtype", choices=("auto", "fp32", "bf16"), help="auto: bf16 autocast where it is fast")
     add("--baseline", action=argparse.BooleanOptionalAction, default=True, help="fit the logistic regression as well")
+    add("--tensorboard", action=argparse.BooleanOptionalAction, help="write --out/tensorboard (if it is installed)")
     either = parser.add_mutually_exclusive_group().add_argument
     either("--resume", action="store_true", help="go on after the last complete epoch in --out")
     either("--overwrite", action="store_true", help="start anew where --out already holds a checkpoint")
@@ -155,7 +157,7 @@ class Trainer:
             self.epoch = progress["epoch"]
             if self.averaged is not None:
                 self.averaged.load_state_dict(progress["averaged"])
-        self.metrics = training.Metrics(self.out / "metrics.jsonl", self.epoch)
+        self.metrics = training.Metrics(self.out / "metrics.jsonl", self.epoch, tensorboard=arguments.tensorboard)
 
     def _average(self, average: torch.Tensor, new: torch.Tensor, steps: torch.Tensor | int) -> torch.Tensor:
         """Exponential moving average, of fewer steps at the start so that the random weights are soon forgotten."""
@@ -260,7 +262,7 @@ class Trainer:
         return 0
 
     def finish(self) -> None:
-        """Measure the final model, fit the baseline, write report.json and curves.png."""
+        """Measure the final model, fit the baseline, write report.json, curves.png and report.html."""
         probabilities, labels = self.test_probabilities()
         report = evaluate(probabilities, labels)
         print(
@@ -277,7 +279,24 @@ class Trainer:
         with atomic_write(self.out / "report.json") as file:
             file.write(json.dumps(report, indent=2).encode() + b"\n")
         plot(self.metrics, report, self.train.names, self.out / "curves.png")
-        print(f"curves {self.out / 'curves.png'}, report {self.out / 'report.json'}, model {self.out}")
+        write_report(
+            self.out / "report.html",
+            f"Classifier of {self.arguments.data}",
+            results={name: value for name, value in report.items() if isinstance(value, float)},
+            pictures=[self.out / "curves.png"],
+            settings={**vars(self.arguments), "model": dataclasses.asdict(self.config)},
+            samples=self.examples(probabilities, labels),
+        )
+        print(f"report {self.out / 'report.html'}, figures {self.out / 'report.json'}, model {self.out}")
+
+    def examples(self, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, str]:
+        """The test texts that the model was most sure of, rightly and wrongly, each under what it said."""
+        names, sure, right = self.train.names, probabilities.max(1), probabilities.argmax(1) == labels
+        chosen = [(sure * mask).argmax() for mask in (right, ~right) if mask.any()]
+        return {
+            f"{names[probabilities[i].argmax()]} ({sure[i]:.1%} sure), in truth {names[labels[i]]}": self.test.texts[i]
+            for i in chosen
+        }
 
 
 def evaluate(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> dict[str, Any]:

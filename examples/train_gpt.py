@@ -6,8 +6,8 @@
     the same command with --resume                                 goes on exactly where it was interrupted
     torchrun --nproc-per-node 4 examples/train_gpt.py --parallel ddp     on four GPUs, or CPU processes; also: fsdp
 
-The folder --out receives the tokens, checkpoint.pt, metrics.jsonl, loss.png and the model with the best validation loss
-(config.json, model.safetensors, tokenizer.json), which examples/generate.py reads.
+The folder --out receives the tokens, checkpoint.pt, metrics.jsonl, report.html (configuration, curves, a sample) and the
+model with the best validation loss (config.json, model.safetensors, tokenizer.json), which examples/generate.py reads.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import torch
 import training
 from corpus import DataError
 from parallel import Processes
+from report import write_report
 from tqdm import tqdm
 from training import TrainingError
 
@@ -85,6 +86,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true", help="torch.compile the blocks")
     add("--eval-every", type=int, default=100, help="steps between validation losses and checkpoints (%(default)s)")
     add("--eval-batches", type=int, default=10, help="batches of each of these; the last one takes all (%(default)s)")
+    add("--tensorboard", action=argparse.BooleanOptionalAction, help="write --out/tensorboard (if it is installed)")
     either = run.add_mutually_exclusive_group().add_argument
     either("--resume", action="store_true", help="go on from --out's checkpoint, if it has one")
     either("--overwrite", action="store_true", help="start anew where --out already holds a checkpoint")
@@ -141,10 +143,7 @@ class Trainer:
         self.baselines = self.corpus.baselines()
         torch.manual_seed(arguments.seed)
         self.model = GPT(self.config).to(self.device)
-        if arguments.checkpoint_activations:
-            parallel.checkpoint_activations(self.model)
-        if arguments.compile:
-            parallel.compile_blocks(self.model)
+        parallel.prepare_blocks(self.model, compiled=arguments.compile, checkpointed=arguments.checkpoint_activations)
         self.wrapped = processes.wrap(self.model)
         self.optimizer = training.make_optimizer(self.model, arguments.lr, arguments.weight_decay)
         names = ("steps", "batch_size", "accumulate", "lr", "warmup", "weight_decay", "clip", "seed", "eval_batches")
@@ -160,7 +159,9 @@ class Trainer:
             self.step, self.best = progress["step"], progress["best"]
         elif processes.main:
             checkpoints.delete(saved)
-        self.metrics = training.Metrics(self.out / "metrics.jsonl", self.step, writes=processes.main)
+        self.metrics = training.Metrics(
+            self.out / "metrics.jsonl", self.step, writes=processes.main, tensorboard=arguments.tensorboard
+        )
 
     @property
     def tokens_per_step(self) -> int:
@@ -267,7 +268,7 @@ class Trainer:
         return 0
 
     def finish(self) -> None:
-        """Measure the best model on the whole validation text, draw the curve, write a sample."""
+        """Measure the best model on the whole validation text, draw the curves, write a sample and the report."""
         self.model = self.wrapped = GPT.from_pretrained(self.out, device=self.device)
         loss = self.validation_loss(None)
         if not self.processes.main:
@@ -278,18 +279,32 @@ class Trainer:
             self.metrics.write(step=self.step, final_val_loss=loss, bits_per_byte=bits, **self.baselines)
         title = f"GPT on {Path(manifest['source']).name}"
         training.plot_losses(self.metrics, self.baselines, self.out / "loss.png", title)
+        training.plot_progress(self.metrics, self.out / "progress.png")
         print(f"\nvalidation loss {loss:.3f} nats per token, {bits:.2f} bits per byte, on text it never saw")
         for name, baseline in self.baselines.items():
             verdict = f"{baseline - loss:.3f} better" if loss < baseline else f"{loss - baseline:.3f} WORSE"
             print(f"  {name:>8} guessing {baseline:.3f}: the model is {verdict}")
-        print(f"curve {self.out / 'loss.png'}, metrics {self.out / 'metrics.jsonl'}, model {self.out}")
-        if self.arguments.sample_tokens:
-            tokenizer = self.corpus.tokenizer
-            prompt = torch.tensor([corpus.encode_prompt(tokenizer, self.arguments.prompt)], device=self.device)
-            tokens = self.model.generate(prompt, self.arguments.sample_tokens, temperature=0.8, top_p=0.95, seed=0)
-            print(f"\na sample (more: python examples/generate.py {self.out}):\n{'-' * 72}")
-            print(tokenizer.decode(tokens[0].tolist()).strip("\n"))
-            print("-" * 72)
+        sample = self.sample() if self.arguments.sample_tokens else ""
+        results = {"validation loss, nats per token": loss, "bits per byte": bits}
+        results |= {f"loss of {name} guessing": baseline for name, baseline in self.baselines.items()}
+        write_report(
+            self.out / "report.html",
+            title,
+            results=results | {"parameters": f"{self.model.num_parameters():,}"},
+            pictures=[self.out / "loss.png", self.out / "progress.png"],
+            settings={**vars(self.arguments), "data": manifest, "processes": str(self.processes)},
+            samples={f"after {self.arguments.prompt!r}, temperature 0.8, top-p 0.95": sample} if sample else None,
+        )
+        print(f"report {self.out / 'report.html'}, metrics {self.out / 'metrics.jsonl'}, model {self.out}")
+        if sample:
+            print(f"\na sample (more: python examples/generate.py {self.out}):\n{'-' * 72}\n{sample}\n{'-' * 72}")
+
+    def sample(self) -> str:
+        """What the model writes after the prompt, prompt included."""
+        tokenizer = self.corpus.tokenizer
+        prompt = torch.tensor([corpus.encode_prompt(tokenizer, self.arguments.prompt)], device=self.device)
+        tokens = self.model.generate(prompt, self.arguments.sample_tokens, temperature=0.8, top_p=0.95, seed=0)
+        return tokenizer.decode(tokens[0].tolist()).strip("\n")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -181,22 +182,42 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def event_writer(folder: Path, wanted: bool | None) -> Any:
+    """What writes TensorBoard's event files into `folder`, or None; `wanted` None means: if the package is there."""
+    if wanted is False:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        if wanted:
+            raise TrainingError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+        return None
+    return SummaryWriter(str(folder))
+
+
 class Metrics:
-    """A file of JSON lines, one a record, each with the number of steps done.
+    """A file of JSON lines, one a record, each with the number of steps done, and TensorBoard's copy of it.
 
     Args:
         path: of the file.
         step: records beyond this step are dropped: a resumed run writes them again.
-        writes: whether there is a file at all; of several processes one writes.
+        writes: whether there are files at all; of several processes one writes.
+        tensorboard: whether TensorBoard's files are written beside it; None: if the package is installed.
     """
 
-    def __init__(self, path: Path, step: int, *, writes: bool = True) -> None:
+    def __init__(self, path: Path, step: int, *, writes: bool = True, tensorboard: bool | None = None) -> None:
         self.path = path
         self.writes = writes
         self.records = [record for record in self._read(path) if record["step"] <= step]
         if writes:
             with atomic_write(path) as file:
                 file.writelines(json.dumps(record).encode() + b"\n" for record in self.records)
+        events = path.with_name("tensorboard")
+        if writes:
+            shutil.rmtree(events, ignore_errors=True)  # of the steps that a resumed run repeats, one copy remains
+        self._events = event_writer(events, tensorboard) if writes else None
+        for record in self.records:
+            self._log(record)
 
     @staticmethod
     def _read(path: Path) -> list[dict[str, Any]]:
@@ -209,6 +230,13 @@ class Metrics:
         if self.writes:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+            self._log(record)
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if self._events is not None:
+            for name, value in record.items():
+                if name != "step":
+                    self._events.add_scalar(name, value, record["step"])
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         found = [(record["step"], record[name]) for record in self.records if name in record]
@@ -242,6 +270,21 @@ def plot_losses(metrics: Metrics, baselines: dict[str, float], path: Path, title
     axes.set_ylim(top=1.1 * max([*baselines.values(), 0.0]))
     axes.grid(alpha=0.3)
     axes.legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)
+
+
+def plot_progress(metrics: Metrics, path: Path) -> None:
+    """Learning rate, norm of the gradient and speed against steps."""
+    plt = pyplot()
+    names = {"lr": "learning rate", "gradient_norm": "norm of the gradient", "tokens_per_second": "tokens per second"}
+    figure, axes = plt.subplots(1, len(names), figsize=(12, 3), layout="constrained")
+    for axis, (name, title) in zip(axes, names.items()):
+        axis.plot(*metrics.series(name), linewidth=0.8)
+        axis.set(xlabel="step", title=title)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
     plt.close(figure)

@@ -1,8 +1,10 @@
 """The example scripts as people run them: in a process of their own, interrupted, killed, and given bad input."""
 
+import base64
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -80,6 +82,30 @@ def test_a_finished_run(finished: Path) -> None:
     assert losses[-1] < losses[0] - 2
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert not list(finished.rglob("*.tmp"))
+
+
+def test_the_report_stands_alone(finished: Path) -> None:
+    """It loads nothing, shows both pictures, and tells what was run, on what, and what came out."""
+    page = (finished / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    pictures = [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in sources]
+    assert pictures == [(finished / name).read_bytes() for name in ("loss.png", "progress.png")]
+    final = next(value for _, name, value in curve(finished) if name == "final_val_loss")
+    for shown in (f"<td>{final:.4g}</td>", torch.__version__, "d_model", "<td>300</td>", "<pre>"):
+        assert shown in page, shown
+    assert "http" not in page
+
+
+def test_tensorboard_holds_the_metrics(train: Callable[..., str], text: Path, copied: Path) -> None:
+    """Each step once, also after a resumed run."""
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(text, copied, 300, "--resume", "--tensorboard")
+    events = loader.EventAccumulator(str(copied / "tensorboard")).Reload()
+    logged = {event.step: event.value for event in events.Scalars("loss")}
+    assert len(events.Scalars("loss")) == 300
+    assert logged == pytest.approx({step: value for step, name, value in curve(copied) if name == "loss"}, rel=1e-6)
+    train(text, copied, 300, "--resume", "--no-tensorboard")
+    assert not (copied / "tensorboard").exists()
 
 
 def wait_for(process: subprocess.Popen[str], out: Path, step: int) -> None:
@@ -205,7 +231,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(train: Callable[..., str], text:
 
 
 def test_a_finished_run_only_reports_again(train: Callable[..., str], text: Path, copied: Path) -> None:
-    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file() and path.suffix != ".png"}
+    kept = [path for path in copied.rglob("*") if path.suffix in (".pt", ".jsonl", ".safetensors", ".json", ".bin")]
+    before = {path: path.read_bytes() for path in kept}
     train(text, copied, 300, "--resume")
     assert {path: path.read_bytes() for path in before} == before
 

@@ -1,8 +1,10 @@
 """examples/train_gpt.py on several processes: the losses of one, whatever happens to the processes on the way."""
 
+import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fastattn.models import GPT
+from fastattn.models import GPT, GPTConfig
 from tests import distributed_worker
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
@@ -146,6 +148,36 @@ def test_four_processes_train_as_one(text: Path, alone: Path, tmp_path: Path) ->
         result = run(command(4, settings(text, tmp_path / kind, f"--parallel {kind}")))
         assert result.returncode == 0, result.stderr
         assert curve(tmp_path / kind) == pytest.approx(curve(alone), rel=1e-4)
+
+
+def test_shards_of_another_run_and_broken_ones_are_refused(text: Path, on_two: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(on_two / "fsdp", tmp_path / "copy"))
+    again = settings(text, out, "--resume")
+    assert "training.lr was 0.002 and is 1.0" in run(command(1, [*again, "--lr", "1"])).stderr
+    os.truncate(next(out.glob("checkpoint-60/*.distcp")), 100)
+    broken = run(command(1, again))
+    assert broken.returncode == 1
+    assert f"{out / 'checkpoint-60'} cannot be read as a checkpoint" in broken.stderr
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo's own, of a block's input
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["compiled", "compiled and checkpointed"])
+def test_blocks_compile_once_and_mean_the_same(checkpointed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    import parallel
+
+    torch.manual_seed(0)
+    model, tokens = GPT(GPTConfig(100, context_length=8, num_layers=3, num_heads=2, d_model=16)), torch.arange(9)[None]
+    gradients = []
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for compiled in (False, True):
+        parallel.prepare_blocks(model, compiled=compiled, checkpointed=compiled and checkpointed)
+        _, loss = model(tokens[:, :-1], tokens[:, 1:])
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 ERRORS = {
