@@ -102,7 +102,9 @@ def _sentiment() -> list[Example]:
 
 
 def _topic() -> list[Example]:
-    return [Example(f"{d.text.strip()}\nTopic:", f" {d.label}") for d in corpus.read_documents("bbc")]
+    """Of a headline and the paragraph below it."""
+    articles = ((d.text.strip().split("\n\n", 2), d.label) for d in corpus.read_documents("bbc"))
+    return [Example("\n".join(parts[:2]) + "\nTopic:", f" {label}") for parts, label in articles]
 
 
 def _headline() -> list[Example]:
