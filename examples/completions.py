@@ -89,12 +89,17 @@ def digest(examples: Iterable[Example]) -> str:
 
 
 def split(examples: list[Example], val_fraction: float) -> tuple[list[Example], list[Example]]:
-    """(training, validation), in a fixed random order; at least one example in each."""
+    """(training, validation), in a fixed random order; no prompt is in both, and at least one example in each."""
     count = int(len(examples) * val_fraction)
     if not 0 < count < len(examples):
         raise DataError(f"--val-fraction {val_fraction} of {len(examples)} examples leaves none for one of the parts")
     order = np.random.default_rng(0).permutation(len(examples))
-    return [examples[i] for i in order[count:]], [examples[i] for i in order[:count]]
+    val = [examples[i] for i in order[:count]]
+    asked = {example.prompt for example in val if example.prompt}
+    train = [examples[i] for i in order[count:] if examples[i].prompt not in asked]
+    if not train:
+        raise DataError("all examples have the prompts of those held out: there is none to train on")
+    return train, val
 
 
 def _sentiment() -> list[Example]:

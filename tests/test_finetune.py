@@ -125,6 +125,22 @@ def test_plain_text_is_read_to_its_end(start: Path) -> None:
         assert value == pytest.approx(each.sum().item(), rel=1e-5)
 
 
+def test_no_prompt_is_trained_on_and_held_out() -> None:
+    from completions import Example, split
+    from corpus import DataError
+
+    examples = [Example(f"question {n // 4}", f" {n}") for n in range(80)] + [
+        Example("", f"text {n}") for n in range(20)
+    ]
+    train, val = split(examples, 0.1)
+    assert len(val) == 10
+    assert not {e.prompt for e in train if e.prompt} & {e.prompt for e in val}
+    assert all(example in train for example in examples if example.prompt not in {e.prompt for e in val})
+    assert sum(not e.prompt for e in train + val) == 20
+    with pytest.raises(DataError, match="there is none to train on"):
+        split(examples[:4], 0.5)
+
+
 def test_packs_hold_everything_once_within_the_budget() -> None:
     import completions
 
