@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastattn.models import GPT, KVCache
 from fastattn.models.decoding import TokenReader, can_read_tokens
-from fastattn.models.gpt import penalise_repetition, sample
+from fastattn.models.sampling import penalise_repetition, sample
 
 
 @dataclass(eq=False)

@@ -197,6 +197,8 @@ def test_it_learns_and_an_interrupted_run_ends_alike(
     finetune(start, colours, parts, "--resume")
     assert curve(parts) == curve(whole)
     assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    finetune(start, colours, parts, "--overwrite")
+    assert curve(parts) == curve(whole)
 
 
 BAD_DATA = {
