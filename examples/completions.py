@@ -187,7 +187,7 @@ def encode(tokenizer: Tokenizer, examples: Sequence[Example], context_length: in
 
     A completion of nothing, plain text, becomes as many sequences as it fills.
     """
-    end, cut, encoded = tokenizer.token_to_id(corpus.END_OF_TEXT), 0, []
+    end, cut, encoded = corpus.end_of_text(tokenizer), 0, []
     completions = tokenizer.encode_batch([example.completion for example in examples])
     for example, prompt, completion in zip(examples, encode_prompts(tokenizer, examples, context_length), completions):
         ids = np.array([*prompt, *completion.ids, end], dtype=np.int32)
@@ -206,7 +206,7 @@ def encode_prompts(tokenizer: Tokenizer, examples: Sequence[Example], context_le
     What a text is about mostly stands at its beginning, and what is asked at its end. How much is left out must not
     depend on the completion: a model would read its length off the position where it begins.
     """
-    end, room = tokenizer.token_to_id(corpus.END_OF_TEXT), context_length - context_length // 4
+    end, room = corpus.end_of_text(tokenizer), context_length - context_length // 4
     encodings = tokenizer.encode_batch([example.prompt for example in examples])
     return [without_middle(encoding.ids or [end], room) for encoding in encodings]
 
@@ -271,7 +271,7 @@ def log_likelihoods(model: GPT, sequences: Sequence[Tokens], budget: int = 4096)
 @torch.no_grad()
 def answer(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
     """The likeliest continuation of each prompt, up to the end of the text; prompts of one length are read together."""
-    end, device = tokenizer.token_to_id(corpus.END_OF_TEXT), model.output_weight.device
+    end, device = corpus.end_of_text(tokenizer), model.output_weight.device
     by_length: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(index)

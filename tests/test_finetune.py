@@ -223,6 +223,10 @@ def test_bad_data(finetune: Callable[..., str], start: Path, tmp_path: Path, con
 def test_bad_arguments(finetune: Callable[..., str], start: Path, colours: Path, tmp_path: Path) -> None:
     assert "is the folder of the model to start from" in finetune(start, colours, start, status=2)
     assert "holds no tokenizer.json" in finetune(tmp_path, colours, tmp_path / "out", status=1)
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.BPE()).save(str(start / "tokenizer.json"))
+    assert "has no token <|endoftext|>" in finetune(start, colours, tmp_path / "out", status=1)
     assert "--epochs must be at least 1" in finetune(start, colours, tmp_path / "out", "--epochs", 0, status=2)
 
 
