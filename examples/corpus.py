@@ -165,9 +165,17 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.from_file(str(path))
 
 
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The token that ends a text."""
+    token = tokenizer.token_to_id(END_OF_TEXT)
+    if token is None:
+        raise DataError(f"the tokenizer has no token {END_OF_TEXT}, which ends a text")
+    return int(token)
+
+
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """The tokens of `text`; where it is empty, the one after which a new document begins."""
-    return list(tokenizer.encode(text).ids) or [tokenizer.token_to_id(END_OF_TEXT)]
+    return list(tokenizer.encode(text).ids) or [end_of_text(tokenizer)]
 
 
 def prepare(source: str, root: Path, vocab_size: int, val_fraction: float) -> Corpus:

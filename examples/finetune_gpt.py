@@ -125,7 +125,7 @@ class Trainer:
         elif saved.exists():
             progress = self.checkpoint.load(self.model, self.optimizer, self.device)
             self.step, self.best, self.untuned = progress["step"], progress["best"], progress["untuned"]
-        self.metrics = training.Metrics(self.out / "metrics.jsonl", self.step)
+        self.metrics = training.Metrics(self.out / "metrics.jsonl", self.step or -1)  # a new run measures at step 0
         with atomic_write(self.out / "val.jsonl") as file:
             file.write(completions.to_jsonl(self.held_out))
 

@@ -297,8 +297,8 @@ MUTANTS = (
     Mutant(
         "GPT: positions start anew behind the cache",
         "models/layers.py",
-        "offset=0 if cache is None else cache.length",
-        "offset=0",
+        "offset = 0 if cache is None or positions is not None else cache.length",
+        "offset = 0",
         HUB,
     ),
     Mutant(

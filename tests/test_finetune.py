@@ -125,6 +125,22 @@ def test_plain_text_is_read_to_its_end(start: Path) -> None:
         assert value == pytest.approx(each.sum().item(), rel=1e-5)
 
 
+def test_no_prompt_is_trained_on_and_held_out() -> None:
+    from completions import Example, split
+    from corpus import DataError
+
+    examples = [Example(f"question {n // 4}", f" {n}") for n in range(80)] + [
+        Example("", f"text {n}") for n in range(20)
+    ]
+    train, val = split(examples, 0.1)
+    assert len(val) == 10
+    assert not {e.prompt for e in train if e.prompt} & {e.prompt for e in val}
+    assert all(example in train for example in examples if example.prompt not in {e.prompt for e in val})
+    assert sum(not e.prompt for e in train + val) == 20
+    with pytest.raises(DataError, match="there is none to train on"):
+        split(examples[:4], 0.5)
+
+
 def test_packs_hold_everything_once_within_the_budget() -> None:
     import completions
 
@@ -181,6 +197,8 @@ def test_it_learns_and_an_interrupted_run_ends_alike(
     finetune(start, colours, parts, "--resume")
     assert curve(parts) == curve(whole)
     assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    finetune(start, colours, parts, "--overwrite")
+    assert curve(parts) == curve(whole)
 
 
 BAD_DATA = {
@@ -205,6 +223,10 @@ def test_bad_data(finetune: Callable[..., str], start: Path, tmp_path: Path, con
 def test_bad_arguments(finetune: Callable[..., str], start: Path, colours: Path, tmp_path: Path) -> None:
     assert "is the folder of the model to start from" in finetune(start, colours, start, status=2)
     assert "holds no tokenizer.json" in finetune(tmp_path, colours, tmp_path / "out", status=1)
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.BPE()).save(str(start / "tokenizer.json"))
+    assert "has no token <|endoftext|>" in finetune(start, colours, tmp_path / "out", status=1)
     assert "--epochs must be at least 1" in finetune(start, colours, tmp_path / "out", "--epochs", 0, status=2)
 
 

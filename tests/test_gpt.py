@@ -108,6 +108,25 @@ def test_packed_sequences_are_those_sequences_alone(config: GPTConfig) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item() + 1e-9)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("config", [TINY, ROTARY], ids=["learned", "rotary"])
+def test_a_cache_of_sequences_of_different_lengths(config: GPTConfig) -> None:
+    """Each reads its next two tokens at its own position."""
+    model, (tokens, _) = make(config).eval(), batch(config, rows=3)
+    lengths, caches = [4, 9, 1], []
+    for row, length in zip(tokens, lengths):
+        caches.append(KVCache(config.context_length))
+        model.hidden(row[None, :length], caches[-1])
+    together = KVCache(config.context_length)
+    together.blocks = [tuple(map(torch.cat, zip(*buffers))) for buffers in zip(*(cache.blocks for cache in caches))]
+    together.length = torch.tensor(lengths, dtype=torch.int32)
+    new = torch.stack([row[length : length + 2] for row, length in zip(tokens, lengths)])
+    found = torch.cat([model.hidden(new[:, :1], together), model.hidden(new[:, 1:], together)], dim=1)
+    assert together.length.tolist() == [6, 11, 3]
+    for row, length, two in zip(tokens, lengths, found):
+        torch.testing.assert_close(two, model.hidden(row[None])[0, length : length + 2], rtol=1e-4, atol=1e-5)
+
+
 def test_packing_that_does_not_fit() -> None:
     model, (tokens, _) = make(), batch(rows=1, length=30)
     with pytest.raises(ValueError, match=r"cu_seqlens must end with the packed length 30, got \[0, 20\]"):

@@ -62,8 +62,8 @@ class TokenReader:
             self.blocks.append((*norms, *linears, ACTIVATIONS[mlp.activation]))
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """(B,) → (B, d_model). The cache holds a token at least and has room for one more."""
-        position, batch = cache.length, len(tokens)
+        """(B,) → (B, d_model). The cache holds a token at least, as many of every sequence, and has room for one more."""
+        position, batch = int(cache.length), len(tokens)
         x = torch.embedding(self.embeddings[0], tokens) + self.embeddings[1][position]
         for (norm1, norm2, in_proj, out_proj, linear1, linear2, activation), (keys, values) in zip(
             self.blocks, cache.blocks

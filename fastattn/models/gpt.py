@@ -197,6 +197,8 @@ class GPT(Pretrained):
         positions = packing = None
         if cu_seqlens is not None:
             positions, packing = self._unpack(tokens, cu_seqlens)
+        elif isinstance(start, Tensor):
+            positions = start[:, None].long() + torch.arange(tokens.shape[1], device=tokens.device)
         elif end > self.config.context_length:
             raise ValueError(f"tokens has {end} positions; context_length is {self.config.context_length}")
         x = self.token_embedding(tokens)

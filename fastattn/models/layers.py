@@ -25,11 +25,15 @@ class KVCache:
 
     Args:
         capacity: tokens that fit.
+
+    Attributes:
+        length: tokens that it holds: an int, or int32 (B,) where the sequences' lengths differ.
+        blocks: the buffers, (B, Hkv, capacity, D) each.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.length = 0
+        self.length: int | Tensor = 0
         self.blocks: list[tuple[Tensor, Tensor]] = []
 
     def attend(self, block: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
