@@ -88,7 +88,7 @@ PROVIDERS = {
 DEFAULT = [
     LayerNorm(dtype, backward, rows, width)
     for dtype in ("fp32", "bf16")
-    for rows, width in ((2048, 384),)
+    for rows, width in ((2048, 384), (4096, 768))
     for backward in (False, True)
 ]
 REST = [
