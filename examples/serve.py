@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import queue
 import socket
 import sys
@@ -389,6 +390,19 @@ def load(arguments: argparse.Namespace, limits: Limits) -> tuple[Texts | None, L
     return texts, labels
 
 
+class Server(uvicorn.Server):
+    """After Ctrl-C or SIGTERM, requests that run may end for `grace` seconds; then they are ended, with a message."""
+
+    def __init__(self, app: FastAPI, texts: Texts | None, grace: float = 5.0) -> None:
+        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=math.ceil(grace + 5)))
+        self.texts, self.grace = texts, grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.texts is not None:
+            asyncio.get_running_loop().call_later(self.grace, self.texts.engine.stop)
+        await super().shutdown(sockets)
+
+
 def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port))
@@ -409,8 +423,7 @@ def main(argv: list[str] | None = None) -> int:
             texts, labels = load(arguments, limits)
             app = create_app(texts, labels, limits)
             print(f"http://{arguments.host}:{listener.getsockname()[1]}  (Ctrl-C ends)", flush=True)
-            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10)
-            uvicorn.Server(config).run(sockets=[listener])
+            Server(app, texts).run(sockets=[listener])
     except (DataError, TrainingError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
