@@ -108,11 +108,15 @@ class Engine:
             raise RuntimeError("the engine is closed")
         self._waiting.put_nowait(request)
 
-    def close(self) -> None:
-        """End all requests, and the thread."""
+    def stop(self) -> None:
+        """End all requests; returns at once."""
         self._closed.set()
         with contextlib.suppress(queue.Full):
             self._waiting.put_nowait(None)  # wakes the thread where it waits for work
+
+    def close(self) -> None:
+        """End all requests, and the thread."""
+        self.stop()
         self._thread.join()
 
     @torch.inference_mode()

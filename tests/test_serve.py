@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -271,32 +272,56 @@ def test_a_hundred_clients_at_once(client: Callable[..., Any]) -> None:
     wait_until(lambda: not web.texts.engine.active and not web.texts.engine.waiting)
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves(stream: bool) -> None:
-    """Over a real connection: the engine stops writing for it."""
+@contextmanager
+def running() -> Iterator[tuple[Any, Callable[[bool], http.client.HTTPConnection]]]:
+    """A server of endless texts on a real port, and a function that asks for one."""
     import serve
-    import uvicorn
 
     limits = serve.Limits(max_tokens=10**9)
     texts = serve.Texts(make_gpt(), tokenizer(), "tiny", limits)
     texts.engine.end = None
     with serve.listen("127.0.0.1", 0) as listener:
-        server = uvicorn.Server(uvicorn.Config(serve.create_app(texts, None, limits), log_level="error"))
+        server = serve.Server(serve.create_app(texts, None, limits), texts, grace=0.2)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        connection = http.client.HTTPConnection("127.0.0.1", listener.getsockname()[1], timeout=10)
-        body = json.dumps({"prompt": "a", "max_tokens": 10**9, "stream": stream})
-        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-        if stream:
-            with connection.getresponse() as response:
-                assert response.readline().startswith(b"data: ")
-        wait_until(lambda: bool(texts.engine.active))
-        connection.close()
-        wait_until(lambda: not texts.engine.active)
+
+        def ask(stream: bool) -> http.client.HTTPConnection:
+            connection = http.client.HTTPConnection("127.0.0.1", listener.getsockname()[1], timeout=10)
+            body = json.dumps({"prompt": "a", "max_tokens": 10**9, "stream": stream})
+            connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+            return connection
+
+        yield server, ask
         server.should_exit = True
         thread.join(timeout=10)
     assert not thread.is_alive()
     assert not texts.engine.alive
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves(stream: bool) -> None:
+    """The engine stops writing for it."""
+    with running() as (server, ask):
+        connection = ask(stream)
+        if stream:
+            with connection.getresponse() as response:
+                assert response.readline().startswith(b"data: ")
+        wait_until(lambda: bool(server.texts.engine.active))
+        connection.close()
+        wait_until(lambda: not server.texts.engine.active)
+
+
+def test_a_server_that_ends_tells_its_clients() -> None:
+    with running() as (server, ask):
+        streamed, whole = ask(True), ask(False)
+        wait_until(lambda: len(server.texts.engine.active) == 2)
+        server.should_exit = True
+        assert b"the server is shutting down" in streamed.getresponse().read()
+        response = whole.getresponse()
+        assert response.status == 503
+        assert b"the server is shutting down" in response.read()
+        streamed.close()
+        whole.close()
 
 
 def test_a_server_in_a_process_of_its_own(tmp_path: Path) -> None:
