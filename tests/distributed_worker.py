@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastattn
 from fastattn.models import GPT, GPTConfig
 from fastattn.models.tensor_parallel import tensor_parallel
+from fastattn.nn.parallel import HeadsParallel
 
 WRAPPERS = ("ddp", "fsdp", "fsdp_linears")
 STEPS, BATCH, LENGTH, WIDTH = 3, 4, 6, 16
@@ -70,7 +71,11 @@ class PatchedLlama(nn.Module):
 
 # Tensor parallelism: the first product's columns and the second's rows, heads and hidden features, are each process's own.
 PLANS = {
-    "encoder": {"encoder.layers.*.linear1": ColwiseParallel(), "encoder.layers.*.linear2": RowwiseParallel()},
+    "encoder": {
+        "encoder.layers.*.self_attn": HeadsParallel(),
+        "encoder.layers.*.linear1": ColwiseParallel(),
+        "encoder.layers.*.linear2": RowwiseParallel(),
+    },
     "llama": {
         **{f"llama.model.layers.*.self_attn.{name}_proj": ColwiseParallel() for name in "qkv"},
         **{f"llama.model.layers.*.mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")},
@@ -123,6 +128,8 @@ def train(name: str, how: str = "alone") -> list[float]:
         else:
             parallelize_module(model, mesh, PLANS[name])
         shared = [m for m in model.modules() if type(m) is nn.Linear and isinstance(m.weight, DTensor)]
+        heads = [m for m in model.modules() if isinstance(m, fastattn.nn.MultiheadAttention)]
+        assert all(m.q_proj_weight.to_local().shape == (WIDTH // world, WIDTH) for m in heads)
         assert len(shared) == 2 * {"encoder": 2, "gpt": 6, "gated": 7, "llama": 7}[name]  # in two layers
     model, data = wrap(model, how), torch.randn(BATCH, LENGTH, WIDTH)
     if not how.startswith("tensor"):

@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import fastattn
 from fastattn.models.tensor_parallel import tensor_parallel
+from fastattn.nn.parallel import HeadsParallel
 from tests import distributed_worker
 
 pytest.importorskip("transformers")
@@ -52,3 +54,16 @@ def test_a_mesh_that_does_not_fit(dimensions, size, message):
     with pytest.raises(ValueError, match=message):
         tensor_parallel(model, SimpleNamespace(ndim=dimensions, size=lambda: size))
     assert type(model.blocks[0].attention.in_proj) is torch.nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("module", "size", "error", "message"),
+    [
+        (torch.nn.MultiheadAttention(8, 2), 2, TypeError, "must be a fastattn.nn.MultiheadAttention, got Multihead"),
+        (fastattn.nn.MultiheadAttention(8, 2), 3, ValueError, "num_heads must be a multiple of the mesh's 3, got 2"),
+        (fastattn.nn.MultiheadAttention(8, 2, add_bias_kv=True), 2, ValueError, "add_bias_kv"),
+    ],
+)
+def test_heads_that_cannot_be_shared(module, size, error, message):
+    with pytest.raises(error, match=message):
+        HeadsParallel()._apply(module, SimpleNamespace(size=lambda: size))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,6 +64,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal=True is a hint about attn_mask, which is None: pass the causal mask as well")
+        if need_weights and self.in_proj_weight is None and hasattr(self.q_proj_weight, "device_mesh"):
+            raise ValueError("need_weights must be False where the heads are shared among processes")
         batched = query.dim() == 3
         _check_inputs(query, key, value, key_padding_mask, self.embed_dim, self.kdim, self.vdim, self.batch_first)
         query, key, value = self._project(query, key, value)
@@ -71,15 +75,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
         lengths = query.shape[1], key.shape[1]
         key, value = self._extend(key, value)
-        query, key, value = (
-            t.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2) for t in (query, key, value)
-        )
+        query, key, value = (t.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for t in (query, key, value))
 
         right = None
         if is_causal and key_padding_mask is None and not need_weights:
             attn_mask, right = None, lengths[0] - key.shape[2]  # torch's causal is aligned at the top left
         padding = None if key_padding_mask is None else key_padding_mask.reshape(query.shape[0], 1, 1, lengths[1])
-        pairs = _pairs(attn_mask, query.shape[0], self.num_heads, lengths)
+        pairs = _pairs(attn_mask, query.shape[0], query.shape[1], lengths)
         extra = key.shape[2] - lengths[1]
         mask = _combine_bool(*[_extended(m, extra) for m in (padding, pairs)])
         bias = _combine_float(*[_extended(m, extra) for m in (padding, pairs)])
@@ -109,7 +111,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 return F.linear(query, self.in_proj_weight[:e], bias[0]), *packed.split(e, dim=-1)
             weights = self.in_proj_weight.chunk(3)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases))
+        return tuple(_linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases))
 
     def _extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, E) with the learned key and value of `add_bias_kv` and the zeros of `add_zero_attn` behind."""
@@ -120,6 +122,17 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if self.add_zero_attn:
             key, value = (torch.cat([t, t.new_zeros(batch, 1, width)], 1) for t in (key, value))
         return key, value
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b; of a weight that is distributed by rows, this process's columns of it."""
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None:
+        return F.linear(x, weight, bias)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    product: Any = F.linear(DTensor.from_local(x, mesh, [Replicate()]), weight, bias)
+    return product.to_local()
 
 
 def _check_inputs(
