@@ -125,13 +125,18 @@ def _plot_lengths(rows: Rows, folder: Path) -> None:
     for title, providers in curves.items():
         if len(providers.get(OURS, ())) < 2:
             continue
-        figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        with_memory = any(row.get("memory_MiB") for points in providers.values() for _, row in points)
+        labels = ("time (ms)", "memory growth (MiB)") if with_memory else ("time (ms)",)
+        figure, axes = plt.subplots(1, len(labels), figsize=(5 * len(labels), 4), layout="constrained", squeeze=False)
+        panels = axes[0]
         for provider, points in providers.items():
             points.sort(key=lambda point: point[0])
             lengths = [n for n, _ in points]
             panels[0].plot(lengths, [1e3 * row["median_seconds"] for _, row in points], marker="o", label=provider)
-            panels[1].plot(lengths, [row.get("memory_MiB") or None for _, row in points], marker="o", label=provider)
-        for panel, label in zip(panels, ("time (ms)", "memory growth (MiB)")):
+            if with_memory:
+                memory = [row.get("memory_MiB") or None for _, row in points]
+                panels[1].plot(lengths, memory, marker="o", label=provider)
+        for panel, label in zip(panels, labels):
             panel.set(xscale="log", yscale="log", xlabel="length N", ylabel=label, title=title)
             panel.set_xticks(lengths, [str(n) for n in lengths])
             panel.minorticks_off()
