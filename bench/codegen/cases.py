@@ -308,6 +308,8 @@ def _other_cases() -> Iterator[Case]:
     yield Case("cross entropy bf16 of 50304", "cross_entropy", {"classes": 50304}, core=True)
     weighted = {"dtype": "float32", "weighted": True, **everything}
     yield Case("cross entropy fp32 weighted everything", "cross_entropy", weighted, core=True)
+    widest = {"dtype": "float32", "head_dim": 256, "flags": ["causal"], "backward": False}
+    yield Case("attention fp32 D256 forward", "attention", widest, core=True)
 
 
 CASES = [*_attention_cases(), *_normalization_cases(), *_feed_forward_cases(), *_other_cases()]

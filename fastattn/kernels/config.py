@@ -51,7 +51,8 @@ _BACKWARD_KEY: dict[str, _Table] = {
     "amd": {64: (32, 128, 4, 1), 128: (32, 64, 4, 1), 256: (16, 32, 4, 1)},
 }
 # fp32 products at IEEE precision run on the FMA units, from registers: 8 warps share a small tile. (The dQ pass of heads
-# wider than 128 still spills in fp32, 168 bytes on sm_80: every tile size that was tried does.)
+# wider than 128 still spills in fp32, 168 bytes on sm_80 and 184 on sm_90, where the dK and dV pass spills 8: every tile
+# size that was tried does.)
 #
 # With a mask, bias, ALiBi, softcap or dropout each score needs more registers, and with dropout its ten rounds of
 # integer products outweigh the tensor cores anyway: small tiles.
@@ -86,7 +87,7 @@ def attention_forward_config(
     if itemsize == 4 and blocks and head_dim > 64:
         return AttentionConfig(16, 32, 8, 1) if head_dim <= 128 else AttentionConfig(16, 16, 4, 1)
     if itemsize == 4:
-        return AttentionConfig(32, 32, 8, 1)
+        return AttentionConfig(32, 32, 8, 1) if head_dim <= 128 else AttentionConfig(16, 16, 8, 1)
     family = _family(target)
     if blocks and family != "amd":
         return _from_table(_FORWARD_BLOCKS, head_dim)
