@@ -25,7 +25,6 @@ import labelled
 import numpy as np
 import torch
 import training
-from corpus import DataError
 from labelled import Labelled
 from report import write_report
 from torch.optim.swa_utils import AveragedModel
@@ -358,20 +357,7 @@ def plot(metrics: training.Metrics, report: dict[str, Any], names: list[str], pa
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    try:
-        with training.lock(arguments.out):
-            trainer = Trainer(arguments)
-            print(trainer.describe(), flush=True)
-            status = trainer.run()
-            if status == 0:
-                trainer.finish()
-            return status
-    except (DataError, TrainingError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; what was saved before is unharmed", file=sys.stderr)
-        return 130
+    return training.run_script(training.lock(arguments.out), lambda _: Trainer(arguments))
 
 
 if __name__ == "__main__":

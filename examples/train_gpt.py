@@ -19,7 +19,8 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ import numpy as np
 import parallel
 import torch
 import training
-from corpus import DataError
 from parallel import Processes
 from report import write_report
 from tqdm import tqdm
@@ -307,25 +307,19 @@ class Trainer:
         return tokenizer.decode(tokens[0].tolist()).strip("\n")
 
 
+@contextmanager
+def joined(arguments: argparse.Namespace) -> Iterator[Processes]:
+    """The processes of this run; the first of them holds the folder's lock."""
+    with (
+        parallel.join(arguments.parallel, arguments.device) as processes,
+        training.lock(arguments.out) if processes.main else nullcontext(),
+    ):
+        yield processes
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    try:
-        with (
-            parallel.join(arguments.parallel, arguments.device) as processes,
-            training.lock(arguments.out) if processes.main else nullcontext(),
-        ):
-            trainer = Trainer(arguments, processes)
-            print(trainer.describe(), flush=True)
-            status = trainer.run()
-            if status == 0:
-                trainer.finish()
-            return status
-    except (DataError, TrainingError, OSError) as error:
-        print(f"error{f' (process {rank})' if (rank := parallel.rank()) else ''}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; what was saved before is unharmed", file=sys.stderr)
-        return 130
+    return training.run_script(joined(arguments), lambda processes: Trainer(arguments, processes), parallel.rank())
 
 
 if __name__ == "__main__":

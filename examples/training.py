@@ -6,7 +6,8 @@ import json
 import math
 import shutil
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from corpus import DataError
 from torch import nn
 
 from fastattn.models.pretrained import atomic_write
@@ -89,6 +91,30 @@ def lock(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise TrainingError(f"another process is training into {folder}") from error
         yield
+
+
+def run_script(held: AbstractContextManager[Any], make: Callable[[Any], Any], process: int = 0) -> int:
+    """Run a trainer to its end and return the script's exit status; what people can mend becomes one line.
+
+    Args:
+        held: what is held meanwhile, such as the folder's lock.
+        make: makes the trainer from what `held` gives.
+        process: the number of this process, named in an error where it is not the first.
+    """
+    try:
+        with held as given:
+            trainer = make(given)
+            print(trainer.describe(), flush=True)
+            status: int = trainer.run()
+            if status == 0:
+                trainer.finish()
+            return status
+    except (DataError, TrainingError, OSError) as error:
+        print(f"error{f' (process {process})' if process else ''}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; what was saved before is unharmed", file=sys.stderr)
+        return 130
 
 
 class StopSignal:

@@ -24,9 +24,7 @@ from fastattn.eager.random import keep
 from fastattn.layout import as_gradient, as_output, new_gradient, new_output
 from fastattn.replay import replay
 
-# Rows of a fused block that needs an additive mask. Time relative to PyTorch's SDPA with a ready N × N mask, one thread,
-# bf16, 8 heads of 64, N 2048, 128 / 256 / 512 rows: window 256 forward and backward 0.50 / 0.40 / 0.57, ALiBi 1.23 / 0.85 /
-# 0.80; in fp32 0.27 / 0.29 / 0.40 and 0.91 / 0.83 / 0.85 (AVX-512 and AMX, 2 MiB of L2).
+# Rows of a fused block that needs an additive mask: of 128, 256 and 512 the best for `python -m bench.report attention`.
 _FUSED_ROWS = 256
 _BLOCK_SCORES = 1 << 20  # scores of one block of matrix products: 4 MiB of fp32
 
@@ -252,15 +250,6 @@ def definition(
         for b in whole.split(product_rows(query, key))
     ]
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
-
-
-def weights(query: Tensor, key: Tensor, *rules: Any) -> Tensor:
-    """The attention weights after dropout, (B, Hq, Nq, Nk) in the query's dtype; rules as in `forward`. Differentiable."""
-    if 0 in (query.shape[2], key.shape[2]):
-        return query.new_zeros((*query.shape[:3], key.shape[2]))
-    whole = whole_block(query, key, *rules)
-    p, l, _ = block_weights(query, key, replace(whole, mask=_cut(whole.mask, whole.rows, whole.columns)))
-    return (p / l).to(query.dtype)
 
 
 def _fused_blocks(query: Tensor, key: Tensor, value: Tensor, whole: Block) -> tuple[list[Block], bool] | None:

@@ -57,8 +57,7 @@ def definition(
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """X Wᵀ + b of (rows, in).
 
-    A few rows in bf16 are done as (W Xᵀ + b)ᵀ: the same sums, in which PyTorch's CPU kernels take 0.5 to 0.7 of the time
-    (1 and 8 rows, 384 and 1,536 features, one thread with AMX).
+    A few rows in bf16 are done as (W Xᵀ + b)ᵀ: the same sums, for which PyTorch has faster CPU kernels.
     """
     rows = x.shape[0]
     if x.dtype != torch.bfloat16 or bias is None or not 1 <= rows <= 16 or not x.is_cpu:

@@ -7,6 +7,7 @@ which stay in the cache while the passes over them are made.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,14 +53,7 @@ def losses_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """(ℓ, predictions) of one chunk of logits; with `token_weight`, ∂(Σ token_weight · ℓ)/∂x overwrites the logits."""
     options = (class_weight, ignore_index, label_smoothing, z_loss, softcap)
-    losses, lse, predictions = _results(logits, predict)
-    for rows in _blocks(logits):
-        z = _capped(logits[rows].float(), softcap)
-        losses[rows], lse[rows] = _losses(z, target[rows], *options[:-1])
-        if predict:
-            predictions[rows] = z.argmax(1)
-        if token_weight is not None:
-            logits[rows] = _gradient(token_weight[rows], z, lse[rows], target[rows], *options)
+    losses, _, predictions = _pass(logits, target, token_weight, options, predict)
     return losses, predictions
 
 
@@ -74,12 +68,23 @@ def forward(
     predict: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(ℓ, lse, predictions) of logits (rows, classes)."""
-    losses, lse, predictions = _results(logits, predict)
-    for rows in _blocks(logits):
-        z = _capped(logits[rows].float(), softcap)
-        losses[rows], lse[rows] = _losses(z, target[rows], class_weight, ignore_index, label_smoothing, z_loss)
+    return _pass(logits, target, None, (class_weight, ignore_index, label_smoothing, z_loss, softcap), predict)
+
+
+def _pass(
+    logits: Tensor, target: Tensor, token_weight: Tensor | None, options: tuple[Any, ...], predict: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(ℓ, lse, predictions), block by block; with `token_weight` the gradient overwrites the logits."""
+    rows, softcap = logits.shape[0], options[-1]
+    losses, lse = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    predictions = logits.new_empty(rows if predict else 0, dtype=torch.int64)
+    for block in _blocks(logits):
+        z = _capped(logits[block].float(), softcap)
+        losses[block], lse[block] = _losses(z, target[block], *options[:-1])
         if predict:
-            predictions[rows] = z.argmax(1)
+            predictions[block] = z.argmax(1)
+        if token_weight is not None:
+            logits[block] = _gradient(token_weight[block], z, lse[block], target[block], *options)
     return losses, lse, predictions
 
 
@@ -102,12 +107,6 @@ def backward(
         z = _capped(logits[rows].float(), softcap)
         gradient[rows] = _gradient(grad_losses[rows], z, lse[rows], target[rows], *options)
     return gradient
-
-
-def _results(logits: Tensor, predict: bool) -> tuple[Tensor, Tensor, Tensor]:
-    rows = logits.shape[0]
-    losses, lse = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    return losses, lse, logits.new_empty(rows if predict else 0, dtype=torch.int64)
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:

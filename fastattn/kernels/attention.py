@@ -136,8 +136,9 @@ def _walk_keys(
         if mask_ptr is not None:
             mask_ptrs = pair_pointers(mask_ptr, mask_stride, offs_m[:, None], (start + offs_n)[None, :])
         acc, l, m = add_keys(
-            acc, l, m, q, k_ptr + at * k_stride + k_offsets, v_ptr + at * v_stride + v_offsets, mask_ptrs, bias_ptr, bias_stride, slope, seed, start, offs_n < num_keys - start, batch, head, offs_m, row_limit, num_keys,
-            shift, left, right, scale, softcap, threshold, columns_qk, columns_v, BLOCK_N, PLAIN, EDGE, PRECISION,
+            acc, l, m, q, k_ptr + at * k_stride + k_offsets, v_ptr + at * v_stride + v_offsets, mask_ptrs, bias_ptr,
+            bias_stride, slope, seed, start, offs_n < num_keys - start, batch, head, offs_m, row_limit, num_keys, shift,
+            left, right, scale, softcap, threshold, columns_qk, columns_v, BLOCK_N, PLAIN, EDGE, PRECISION,
         )  # fmt: skip
     return acc, l, m
 

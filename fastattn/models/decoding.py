@@ -1,7 +1,7 @@
 """One new token of every sequence through a GPT on a CPU, with nothing around the arithmetic.
 
-For one token a block's products take a fifth of a millisecond on one core, and what modules and ops do around them (calls,
-checks, dispatch) takes as long again, because the weights that pass by push it out of the caches. The formulas are those of
+For one token, what modules and ops do around a block's products (calls, checks, dispatch) takes as long as the products,
+because the weights that pass by push it out of the caches (`python -m bench.report models` times generation). The formulas are those of
 `Block` and `SelfAttention`, and tests/test_gpt.py holds `TokenReader` to their numbers.
 """
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.eager import attention as eager
+from fastattn.eager.attention_maps import weights_of_rows
 from fastattn.ops.attention import attend, canonical
 
 
@@ -91,7 +91,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         weights = None
         if need_weights:
-            weights = eager.weights(*arguments[:2], *arguments[3:])
+            weights = weights_of_rows(*arguments[:2], range(lengths[0]), *arguments[3:])
             weights = weights.mean(1) if average_attn_weights else weights
         if not batched:
             return out.squeeze(0), None if weights is None else weights.squeeze(0)

@@ -50,6 +50,11 @@ def check_probability(name: str, value: float) -> None:
         raise ValueError(f"{name} must be in [0, 1), got {value}")
 
 
+def check_softcap(softcap: float | None) -> None:
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(f"softcap must be None or > 0, got {softcap}")
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast floating tensors to autocast's dtype where autocast is on for their device; leave fp64 alone."""
     if not torch._C._is_any_autocast_enabled():

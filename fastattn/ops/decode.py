@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastattn import backend
 from fastattn.layout import new_output
-from fastattn.ops.attention import MAX_HEAD_DIM, check_slopes, check_window, row_contiguous
-from fastattn.ops.checks import check_rank, check_same_device, check_shape, check_tensor, name_of
+from fastattn.ops.attention import MAX_HEAD_DIM, check_sinks, check_slopes, check_window, row_contiguous
+from fastattn.ops.checks import check_rank, check_same_device, check_shape, check_softcap, check_tensor, name_of
 from fastattn.ops.library import call, define
 from fastattn.ops.rotary import rotary
 
@@ -234,12 +234,8 @@ def attention_with_kv_cache(
     _check_lengths(cache_seqlens, batch, new, capacity)
     lengths, length = (cache_seqlens, 0) if isinstance(cache_seqlens, Tensor) else (None, cache_seqlens)
     left, right = check_window(window, causal)
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"softcap must be None or > 0, got {softcap}")
-    if sinks is not None:
-        check_tensor("sinks", sinks)
-        check_shape("sinks", sinks, (query.shape[1],), "one per query head")
-        sinks = sinks.contiguous()
+    check_softcap(softcap)
+    sinks = check_sinks(sinks, query.shape[1])
     slopes = check_slopes(alibi_slopes, batch, query.shape[1])
     check_same_device(
         query=query, key_cache=key_cache, value_cache=value_cache, cache_seqlens=lengths, key=key, value=value,

@@ -5,7 +5,7 @@ gradient op is registered in the same way and has a gradient of its own, written
 double backward work. Functorch transforms and forward-mode AD never reach an op: `needs_composite` routes them to the
 op's plain PyTorch definition before (an op would refuse them).
 
-The dispatcher's way through Python costs 12 µs a call, three times what a small op itself takes on a CPU. `call` therefore
+The dispatcher's way through Python costs more than a small op itself takes on a CPU. `call` therefore
 goes straight to the implementation unless somebody listens: a compiler, a tracer, a mode, the profiler, a tensor subclass.
 """
 
