@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
+PROCESSES := -n auto --maxprocesses 8 --dist worksteal
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -29,13 +30,13 @@ demo-pipeline: $(VENV)/.pipeline ## news: pre-train, fine-tune, evaluate, answer
 	$(BIN)/python examples/generate.py runs/pipeline/topic --temperature 0 --prompt - < runs/pipeline/prompt
 
 test: $(VENV)/.dev ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PROCESSES)
 
 gpu: $(VENV)/.dev ## run the tests that need a GPU, compiled, on this machine's
 	FASTATTN_TEST_GPU=1 $(BIN)/python -m pytest -m gpu
 
 test-all: $(VENV)/.dev ## run the tests and the exhaustive sweeps
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest $(PROCESSES) -m "slow or not slow"
 
 lint: $(VENV)/.dev ## check style and formatting
 	$(BIN)/python -m ruff check .

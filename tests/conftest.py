@@ -14,6 +14,9 @@ from bench.codegen.worker import CompileWorker
 
 ON_GPU = os.environ.get("FASTATTN_TEST_GPU") == "1"
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # each process of `make test` has a core of its own
+    torch.set_num_threads(1)
+
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read at triton's first import
     os.environ.setdefault("FASTATTN_BACKEND", "eager")  # kernel tests opt in: `with fastattn.backend.use("triton")`
