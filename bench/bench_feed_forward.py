@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
-from bench.cases import OpCase
+from bench.cases import OpCase, in_one_graph
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -69,7 +68,7 @@ def sequential(case: FeedForward) -> Callable[..., Tensor]:
 
 
 def compiled(case: FeedForward) -> Callable[..., Tensor]:
-    return torch.compile(sequential(case), dynamic=False)
+    return in_one_graph(sequential(case))
 
 
 PROVIDERS = {"fastattn": ours, "torch nn.Sequential": sequential, "nn.Sequential, torch.compile": compiled}

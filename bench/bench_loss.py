@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastattn
 from bench import machine
-from bench.cases import DTYPES, OpCase, Unavailable, need
+from bench.cases import DTYPES, OpCase, Unavailable, in_one_graph, need
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def torch_nn(case: CrossEntropy) -> Callable[..., Tensor]:
 
 
 def compiled(case: CrossEntropy) -> Callable[..., Tensor]:
-    return torch.compile(torch_nn(case), dynamic=False)
+    return in_one_graph(torch_nn(case))
 
 
 def liger(case: CrossEntropy) -> Callable[..., Tensor]:

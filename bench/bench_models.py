@@ -1,15 +1,14 @@
-"""A GPT: one training step (forward, loss, backward, AdamW) and generation, against Hugging Face's and torch.nn's."""
+"""Models: a training step (forward, loss, backward, AdamW) of a GPT and of a classifier, plain and under torch.compile,
+and a GPT's generation; against nanoGPT's recipe, Hugging Face and torch.nn."""
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
+from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from types import ModuleType
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,20 +16,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import machine
-from bench.cases import DTYPES, Case, need
+from bench.cases import DTYPES, Case, in_one_graph
 from bench.contest import Run
-from fastattn.models import GPT, GPTConfig
+from bench.peer_models import PlainClassifier, PlainGPT, TorchClassifier, TorchGPT, hugging_face
+from fastattn.models import GPT, Classifier, ClassifierConfig, GPTConfig
 from tests.compare import assert_close
+
+LossOf = Callable[..., Tensor]
+
+
+def _larger(model: Any) -> Any:
+    """The model on the device, its weights larger than a fresh model's so that errors show."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    return model.to(machine.device())
 
 
 @dataclass(frozen=True)
-class GPTCase(Case):
-    layers: int = 6
-    width: int = 384
-    heads: int = 6
-    context: int = 256
-    vocab: int = 8192
-    batch: int = 8
+class ModelCase(Case):
+    """A model of some size, and a batch for it."""
+
+    layers: int
+    width: int
+    heads: int
+    context: int
+    vocab: int
+    batch: int
 
     @property
     def size(self) -> str:
@@ -39,24 +51,82 @@ class GPTCase(Case):
     def small(self) -> Any:
         return replace(self, layers=2, width=32, heads=2, context=24, vocab=50, batch=2)
 
-    def weights(self) -> GPT:
-        """The same weights for everybody, larger than a fresh model's so that errors show."""
-        torch.manual_seed(0)
-        config = GPTConfig(self.vocab, self.context, self.layers, self.heads, self.width)
-        model = GPT(config).to(machine.device())
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.02 * torch.randn_like(parameter)
-        return model
-
-    def tokens(self, length: int) -> Tensor:
-        generator = torch.Generator().manual_seed(1)
-        return torch.randint(self.vocab, (self.batch, length), generator=generator).to(machine.device())
+    def integers(self, below: int, *shape: int) -> Tensor:
+        return torch.randint(below, shape, generator=torch.Generator().manual_seed(1)).to(machine.device())
 
 
 @dataclass(frozen=True)
-class TrainingStep(GPTCase):
-    """bf16 is autocast over fp32 weights. A provider gives (model, loss of (tokens, targets))."""
+class TrainingStep(ModelCase):
+    """bf16 is autocast over fp32 weights. A provider gives (model, loss of a batch)."""
+
+    truth: ClassVar[str]  # names of providers: computed in fp64, this is right;
+    plain: ClassVar[str]  # and this is as exact as is asked of the others
+    providers: ClassVar[dict[str, Callable[[Any], tuple[nn.Module, LossOf]]]]
+    steady: ClassVar[bool] = True
+
+    @abstractmethod
+    def data(self) -> tuple[Tensor, ...]:
+        """The batch, as the loss takes it."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.dtype == "fp32":
+            return nullcontext()
+        return torch.autocast(machine.device().type, DTYPES[self.dtype])
+
+    def job(self, provider: Callable[[Any], tuple[nn.Module, LossOf]]) -> Run:
+        model, loss_of = provider(self)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        data = self.data()
+
+        def run() -> Tensor:
+            optimizer.zero_grad(set_to_none=True)
+            with self.autocast():
+                loss = loss_of(*data)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return run
+
+    def check(self, provider: Callable[[Any], tuple[nn.Module, LossOf]]) -> None:
+        """The losses of three steps, so that gradients and optimizer count."""
+        case = self.small()
+        got, plain = (
+            torch.stack([run() for _ in range(3)]) for run in map(case.job, (provider, self.providers[self.plain]))
+        )
+        model, loss_of = self.providers[self.truth](case)
+        truth = replace(case, dtype="fp32").job(lambda _: (model.double(), loss_of))
+        assert_close("losses", got, torch.stack([truth() for _ in range(3)]), plain, relative=1e-6)
+
+
+@dataclass(frozen=True)
+class GPTCase(ModelCase):
+    layers: int = 6
+    width: int = 384
+    heads: int = 6
+    context: int = 256
+    vocab: int = 8192
+    batch: int = 8
+
+    @property
+    def config(self) -> GPTConfig:
+        return GPTConfig(self.vocab, self.context, self.layers, self.heads, self.width)
+
+    def weights(self) -> GPT:
+        """The same for everybody."""
+        torch.manual_seed(0)
+        return _larger(GPT(self.config))
+
+    @property
+    def matrices(self) -> int:
+        """Numbers in all the matrices that a token is multiplied with."""
+        return self.layers * 12 * self.width**2 + self.vocab * self.width
+
+
+@dataclass(frozen=True)
+class GPTStep(GPTCase, TrainingStep):
+    truth: ClassVar[str] = "Hugging Face GPT-2, eager"
+    plain: ClassVar[str] = "Hugging Face GPT-2, eager"
 
     @property
     def name(self) -> str:
@@ -64,43 +134,65 @@ class TrainingStep(GPTCase):
 
     @property
     def flops(self) -> float:
-        """6 operations a token for each weight of a matrix, and attention's 2 products in 3 passes over half the pairs."""
-        matrices = self.layers * 12 * self.width**2 + self.vocab * self.width
+        """6 operations a token for each number of a matrix, and attention's 2 products in 3 passes over half the pairs."""
         attention = self.layers * 6 * self.context * self.width
-        return self.batch * self.context * (6 * matrices + attention)
+        return self.batch * self.context * (6 * self.matrices + attention)
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        if self.dtype == "fp32":
-            return nullcontext()
-        return torch.autocast(machine.device().type, DTYPES[self.dtype])
+    def data(self) -> tuple[Tensor, ...]:
+        text = self.integers(self.vocab, self.batch, self.context + 1)
+        return text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
-    def job(self, provider: Callable[[GPTCase], tuple[nn.Module, Callable[..., Tensor]]]) -> Run:
-        model, loss_of = provider(self)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        text = self.tokens(self.context + 1)
-        tokens, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
-        def run() -> Tensor:
-            optimizer.zero_grad(set_to_none=True)
-            with self.autocast():
-                loss = loss_of(tokens, targets)
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
+@dataclass(frozen=True)
+class CompiledGPTStep(GPTStep):
+    @property
+    def name(self) -> str:
+        return f"{super().name} torch.compile"
 
-        return run
 
-    def check(self, provider: Callable[[GPTCase], tuple[nn.Module, Callable[..., Tensor]]]) -> None:
-        """The losses of three steps, so that gradients and optimizer count."""
-        case = self.small()
-        losses = [torch.stack([run() for _ in range(3)]) for run in map(case.job, (provider, hugging_face_eager))]
-        truth = replace(case, dtype="fp32").job(_double)
-        assert_close("losses", losses[0], torch.stack([truth() for _ in range(3)]), losses[1], relative=1e-6)
+@dataclass(frozen=True)
+class ClassifierStep(TrainingStep):
+    """Texts of different lengths, padded to the longest."""
+
+    layers: int = 4
+    width: int = 256
+    heads: int = 4
+    context: int = 256
+    vocab: int = 8192
+    batch: int = 16
+    truth: ClassVar[str] = "torch nn.TransformerEncoder"
+    plain: ClassVar[str] = "plain PyTorch, SDPA"
+
+    @property
+    def name(self) -> str:
+        return f"classifier training step {self.size}"
+
+    @property
+    def flops(self) -> float:
+        """As `GPTStep.flops`, over all pairs and without a product with the vocabulary; padding counts."""
+        per_token = self.layers * (6 * 12 * self.width**2 + 12 * self.context * self.width)
+        return self.batch * self.context * per_token
+
+    @property
+    def config(self) -> ClassifierConfig:
+        return ClassifierConfig(self.vocab, 4, self.context, self.layers, self.heads, self.width, dropout=0.0)
+
+    def weights(self) -> Classifier:
+        """The same for everybody."""
+        torch.manual_seed(0)
+        return _larger(Classifier(self.config))
+
+    def data(self) -> tuple[Tensor, ...]:
+        """(tokens, which of them are text, labels); a text is at least a quarter as long as the longest."""
+        lengths = self.context - self.integers(3 * self.context // 4, self.batch)
+        lengths[0] = self.context
+        mask = torch.arange(self.context, device=lengths.device) < lengths[:, None]
+        return self.integers(self.vocab, self.batch, self.context) * mask, mask, self.integers(4, self.batch)
 
 
 @dataclass(frozen=True)
 class Generation(GPTCase):
-    """Greedy, from a prompt of 32 tokens. A provider gives the model and `continue(tokens, new)`."""
+    """Greedy, from a prompt of 32 tokens. A provider gives `continue(tokens, new)`."""
 
     new: int = 96
 
@@ -111,14 +203,13 @@ class Generation(GPTCase):
     @property
     def traffic(self) -> float:
         """Every token reads all the weights once."""
-        matrices = self.layers * 12 * self.width**2 + self.vocab * self.width
-        return self.new * matrices * DTYPES[self.dtype].itemsize
+        return self.new * self.matrices * DTYPES[self.dtype].itemsize
 
     def small(self) -> Any:
         return replace(super().small(), new=12, context=48)
 
     def job(self, provider: Callable[[GPTCase], Callable[[Tensor, int], Tensor]]) -> Run:
-        generate, prompt = provider(self), self.tokens(32)
+        generate, prompt = provider(self), self.integers(self.vocab, self.batch, 32)
         return lambda: generate(prompt, self.new)
 
     def check(self, provider: Callable[[GPTCase], Callable[[Tensor, int], Tensor]]) -> None:
@@ -134,107 +225,52 @@ class Generation(GPTCase):
         assert (logits.amax(2) - chosen <= slack).all(), "a token is not the most likely one"
 
 
-def _transformers() -> ModuleType:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return need("transformers")
-
-
 def _hugging_face(case: GPTCase, attention: str) -> Any:
-    """GPT-2 of transformers with `case`'s weights; its linear layers hold the transposed matrix."""
-    transformers = _transformers()
-    config = transformers.GPT2Config(
-        vocab_size=case.vocab, n_positions=case.context, n_embd=case.width, n_layer=case.layers, n_head=case.heads,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation=attention, bos_token_id=0, eos_token_id=None,
-    )  # fmt: skip
-    model = transformers.GPT2LMHeadModel(config).to(machine.device())
-    theirs, ours = model.state_dict(), case.weights().state_dict()
-    names = {"attention.in_proj": "attn.c_attn", "attention.out_proj": "attn.c_proj", "norm1": "ln_1", "norm2": "ln_2",
-             "feed_forward.linear1": "mlp.c_fc", "feed_forward.linear2": "mlp.c_proj"}  # fmt: skip
-    for name, tensor in ours.items():
-        if name == "token_embedding.weight":
-            targets = ["transformer.wte.weight", "lm_head.weight"]
-        elif name == "position_embedding.weight":
-            targets = ["transformer.wpe.weight"]
-        elif name.startswith("norm."):
-            targets = [f"transformer.ln_f.{name.removeprefix('norm.')}"]
-        else:
-            _, index, rest = name.split(".", 2)
-            module, leaf = rest.rsplit(".", 1)
-            targets = [f"transformer.h.{index}.{names[module]}.{leaf}"]
-        matrix = name.endswith("weight") and ".h." in targets[0] and tensor.dim() == 2
-        for target in targets:
-            assert theirs[target].shape == (tensor.T if matrix else tensor).shape
-            theirs[target] = tensor.T if matrix else tensor
-    model.load_state_dict(theirs)
-    return model
+    return hugging_face(case.config, case.weights().state_dict(), attention).to(machine.device())
 
 
-def _loss_of(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
-        logits = model(tokens).logits
-        return F.cross_entropy(
-            logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten()
-        )
-
-    return loss_of
-
-
-def _double(case: GPTCase) -> tuple[nn.Module, Callable[..., Tensor]]:
-    model = _hugging_face(case, "eager").double()
-    return model, _loss_of(model)
-
-
-def ours(case: GPTCase) -> tuple[nn.Module, Callable[..., Tensor]]:
+def ours(case: GPTCase) -> tuple[nn.Module, LossOf]:
     model = case.weights()
     return model, lambda tokens, targets: model(tokens, targets)[1]
 
 
-def hugging_face(case: GPTCase) -> tuple[nn.Module, Callable[..., Tensor]]:
-    model = _hugging_face(case, "sdpa")
-    return model, _loss_of(model)
+def nano_gpt(case: GPTCase) -> tuple[nn.Module, LossOf]:
+    model = PlainGPT(case.config, case.weights().state_dict()).to(machine.device())
+    return model, model
 
 
-def hugging_face_eager(case: GPTCase) -> tuple[nn.Module, Callable[..., Tensor]]:
-    model = _hugging_face(case, "eager")
-    return model, _loss_of(model)
+def torch_nn(case: GPTCase) -> tuple[nn.Module, LossOf]:
+    model = TorchGPT(case.config, case.weights().state_dict()).to(machine.device())
+    return model, model
 
 
-def hugging_face_compiled(case: GPTCase) -> tuple[nn.Module, Callable[..., Tensor]]:
-    model = _hugging_face(case, "sdpa")
-    return model, torch.compile(_loss_of(model), dynamic=False)
+def gpt2(attention: str, case: GPTCase) -> tuple[nn.Module, LossOf]:
+    model = _hugging_face(case, attention)
+
+    def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
+
+    return model, loss_of
 
 
-class TorchGPT(nn.Module):
-    """The same GPT from nn.TransformerEncoder."""
-
-    def __init__(self, case: GPTCase) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(case.vocab, case.width), nn.Embedding(case.context, case.width)
-        layer = nn.TransformerEncoderLayer(
-            case.width, case.heads, 4 * case.width, 0.0, nn.GELU("tanh"), batch_first=True, norm_first=True
-        )
-        self.encoder = nn.TransformerEncoder(layer, case.layers, nn.LayerNorm(case.width), enable_nested_tensor=False)
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(case.context), persistent=False)
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-        logits = self.encoder(x, mask=self.mask, is_causal=True) @ self.tokens.weight.T
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+def compiled(provider: Callable[[Any], tuple[nn.Module, LossOf]], case: TrainingStep) -> tuple[nn.Module, LossOf]:
+    """Another provider's, under torch.compile."""
+    model, loss_of = provider(case)
+    return model, in_one_graph(loss_of)
 
 
-def torch_nn(case: GPTCase) -> tuple[nn.Module, Callable[..., Tensor]]:
-    model = TorchGPT(case).to(machine.device())
-    names = {"token_embedding": "tokens", "position_embedding": "positions", "attention.in_proj.": "self_attn.in_proj_",
-             "attention.": "self_attn.", "feed_forward.": "", "blocks.": "encoder.layers."}  # fmt: skip
-    state = {}
-    for name, tensor in case.weights().state_dict().items():
-        for old, new in names.items():
-            name = name.replace(old, new)
-        state[f"encoder.{name}" if name.startswith("norm.") else name] = tensor
-    model.load_state_dict(state)
+def classify_ours(case: ClassifierStep) -> tuple[nn.Module, LossOf]:
+    model = case.weights()
+    return model, lambda *data: model(*data)[1]
+
+
+def classify_plain(case: ClassifierStep) -> tuple[nn.Module, LossOf]:
+    model = PlainClassifier(case.config, case.weights().state_dict()).to(machine.device())
+    return model, model
+
+
+def classify_torch_nn(case: ClassifierStep) -> tuple[nn.Module, LossOf]:
+    model = TorchClassifier(case.config, case.weights().state_dict()).to(machine.device())
     return model, model
 
 
@@ -255,32 +291,46 @@ def generate_hugging_face(case: GPTCase) -> Callable[[Tensor, int], Tensor]:
 
 TRAINING = {
     "fastattn": ours,
-    "Hugging Face GPT-2, SDPA": hugging_face,
-    "Hugging Face GPT-2, eager": hugging_face_eager,
+    "nanoGPT's recipe": nano_gpt,
+    "Hugging Face GPT-2, SDPA": partial(gpt2, "sdpa"),
+    "Hugging Face GPT-2, eager": partial(gpt2, "eager"),
     "torch nn.TransformerEncoder": torch_nn,
 }
-COMPILED = {"fastattn": ours, "Hugging Face GPT-2, torch.compile": hugging_face_compiled}
+GPTStep.providers = TRAINING
+COMPILED = {name: partial(compiled, provider) for name, provider in TRAINING.items()}
+CLASSIFYING = {
+    "fastattn": classify_ours,
+    "plain PyTorch, SDPA": classify_plain,
+    "torch nn.TransformerEncoder": classify_torch_nn,
+}
+ClassifierStep.providers = CLASSIFYING
 GENERATION = {"fastattn": generate_ours, "Hugging Face GPT-2": generate_hugging_face}
 
 
+def _named(*cases: Case) -> Any:
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
 @pytest.mark.parametrize("provider", TRAINING)
-@pytest.mark.parametrize("case", [TrainingStep("fp32"), TrainingStep("bf16")], ids=lambda case: case.name)
-def test_training_step(compare: Callable[..., None], case: TrainingStep, provider: str) -> None:
+@_named(GPTStep("fp32"), GPTStep("bf16"))
+def test_gpt_step(compare: Callable[..., None], case: GPTStep, provider: str) -> None:
     compare(case, provider, TRAINING)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("provider", COMPILED)
-@pytest.mark.parametrize("case", [TrainingStep("fp32", batch=4)], ids=lambda case: case.name)
-def test_training_step_compiled(compare: Callable[..., None], case: TrainingStep, provider: str) -> None:
+@_named(CompiledGPTStep("fp32"), CompiledGPTStep("bf16"))
+def test_gpt_step_compiled(compare: Callable[..., None], case: CompiledGPTStep, provider: str) -> None:
     compare(case, provider, COMPILED)
 
 
+@pytest.mark.parametrize("provider", CLASSIFYING)
+@_named(ClassifierStep("fp32"), ClassifierStep("bf16"))
+def test_classifier_step(compare: Callable[..., None], case: ClassifierStep, provider: str) -> None:
+    compare(case, provider, CLASSIFYING)
+
+
 @pytest.mark.parametrize("provider", GENERATION)
-@pytest.mark.parametrize(
-    "case",
-    [Generation(dtype, batch=batch) for dtype in ("fp32", "bf16") for batch in (1, 8)],
-    ids=lambda case: case.name,
-)
+@_named(*(Generation(dtype, batch=batch) for dtype in ("fp32", "bf16") for batch in (1, 8)))
 def test_generation(compare: Callable[..., None], case: Generation, provider: str) -> None:
     compare(case, provider, GENERATION)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
-from bench.cases import DTYPES, OpCase, Unavailable, need
+from bench.cases import DTYPES, OpCase, Unavailable, in_one_graph, need
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def plain(case: LayerNorm) -> Callable[..., Tensor]:
 
 
 def compiled(case: LayerNorm) -> Callable[..., Tensor]:
-    return torch.compile(case.definition, dynamic=False)
+    return in_one_graph(case.definition)
 
 
 def liger(case: LayerNorm) -> Callable[..., Tensor]:

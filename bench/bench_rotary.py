@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastattn
 from bench import machine
-from bench.cases import DTYPES, OpCase, need
+from bench.cases import DTYPES, OpCase, in_one_graph, need
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def transformers(case: Rotary) -> Callable[..., Tensor]:
 
 
 def compiled(case: Rotary) -> Callable[..., Tensor]:
-    return torch.compile(plain(case), dynamic=False)
+    return in_one_graph(plain(case))
 
 
 PROVIDERS = {

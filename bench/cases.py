@@ -9,8 +9,9 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,15 +35,42 @@ def need(package: str) -> ModuleType:
         raise Unavailable(f"the package {package} is not installed") from error
 
 
+def in_one_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile of it, for exactly the shapes it gets; never silently the plain function.
+
+    Raises:
+        Unavailable: nothing here can compile what it makes.
+    """
+    problem = _compile_problem()
+    if problem:
+        raise Unavailable(f"torch.compile does not work here: {problem}")
+    import torch._dynamo
+
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(function, dynamic=False)
+
+
+@cache
+def _compile_problem() -> str:
+    """What goes wrong when the smallest function is compiled, or nothing."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=machine.device()))
+    except Exception as error:
+        return str(error).strip().partition("\n")[0]
+    return ""
+
+
 @dataclass(frozen=True)
 class Case(ABC):
     """One job at one size.
 
     Attributes:
         dtype: "fp32", "bf16" or "fp16".
+        steady: memory is that of a second run; what the first leaves behind (gradients, the optimizer's state) does not count.
     """
 
     dtype: str
+    steady: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -58,6 +86,10 @@ class Case(ABC):
     def traffic(self) -> float | None:
         """Bytes that one run has to read and write, at least."""
         return None
+
+    @abstractmethod
+    def small(self) -> Any:
+        """The same job, so small that the definition can check it."""
 
     @abstractmethod
     def job(self, provider: Callable[[Any], Any]) -> Run:
@@ -81,10 +113,6 @@ class OpCase(Case, Generic[C]):
     """
 
     backward: bool
-
-    @abstractmethod
-    def small(self: C) -> C:
-        """The same job, so small that the definition can check it."""
 
     @abstractmethod
     def inputs(self) -> list[Tensor]:

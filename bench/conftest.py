@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import pytest
@@ -89,10 +90,10 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case, s
                 pytest.skip(str(found.absent[name]))
             raise found.absent[name]
         seconds = found.times.seconds[name]
-        benchmark.group = case.name
+        benchmark.group, benchmark.name = case.name, name
         benchmark.pedantic(CLOCK.replay(seconds), rounds=len(seconds))
         figures = _figures(case, found, name)
-        if not config.getoption("--no-memory") and "compile" not in name:
+        if not config.getoption("--no-memory"):
             figures["memory_MiB"] = round(peak_growth(case, providers[name]) / 2**20, 1)
         found.figures[name] = figures
         benchmark.extra_info.update(figures, case=case.name, provider=name, rounds=seconds)
@@ -101,6 +102,7 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case, s
 
 
 def _compare(case: Case, providers: Providers, seconds: float) -> Comparison:
+    torch.compiler.reset()  # what was compiled for other cases does not count as recompilation
     jobs: dict[str, Run] = {}
     absent: dict[str, Exception] = {}
     for name, provider in providers.items():
@@ -115,15 +117,17 @@ def _compare(case: Case, providers: Providers, seconds: float) -> Comparison:
 def _figures(case: Case, found: Comparison, name: str) -> dict[str, Any]:
     """Ratio to ours, rates, and the share of what the machine does at most."""
     seconds, limits = min(found.times.seconds[name]), machine.limits()
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = {"median_seconds": median(found.times.seconds[name])}
     if OURS in found.times.seconds:
         ratio = found.times.ratio(name, OURS)
         figures |= {"times_ours": ratio.median, "times_ours_low": ratio.low, "times_ours_high": ratio.high}
     if case.flops:
         peak = limits.flops[str(DTYPES[case.dtype]).removeprefix("torch.")]
         figures |= {"TFLOP/s": case.flops / seconds / 1e12, "share_of_matmul": case.flops / seconds / peak}
+        figures["limit_seconds"] = case.flops / peak
     if case.traffic:
         figures |= {"GB/s": case.traffic / seconds / 1e9, "share_of_copy": case.traffic / seconds / limits.bandwidth}
+        figures["limit_seconds"] = max(figures.get("limit_seconds", 0.0), case.traffic / limits.bandwidth)
     return figures
 
 

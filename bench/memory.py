@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import multiprocessing
 import resource
 import sys
@@ -56,8 +58,20 @@ def _on_gpu(case: Case, provider: Callable[[Any], Any]) -> int:
 
 
 def _on_cpu(case: Case, provider: Callable[[Any], Any]) -> int:
-    case.check(provider)  # thread pools, libraries and tables are set up: they do not count
-    return growth(case.job(provider))
+    run = (case if case.steady else case.small()).job(provider)
+    run()  # thread pools, libraries and tables are set up: they do not count
+    if not case.steady:
+        return growth(case.job(provider))
+    _trim()
+    return growth(run)
+
+
+def _trim() -> None:
+    """Give the system back what glibc keeps of freed blocks, so that using it again is seen."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _reset_peak() -> int:

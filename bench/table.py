@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-COLUMNS = ("case", "provider", "time / ours", "quartiles", "TFLOP/s", "GB/s", "share of limit", "memory MiB")
+COLUMNS = (
+    "case",
+    "provider",
+    "time / ours",
+    "quartiles",
+    "ms",
+    "limit ms",
+    "TFLOP/s",
+    "GB/s",
+    "share of limit",
+    "memory MiB",
+)
 
 
 def text(comparisons: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
@@ -24,11 +35,16 @@ def _cells(figures: Mapping[str, Any]) -> tuple[str, ...]:
     def cell(name: str, form: str) -> str:
         return format(figures[name], form) if figures.get(name) is not None else ""
 
+    def milliseconds(name: str) -> str:
+        return f"{1e3 * figures[name]:.3g}" if name in figures else ""
+
     quartiles = f"{figures['times_ours_low']:.2f}-{figures['times_ours_high']:.2f}" if "times_ours" in figures else ""
     share = figures.get("share_of_matmul", figures.get("share_of_copy"))
     return (
         cell("times_ours", ".2f"),
         quartiles,
+        milliseconds("median_seconds"),
+        milliseconds("limit_seconds"),
         cell("TFLOP/s", ".3g"),
         cell("GB/s", ".3g"),
         "" if share is None else f"{share:.0%}",
