@@ -1,11 +1,12 @@
 """Tolerances from the error that plain PyTorch makes at the same dtype."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 FACTOR = 3.0  # how much larger than plain PyTorch's error ours may be
+OTHER_DRAWS = 8
 
 
 def max_error(got: Tensor, truth: Tensor) -> float:
@@ -19,17 +20,27 @@ def max_error(got: Tensor, truth: Tensor) -> float:
     return finite.abs().max().item() if finite.numel() else 0.0
 
 
-def assert_close(name: str, got: Tensor, truth: Tensor, plain: Tensor, relative: float = 0.0) -> None:
+def assert_close(
+    name: str,
+    got: Tensor,
+    truth: Tensor,
+    plain: Tensor,
+    relative: float = 0.0,
+    others: Callable[[], Iterable[float]] = tuple,
+) -> None:
     """|got - truth| <= FACTOR · (|plain - truth| + relative · |truth|) + one rounding, each of the largest element.
 
     Inputs are of order 1 and a result may be a difference of sums of them that is exactly 0 (a softmax over one key has no
     gradient), so a truth below 4 counts as 4. `relative` is an error that the
-    algorithm itself has by design.
+    algorithm itself has by design. A result of few numbers may by luck hold little of plain PyTorch's error: `others` gives
+    its errors in other draws of the same case, and is asked only if the one at hand does not suffice.
     """
     size = truth.detach()[torch.isfinite(truth)].abs()
     largest = max(4.0, size.max().item() if size.numel() else 0.0)
-    allowed = FACTOR * (max_error(plain, truth) + relative * largest) + torch.finfo(got.dtype).eps * largest
-    error = max_error(got, truth)
+    error, rounding = max_error(got, truth), torch.finfo(got.dtype).eps * largest
+    allowed = FACTOR * (max_error(plain, truth) + relative * largest) + rounding
+    if error > allowed:
+        allowed = max(allowed, FACTOR * (max(others(), default=0.0) + relative * largest) + rounding)
     assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 

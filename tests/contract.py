@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
-from tests.compare import assert_close, max_error, value_and_gradients
+from tests.compare import OTHER_DRAWS, assert_close, max_error, value_and_gradients
 
 BACKENDS = ("eager", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -49,9 +49,9 @@ class Op:
     shifts: dict[str, float] = field(default_factory=dict)
     grows: tuple[str, ...] = ("input",)
 
-    def tensors(self, dtype: torch.dtype = torch.float32, extra: int = 0) -> list[Tensor]:
+    def tensors(self, dtype: torch.dtype = torch.float32, extra: int = 0, seed: int = 0) -> list[Tensor]:
         """`extra` is added to the batch of the tensors that may grow."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         made = []
         for name, shape in self.shapes.items():
             size = (shape[0] + extra, *shape[1:]) if name in self.grows else shape
@@ -75,13 +75,23 @@ def check_values(op: Op, backend: str, dtype: torch.dtype) -> None:
     tensors = op.tensors(dtype)
     with fastattn.backend.use(backend):
         outputs, grads = _differentiated(op, op.ours, tensors)
-    true_outputs, true_grads = _differentiated(op, op.definition, [t.double() for t in tensors])
-    plain_outputs, plain_grads = _differentiated(op, op.plain or op.definition, tensors)
-    for i, triple in enumerate(zip(outputs, true_outputs, plain_outputs)):
-        assert_close(f"output {i}", *triple)
-    for name, x, *triple in zip(op.shapes, tensors, grads, true_grads, plain_grads):
-        assert triple[0].dtype == x.dtype
-        assert_close(f"gradient of {name}", *triple)
+    assert [g.dtype for g in grads] == [x.dtype for x in tensors]
+    names = [f"output {i}" for i in range(len(outputs))] + [f"gradient of {name}" for name in op.shapes]
+    for i, (name, got, truth, plain) in enumerate(zip(names, outputs + grads, *_truth_and_plain(op, tensors))):
+        assert_close(name, got, truth, plain, others=lambda i=i: _plain_errors(op, dtype, i))
+
+
+def _truth_and_plain(op: Op, tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Outputs and gradients of the definition in fp64, and of plain PyTorch."""
+    both = (op.definition, [t.double() for t in tensors]), (op.plain or op.definition, tensors)
+    return [outputs + grads for outputs, grads in (_differentiated(op, f, given) for f, given in both)]
+
+
+def _plain_errors(op: Op, dtype: torch.dtype, result: int) -> Iterator[float]:
+    """Of one of the results, in other draws of the tensors."""
+    for seed in range(1, 1 + OTHER_DRAWS):
+        truth, plain = _truth_and_plain(op, op.tensors(dtype, seed=seed))
+        yield max_error(plain[result], truth[result])
 
 
 def check_strides(op: Op, backend: str) -> None:

@@ -57,8 +57,8 @@ class Combination(Case):
         )  # fmt: skip
         return case, dtype
 
-    def inputs(self, dtype):
-        tensors, options = super().inputs(dtype)
+    def inputs(self, dtype, seed=0):
+        tensors, options = super().inputs(dtype, seed)
         tensors[:3] = [laid_out(x, self.layout) for x in tensors[:3]]
         return tensors, options
 

@@ -263,10 +263,11 @@ def matmul_config(target: Target, columns: int, depth: int, itemsize: int, heavy
     """
     if target.backend == "interpreter":
         block = MatmulConfig(32, 64, 32, 4, 1, parts=2)
-    elif columns % 16 or depth % 16:  # element by element: the addresses need registers
-        block = MatmulConfig(64, 64 if itemsize == 2 else 32, 32, 4, 2, parts=2)
     elif itemsize == 4:
-        block = MatmulConfig(64, 64, 32, 4 if target.arch == 100 else 8, 2)
+        ragged = columns % 16 or depth % 16
+        block = MatmulConfig(64, 32 if ragged else 64, 32, 4 if target.arch == 100 else 8, 2)
+    elif columns % 16 or depth % 16:  # element by element: the addresses need registers
+        block = MatmulConfig(64, 64, 32, 4, 2, parts=2)
     elif target.arch in (90, 100):
         block = MatmulConfig(128, 128 if heavy else 256, 64, 8, 3, parts=2 if heavy else 4)
     elif target.arch == 80:
