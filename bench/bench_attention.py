@@ -1,27 +1,32 @@
-"""Attention: full, causal, grouped-query, windowed, ALiBi, bias with causal; forward, and forward with backward."""
+"""Attention: full, causal, grouped-query, windowed, ALiBi, bias with causal, softcap; forward, and forward with backward."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import fastattn
-from bench.cases import DTYPES, OpCase, Unavailable, need
+from bench import machine
+from bench.cases import DTYPES, OpCase, Unavailable, comparison, in_one_graph, need
 from tests import reference
 
+FEATURES = ("full", "causal", "gqa", "window", "alibi", "bias_causal", "softcap")
 WINDOW = 256
+SOFTCAP = 30.0
 
 
 @dataclass(frozen=True)
 class Attention(OpCase["Attention"]):
-    """`feature` is one of: full, causal, gqa, window, alibi, bias_causal."""
+    """`feature` is one of FEATURES."""
 
     feature: str
     n: int
@@ -32,7 +37,9 @@ class Attention(OpCase["Attention"]):
 
     @property
     def name(self) -> str:
-        return f"attention {self.feature} {'forward+backward' if self.backward else 'forward'} {self.dtype} N{self.n}"
+        heads = "" if self.heads == 8 else f" {self.heads} heads"
+        passes = "forward+backward" if self.backward else "forward"
+        return f"attention {self.feature} {passes} {self.dtype}{heads} N{self.n}"
 
     @property
     def kv_heads(self) -> int:
@@ -73,7 +80,23 @@ class Attention(OpCase["Attention"]):
         causal = self.feature != "full"
         window = (self.window, None) if self.feature == "window" else None
         slopes = self.slopes(query.device) if self.feature == "alibi" else None
-        return reference.attention(query, key, value, causal=causal, window=window, bias=bias, alibi_slopes=slopes)[0]
+        softcap = SOFTCAP if self.feature == "softcap" else None
+        return reference.attention(
+            query, key, value, causal=causal, window=window, bias=bias, alibi_slopes=slopes, softcap=softcap
+        )[0]
+
+    def mask(self) -> Tensor:
+        """What is added to the scores for window, ALiBi and causality, (1, 1 or heads, N, N)."""
+        device = machine.device()
+        gap = torch.arange(self.n, device=device)[:, None] - torch.arange(self.n, device=device)
+        mask = torch.zeros(self.n, self.n, device=device)
+        if self.feature == "alibi":
+            mask = mask - self.slopes(device)[:, None, None] * gap
+        if self.feature != "full":
+            mask = mask.masked_fill(gap < 0, -torch.inf)
+        if self.feature == "window":
+            mask = mask.masked_fill(gap > self.window, -torch.inf)
+        return mask.to(DTYPES[self.dtype]).view(1, -1, self.n, self.n)
 
 
 def ours(case: Attention) -> Callable[..., Tensor]:
@@ -84,23 +107,20 @@ def ours(case: Attention) -> Callable[..., Tensor]:
     if case.feature == "window":
         options["window"] = (case.window, None)
     if case.feature == "alibi":
-        options["alibi_slopes"] = case.slopes(case.randn(0).device)
+        options["alibi_slopes"] = case.slopes(machine.device())
+    if case.feature == "softcap":
+        options["softcap"] = SOFTCAP
     return run
 
 
 def sdpa(case: Attention) -> Callable[..., Tensor]:
     """PyTorch's; what it has no option for is an additive mask, made before the clock starts."""
+    if case.feature == "softcap":
+        raise Unavailable("PyTorch's attention has no softcap")
     if case.feature in ("full", "causal", "gqa"):
         causal, gqa = case.feature != "full", case.feature == "gqa"
         return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)
-    device, dtype = case.randn(0).device, DTYPES[case.dtype]
-    gap = torch.arange(case.n, device=device)[:, None] - torch.arange(case.n, device=device)
-    mask = torch.zeros(case.n, case.n, device=device).masked_fill(gap < 0, -torch.inf)
-    if case.feature == "window":
-        mask = mask.masked_fill(gap > case.window, -torch.inf)
-    if case.feature == "alibi":
-        mask = mask - case.slopes(device)[:, None, None] * gap
-    mask = mask.to(dtype).view(1, -1, case.n, case.n)
+    mask = case.mask()
 
     def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, mask if bias is None else mask + bias)
@@ -108,13 +128,70 @@ def sdpa(case: Attention) -> Callable[..., Tensor]:
     return run
 
 
-def math(case: Attention) -> Callable[..., Tensor]:
-    """PyTorch's with all the scores in memory."""
-    function = sdpa(case)
+def sdpa_with(backend: SDPBackend, case: Attention) -> Callable[..., Tensor]:
+    """One of PyTorch's implementations, where it can do this case."""
 
     def run(*inputs: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(backend):
             return function(*inputs)
+
+    small = case.small()
+    function = sdpa(small)
+    try:
+        with warnings.catch_warnings():  # in which PyTorch says at length why not
+            warnings.simplefilter("ignore")
+            run(*(x.requires_grad_(case.backward) for x in small.inputs()))
+    except RuntimeError as error:
+        raise Unavailable(f"PyTorch on this device: {error}") from error
+    function = sdpa(case)
+    return run
+
+
+def plain(case: Attention) -> Callable[..., Tensor]:
+    """The formula, written in PyTorch."""
+    mask, groups = case.mask(), case.heads // case.kv_heads
+
+    def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        key, value = (x if groups == 1 else x.repeat_interleave(groups, dim=1) for x in (key, value))
+        scores = query @ key.transpose(2, 3) * case.dim**-0.5
+        if case.feature == "softcap":
+            scores = SOFTCAP * torch.tanh(scores / SOFTCAP)
+        if bias is not None:
+            scores = scores + bias
+        return torch.softmax(scores + mask, dim=-1, dtype=torch.float32).to(query.dtype) @ value
+
+    return run
+
+
+def plain_compiled(case: Attention) -> Callable[..., Tensor]:
+    return in_one_graph(plain(case))
+
+
+def flex(case: Attention) -> Callable[..., Tensor]:
+    """PyTorch's FlexAttention, under torch.compile as it is meant to be."""
+    if case.backward and machine.device().type == "cpu":
+        raise Unavailable("FlexAttention has no backward on a CPU")
+    if case.feature == "bias_causal" and case.backward:
+        raise Unavailable("FlexAttention's gradient of a bias is not deterministic")
+    attend, slopes = in_one_graph(flex_attention), case.slopes(machine.device())
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) & (i - j <= case.window) if case.feature == "window" else i >= j
+
+    blocks = None
+    if case.feature != "full":
+        blocks = create_block_mask(visible, None, None, case.n, case.n, device=machine.device().type)
+
+    def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            if case.feature == "alibi":
+                return s - slopes[h] * (i - j)
+            if case.feature == "softcap":
+                return SOFTCAP * torch.tanh(s / SOFTCAP)
+            return s if bias is None else s + bias[0, h, i, j]
+
+        modified = case.feature in ("alibi", "softcap", "bias_causal")
+        return attend(query, key, value, score if modified else None, blocks, enable_gqa=case.feature == "gqa")
 
     return run
 
@@ -124,12 +201,13 @@ def flash_attn(case: Attention) -> Callable[..., Tensor]:
     package = need("flash_attn")
     if case.dtype == "fp32" or case.feature == "bias_causal":
         raise Unavailable("flash-attn has neither fp32 nor a bias")
-    device = case.randn(0).device
     options: dict[str, Any] = {"causal": case.feature != "full"}
     if case.feature == "window":
         options["window_size"] = (case.window, 0)
     if case.feature == "alibi":
-        options["alibi_slopes"] = case.slopes(device)
+        options["alibi_slopes"] = case.slopes(machine.device())
+    if case.feature == "softcap":
+        options["softcap"] = SOFTCAP
 
     def run(*inputs: Tensor) -> Tensor:
         return package.flash_attn_func(*(x.transpose(1, 2) for x in inputs), **options).transpose(1, 2)
@@ -137,26 +215,59 @@ def flash_attn(case: Attention) -> Callable[..., Tensor]:
     return run
 
 
-PROVIDERS = {"fastattn": ours, "torch SDPA": sdpa, "torch SDPA math": math, "flash-attn": flash_attn}
-FEATURES = ("full", "causal", "gqa", "window", "alibi", "bias_causal")
+def xformers(case: Attention) -> Callable[..., Tensor]:
+    """The package xformers, on a GPU."""
+    package = need("xformers.ops")
+    if not torch.cuda.is_available():
+        raise Unavailable("xformers needs a GPU")
+    if case.feature in ("gqa", "softcap"):
+        raise Unavailable(f"xformers' memory_efficient_attention has no {case.feature}")
+    mask: Any = None
+    if case.feature == "causal":
+        mask = package.LowerTriangularMask()
+    elif case.feature != "full":
+        mask = case.mask().expand(case.batch, case.heads, -1, -1)
+
+    def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        inputs = (x.transpose(1, 2) for x in (query, key, value))
+        return package.memory_efficient_attention(*inputs, mask if bias is None else mask + bias).transpose(1, 2)
+
+    return run
+
+
+PROVIDERS = {
+    "fastattn": ours,
+    "torch SDPA": sdpa,
+    "torch SDPA flash": partial(sdpa_with, SDPBackend.FLASH_ATTENTION),
+    "torch SDPA efficient": partial(sdpa_with, SDPBackend.EFFICIENT_ATTENTION),
+    "torch SDPA cuDNN": partial(sdpa_with, SDPBackend.CUDNN_ATTENTION),
+    "torch SDPA math": partial(sdpa_with, SDPBackend.MATH),
+    "plain PyTorch": plain,
+    "plain, torch.compile": plain_compiled,
+    "FlexAttention, torch.compile": flex,
+    "flash-attn": flash_attn,
+    "xformers": xformers,
+}
+QUICK = ("fastattn", "torch SDPA", "plain PyTorch", "flash-attn", "xformers")
 DEFAULT = [
-    *(Attention("fp32", backward, feature, 1024) for feature in FEATURES for backward in (False, True)),
+    *(Attention("fp32", backward, feature, 1024) for feature in FEATURES[:4] for backward in (False, True)),
     *(Attention("bf16", backward, feature, 1024) for feature in ("causal", "window") for backward in (False, True)),
     *(Attention("fp32", backward, "causal", n) for n in (128, 2048) for backward in (False, True)),
+    *(Attention("fp32", backward, feature, 2048) for feature in FEATURES[4:] for backward in (False, True)),
+    Attention("fp32", False, "window", 8192, heads=2),
 ]
 REST = [
-    case
-    for dtype in ("fp32", "bf16")
-    for feature in FEATURES
-    for n in (128, 256, 512, 1024, 2048, 4096)
-    for backward in (False, True)
-    if (case := Attention(dtype, backward, feature, n)) not in DEFAULT
+    *(
+        Attention(dtype, backward, feature, n)
+        for dtype in ("fp32", "bf16")
+        for feature in FEATURES
+        for n in (128, 256, 512, 1024, 2048, 4096)
+        for backward in (False, True)
+    ),
+    *(Attention(dtype, backward, "window", 8192, heads=2) for dtype in ("fp32", "bf16") for backward in (False, True)),
 ]
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize(
-    "case", [*DEFAULT, *(pytest.param(case, marks=pytest.mark.slow) for case in REST)], ids=lambda case: case.name
-)
+@comparison(PROVIDERS, DEFAULT, REST, slow=PROVIDERS.keys() - QUICK)
 def test_attention(compare: Callable[..., None], case: Attention, provider: str) -> None:
     compare(case, provider, PROVIDERS)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
 from bench import machine
-from bench.cases import DTYPES, OpCase, Unavailable, in_one_graph, need
+from bench.cases import DTYPES, OpCase, Unavailable, comparison, in_one_graph, need
 
 
 @dataclass(frozen=True)
@@ -165,19 +164,11 @@ LINEAR_REST = [
 ]
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize(
-    "case", [*DEFAULT, *(pytest.param(case, marks=pytest.mark.slow) for case in REST)], ids=lambda case: case.name
-)
+@comparison(PROVIDERS, DEFAULT, REST)
 def test_cross_entropy(compare: Callable[..., None], case: CrossEntropy, provider: str) -> None:
     compare(case, provider, PROVIDERS)
 
 
-@pytest.mark.parametrize("provider", LINEAR_PROVIDERS)
-@pytest.mark.parametrize(
-    "case",
-    [*LINEAR_DEFAULT, *(pytest.param(case, marks=pytest.mark.slow) for case in LINEAR_REST)],
-    ids=lambda case: case.name,
-)
+@comparison(LINEAR_PROVIDERS, LINEAR_DEFAULT, LINEAR_REST)
 def test_linear_cross_entropy(compare: Callable[..., None], case: LinearCrossEntropy, provider: str) -> None:
     compare(case, provider, LINEAR_PROVIDERS)

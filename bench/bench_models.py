@@ -10,13 +10,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import machine
-from bench.cases import DTYPES, Case, in_one_graph
+from bench.cases import DTYPES, Case, comparison, in_one_graph
 from bench.contest import Run
 from bench.peer_models import PlainClassifier, PlainGPT, TorchClassifier, TorchGPT, hugging_face
 from fastattn.models import GPT, Classifier, ClassifierConfig, GPTConfig
@@ -62,7 +61,6 @@ class TrainingStep(ModelCase):
     truth: ClassVar[str]  # names of providers: computed in fp64, this is right;
     plain: ClassVar[str]  # and this is as exact as is asked of the others
     providers: ClassVar[dict[str, Callable[[Any], tuple[nn.Module, LossOf]]]]
-    steady: ClassVar[bool] = True
 
     @abstractmethod
     def data(self) -> tuple[Tensor, ...]:
@@ -307,30 +305,21 @@ ClassifierStep.providers = CLASSIFYING
 GENERATION = {"fastattn": generate_ours, "Hugging Face GPT-2": generate_hugging_face}
 
 
-def _named(*cases: Case) -> Any:
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
-
-
-@pytest.mark.parametrize("provider", TRAINING)
-@_named(GPTStep("fp32"), GPTStep("bf16"))
+@comparison(TRAINING, [GPTStep("fp32"), GPTStep("bf16")])
 def test_gpt_step(compare: Callable[..., None], case: GPTStep, provider: str) -> None:
     compare(case, provider, TRAINING)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("provider", COMPILED)
-@_named(CompiledGPTStep("fp32"), CompiledGPTStep("bf16"))
+@comparison(COMPILED, [], [CompiledGPTStep("fp32"), CompiledGPTStep("bf16")])
 def test_gpt_step_compiled(compare: Callable[..., None], case: CompiledGPTStep, provider: str) -> None:
     compare(case, provider, COMPILED)
 
 
-@pytest.mark.parametrize("provider", CLASSIFYING)
-@_named(ClassifierStep("fp32"), ClassifierStep("bf16"))
+@comparison(CLASSIFYING, [ClassifierStep("fp32"), ClassifierStep("bf16")])
 def test_classifier_step(compare: Callable[..., None], case: ClassifierStep, provider: str) -> None:
     compare(case, provider, CLASSIFYING)
 
 
-@pytest.mark.parametrize("provider", GENERATION)
-@_named(*(Generation(dtype, batch=batch) for dtype in ("fp32", "bf16") for batch in (1, 8)))
+@comparison(GENERATION, [Generation(dtype, batch=batch) for dtype in ("fp32", "bf16") for batch in (1, 8)])
 def test_generation(compare: Callable[..., None], case: Generation, provider: str) -> None:
     compare(case, provider, GENERATION)

@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 import fastattn.nn
 from bench import machine
-from bench.cases import DTYPES, Case, in_one_graph
+from bench.cases import DTYPES, Case, comparison, in_one_graph
 from bench.contest import Run
 from tests.compare import assert_close
 
@@ -115,18 +114,14 @@ def torch_nn_compiled(case: Module) -> tuple[nn.Module, Callable[..., Any]]:
 PROVIDERS = {"fastattn": ours, "torch.nn": torch_nn, "torch.nn, torch.compile": torch_nn_compiled}
 DEFAULT = [Module(dtype, backward, "encoder layer") for dtype in ("fp32", "bf16") for backward in (False, True)]
 REST = [
-    case
+    Module(dtype, backward, kind, padded=padded)
     for dtype in ("fp32", "bf16")
     for kind in KINDS
     for padded in (False, True)
     for backward in (False, True)
-    if (case := Module(dtype, backward, kind, padded=padded)) not in DEFAULT
 ]
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize(
-    "case", [*DEFAULT, *(pytest.param(case, marks=pytest.mark.slow) for case in REST)], ids=lambda case: case.name
-)
+@comparison(PROVIDERS, DEFAULT, REST)
 def test_module(compare: Callable[..., None], case: Module, provider: str) -> None:
     compare(case, provider, PROVIDERS)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
-from bench.cases import DTYPES, OpCase, Unavailable, in_one_graph, need
+from bench.cases import DTYPES, OpCase, Unavailable, comparison, in_one_graph, need
 
 
 @dataclass(frozen=True)
@@ -99,9 +98,6 @@ REST = [
 ]
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize(
-    "case", [*DEFAULT, *(pytest.param(case, marks=pytest.mark.slow) for case in REST)], ids=lambda case: case.name
-)
+@comparison(PROVIDERS, DEFAULT, REST)
 def test_normalization(compare: Callable[..., None], case: LayerNorm, provider: str) -> None:
     compare(case, provider, PROVIDERS)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import pytest
 import torch
 from torch import Tensor
 
 import fastattn
 from bench import machine
-from bench.cases import DTYPES, OpCase, in_one_graph, need
+from bench.cases import DTYPES, OpCase, comparison, in_one_graph, need
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,6 @@ REST = [
 ]
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize(
-    "case", [*DEFAULT, *(pytest.param(case, marks=pytest.mark.slow) for case in REST)], ids=lambda case: case.name
-)
+@comparison(PROVIDERS, DEFAULT, REST)
 def test_rotary(compare: Callable[..., None], case: Rotary, provider: str) -> None:
     compare(case, provider, PROVIDERS)

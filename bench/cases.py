@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -66,11 +67,9 @@ class Case(ABC):
 
     Attributes:
         dtype: "fp32", "bf16" or "fp16".
-        steady: memory is that of a second run; what the first leaves behind (gradients, the optimizer's state) does not count.
     """
 
     dtype: str
-    steady: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -100,6 +99,29 @@ class Case(ABC):
         """AssertionError unless the provider's results at a small size agree with the fp64 definition."""
 
 
+def comparison(
+    providers: Mapping[str, object], default: Iterable[Case], rest: Iterable[Case] = (), slow: Container[str] = ()
+) -> pytest.MarkDecorator:
+    """Parametrizes a test with `case` and `provider`: every provider in every case.
+
+    Args:
+        providers: by name.
+        default: the cases that run without further ado.
+        rest: those that only `--all` runs.
+        slow: names of the providers that only `--all` runs.
+    """
+    marked = [(case, False) for case in default]
+    marked += [(case, True) for case in rest if (case, False) not in marked]
+    return pytest.mark.parametrize(
+        ("case", "provider"),
+        [
+            pytest.param(case, name, id=f"{case.name}-{name}", marks=[pytest.mark.slow] * (extra or name in slow))
+            for case, extra in marked
+            for name in providers
+        ],
+    )
+
+
 C = TypeVar("C", bound="OpCase")
 Provider = Callable[[C], Callable[..., Tensor]]
 
@@ -125,7 +147,7 @@ class OpCase(Case, Generic[C]):
 
     @abstractmethod
     def definition(self, *inputs: Tensor) -> Tensor:
-        """What the result should be, in the dtype of the inputs."""
+        """What the result should be, in the dtype of the inputs, on the CPU."""
 
     def job(self, provider: Provider[Any]) -> Run:
         inputs = self.inputs()
@@ -137,10 +159,11 @@ class OpCase(Case, Generic[C]):
         inputs = case.inputs()
         dy = case._grad_output(inputs)
         got = case._run(provider(case), inputs, dy)()
+        inputs, dy = [x.cpu() for x in inputs], dy.cpu()
         wide = [x.double() if x.is_floating_point() else x for x in inputs]
         truth, plain = case._run(case.definition, wide, dy.double())(), case._run(case.definition, inputs, dy)()
-        for i, tensors in enumerate(zip(got, truth, plain)):
-            assert_close(f"gradient {i}" if i else "output", *tensors)
+        for i, (ours, *expected) in enumerate(zip(got, truth, plain)):
+            assert_close(f"gradient {i}" if i else "output", ours.cpu(), *expected)
 
     def _grad_output(self, inputs: Sequence[Tensor]) -> Tensor:
         return torch.randn_like(inputs[0])

@@ -7,6 +7,7 @@ of its tests runs; every test then replays its own times through pytest-benchmar
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
@@ -54,6 +55,7 @@ class Comparison:
 
 CLOCK = Clock()
 RESULTS = pytest.StashKey[dict[Case, Comparison]]()
+SELECTED = pytest.StashKey[dict[Case, list[str]]]()  # names of providers
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -74,6 +76,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.benchmark(timer=CLOCK))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    selected: dict[Case, list[str]] = defaultdict(list)
+    for item in session.items:
+        parameters = item.callspec.params  # type: ignore[attr-defined]
+        selected[parameters["case"]].append(parameters["provider"])
+    session.config.stash[SELECTED] = selected
+
+
 @pytest.fixture
 def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case, str, Providers], None]:
     """compare(case, name, providers): time `providers` doing `case`, and record the one called `name`."""
@@ -81,7 +91,8 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case, s
 
     def run(case: Case, name: str, providers: Providers) -> None:
         if case not in results:
-            results[case] = _compare(case, providers, config.getoption("--seconds"))
+            wanted = {provider: providers[provider] for provider in config.stash[SELECTED][case]}
+            results[case] = _compare(case, wanted, config.getoption("--seconds"))
         found = results[case]
         if name in found.absent:
             benchmark.disabled = True

@@ -1,4 +1,4 @@
-"""How much memory a job takes on top of its inputs: the highest growth during one run."""
+"""How much memory a job takes on top of its inputs: the highest growth during its second run."""
 
 from __future__ import annotations
 
@@ -58,10 +58,8 @@ def _on_gpu(case: Case, provider: Callable[[Any], Any]) -> int:
 
 
 def _on_cpu(case: Case, provider: Callable[[Any], Any]) -> int:
-    run = (case if case.steady else case.small()).job(provider)
-    run()  # thread pools, libraries and tables are set up: they do not count
-    if not case.steady:
-        return growth(case.job(provider))
+    run = case.job(provider)
+    run()  # what threads, libraries and the compiler set up does not count, nor gradients and optimizer state that stay
     _trim()
     return growth(run)
 

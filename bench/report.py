@@ -25,7 +25,7 @@ from typing import Any
 from bench.contest import Spread
 from bench.table import text
 
-SUITES = ("attention", "normalization", "feed_forward", "rotary", "loss", "modules", "models")
+SUITES = ("attention", "varlen", "decode", "normalization", "feed_forward", "rotary", "loss", "modules", "models")
 OURS = "fastattn"
 FLAGGED = 1.05  # a smaller change is not reported, however certain
 

@@ -86,8 +86,8 @@ def try_config(kernel: Kernel, target: str, config: tuple[int, int, int, int], a
     import fastattn.kernels.attention  # noqa: F401  mock.patch needs the module to be loaded
     from bench.codegen import cases
     from bench.codegen.analysis import analyse
-    from bench.codegen.stand_in import stand_in
     from fastattn.kernels.config import AttentionConfig
+    from fastattn.kernels.stand_in import stand_in
 
     try:
         with mock.patch(kernel.configure, return_value=AttentionConfig(*config)), stand_in(target) as launches:

@@ -3,8 +3,8 @@
 import pytest
 
 from bench.codegen.resources import Resources
-from bench.codegen.targets import TARGETS
 from bench.codegen.worker import WorkerError
+from fastattn.kernels.targets import TARGETS
 
 MATMUL, DOUBLE = "tests.toy_launches:launch_matmul", "tests.toy_launches:launch_double"
 

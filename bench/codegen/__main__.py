@@ -24,8 +24,8 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "0"  # read at triton's first import; the processes of the pool inherit it
 
 from bench.codegen import budgets, cases, published, report, timeline, user_file
-from bench.codegen.targets import TARGETS, find_target
 from bench.codegen.worker import report_launches
+from fastattn.kernels.targets import TARGETS, find_target
 
 
 def report_case(case: cases.Case, target: str) -> list[report.Row]:

@@ -13,7 +13,7 @@ from bench.codegen.loops import find_loops
 from bench.codegen.occupancy import Occupancy, occupancy
 from bench.codegen.resources import Resources, read_resources
 from bench.codegen.sass import disassemble
-from bench.codegen.stand_in import Launch
+from fastattn.kernels.stand_in import Launch
 
 
 @dataclass(frozen=True)

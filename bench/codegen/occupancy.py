@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from bench.codegen.hardware import MULTIPROCESSORS
 from bench.codegen.resources import Resources
-from bench.codegen.targets import TENSOR_MEMORY_COLUMNS
+from fastattn.kernels.targets import TENSOR_MEMORY_COLUMNS
 
 _REGISTER_UNIT = 256  # per warp: CUDA occupancy calculator, "register allocation unit size"
 _SHARED_UNIT = 128  # bytes

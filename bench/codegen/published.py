@@ -22,8 +22,8 @@ import triton.language as tl
 
 from bench.codegen.hardware import MULTIPROCESSORS
 from bench.codegen.report import Row
-from bench.codegen.targets import find_target
 from bench.codegen.worker import report_launches
+from fastattn.kernels.targets import find_target
 
 Tile: TypeAlias = tuple[int, int, int, int]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.codegen.targets import find_target
+from fastattn.kernels.targets import find_target
 
 Row = dict[str, Any]  # {"case": ..., **KernelReport.as_json()}
 HEADER = (

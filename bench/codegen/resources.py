@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bench.codegen.sass import disassemble, run_nvidia_tool
-from bench.codegen.stand_in import Launch
-from bench.codegen.targets import TENSOR_MEMORY_COLUMNS, Target, find_target
+from fastattn.kernels.stand_in import Launch
+from fastattn.kernels.targets import TENSOR_MEMORY_COLUMNS, Target, find_target
 
 _TTIR_DOT = re.compile(r"(tt\.dot .*): tensor<((?:\d+x)+)(\w+)> \*")
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.codegen.hardware import MULTIPROCESSORS
 from bench.codegen.report import Row
-from bench.codegen.targets import find_target
+from fastattn.kernels.targets import find_target
 
 Arguments = dict[str, Any]
 

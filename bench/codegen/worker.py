@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bench.codegen.stand_in import Launch
+    from fastattn.kernels.stand_in import Launch
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -85,7 +85,7 @@ class CompileWorker:
 def report_launches(function: Callable[[], object], target: str) -> list[dict[str, Any]]:
     """Call `function` under the stand-in driver; a `KernelReport` as JSON per launch, in order."""
     from bench.codegen.analysis import minimum_bytes
-    from bench.codegen.stand_in import stand_in
+    from fastattn.kernels.stand_in import stand_in
 
     with stand_in(target) as launches:
         function()

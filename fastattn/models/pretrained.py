@@ -128,7 +128,7 @@ class Pretrained(nn.Module):
             ValueError: the folder holds another kind of model, or files that do not belong together.
         """
         folder = Path(path)
-        settings = _read_json(folder / "config.json")
+        settings = read_json(folder / "config.json")
         tensors = _read_tensors(folder)
         if dtype is None:
             dtype = next(iter(tensors.values())).dtype
@@ -144,7 +144,7 @@ class Pretrained(nn.Module):
         return model.to(device=device, dtype=dtype).eval()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} holds no {path.name}: it is not a folder with a saved model")
     try:
@@ -160,7 +160,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of `model.safetensors`, or of the files ("shards") that the index beside them lists."""
     names = ["model.safetensors"]
     if (index := folder / "model.safetensors.index.json").is_file():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
     tensors: dict[str, Tensor] = {}
     for name in names:
         if not (folder / name).is_file():

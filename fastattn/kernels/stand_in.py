@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
-from bench.codegen.targets import TARGETS, Target, find_target
+from fastattn.kernels.targets import TARGETS, Target, find_target
 
 
 @dataclass(frozen=True)
