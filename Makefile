@@ -32,8 +32,10 @@ demo-pipeline: $(VENV)/.pipeline ## news: pre-train, fine-tune, evaluate, answer
 test: $(VENV)/.dev ## run the tests
 	$(BIN)/python -m pytest $(PROCESSES)
 
-gpu: $(VENV)/.dev ## run the tests that need a GPU, compiled, on this machine's
+gpu: $(VENV)/.dev ## on a machine with a GPU: its tests, the benchmarks, and each kernel's time next to its prediction
 	FASTATTN_TEST_GPU=1 $(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench.codegen --measure
 
 test-all: $(VENV)/.dev ## run the tests and the exhaustive sweeps
 	$(BIN)/python -m pytest $(PROCESSES) -m "slow or not slow"

@@ -1,5 +1,6 @@
 """The machine-code report: its parsing on known code, its arithmetic on known kernels, its tables and its command."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from bench.codegen import pipes, published, report, timeline, user_file
+from bench.codegen import measure, pipes, published, report, timeline, user_file
 from bench.codegen.bounds import report_loop
 from bench.codegen.hardware import MULTIPROCESSORS
 from bench.codegen.loops import find_loops
@@ -219,3 +220,27 @@ def test_a_training_step_is_recorded_in_launch_order(compile_worker, tmp_path):
     steps = [timeline.predict(row) for row in rows]
     assert all(step["predicted"] > 0 for step in steps)
     assert timeline.plot(steps, tmp_path / "timeline.png").stat().st_size > 0
+
+
+def test_measured_launches_are_matched_with_predicted_ones():
+    kernels = ["norm", "attention", "norm"]
+    run = [("norm", 1.0), ("memset", 9.0), ("attention", 5.0), ("norm", 2.0)]
+    slower = [(name, 3 * time) for name, time in run]
+    assert measure.launch_medians([*run, *slower, *run], kernels) == [1.0, 5.0, 2.0]
+    with pytest.raises(ValueError, match=r"run 1 launched .*'norm', 'norm'.*, predicted were"):
+        measure.launch_medians([*run, run[0], run[3], run[2]], kernels)
+
+
+def test_measured_against_predicted():
+    workload = measure.Workload("norms", "normalization", {"rows": 8})
+    predicted = measure.compare(workload, "sm_90", on_gpu=False)
+    assert [launch.kernel for launch in predicted] == [
+        "norm_forward_kernel",
+        "norm_backward_kernel",
+        "norm_reduce_kernel",
+    ]
+    assert "Nothing was measured" in measure.table(predicted)
+    measured = [dataclasses.replace(launch, measured=2 * launch.predicted) for launch in predicted]
+    table = measure.table(measured)
+    assert table.count("| 2.00 |") == 3
+    assert "measured ÷ predicted: 2.00 (geometric mean of 3 kernels)" in table

@@ -7,6 +7,7 @@ Without arguments it reports the kernels of the package at their real launches; 
     python -m bench.codegen my_kernels.py:matmul --signature 'a=*bf16,b=*bf16,c=*bf16,n=i32' --constants BLOCK=128,num_warps=8
     python -m bench.codegen --timeline training --targets sm_90
     python -m bench.codegen --validate
+    python -m bench.codegen --measure                       on a GPU: each launch's time next to its prediction
     python -m bench.codegen --write-budgets
 
 Exit status 1 where a kernel spills, needs more memory than its GPU has, or leaves the tensor cores idle in a dot.
@@ -23,9 +24,10 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # read at triton's first import; the processes of the pool inherit it
 
-from bench.codegen import budgets, cases, published, report, timeline, user_file
+from bench.codegen import budgets, cases, measure, published, report, timeline, user_file
 from bench.codegen.worker import report_launches
 from fastattn.kernels.targets import TARGETS, find_target
+from fastattn.warmup import this_machines
 
 
 def report_case(case: cases.Case, target: str) -> list[report.Row]:
@@ -63,6 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="directory for report.md, report.json and the plots")
     parser.add_argument("--timeline", choices=("training", "decode"), help="the launches of a GPT's step, in order")
     parser.add_argument("--validate", action="store_true", help="the model's error where measured figures are public")
+    parser.add_argument("--measure", action="store_true", help="on this machine's GPU, measured against predicted")
     parser.add_argument("--write-budgets", action="store_true", help="record new budgets and print what changed")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     return parser.parse_args()
@@ -78,6 +81,18 @@ def report_timeline(step: str, target: str, output: Path | None) -> None:
         print(f"wrote {timeline.plot(steps, output / f'timeline_{step}_{target}.png')}")
 
 
+def print_measured(without_gpu: str) -> int:
+    """Measured against predicted on this machine's GPU; on a machine without one, the predictions for `without_gpu`."""
+    on_gpu, target = this_machines() is not None, this_machines() or without_gpu
+    try:
+        name = f"{target}, {find_target(target).product}"
+    except ValueError as error:
+        sys.exit(str(error))
+    compared = [row for workload in measure.WORKLOADS for row in measure.compare(workload, target, on_gpu)]
+    print(f"{name}\n\n{measure.table(compared)}")
+    return 0
+
+
 def main() -> int:
     options = parse_arguments()
     targets = budgets.TARGETS if options.write_budgets else tuple(options.targets.split(","))
@@ -90,6 +105,8 @@ def main() -> int:
         with ProcessPoolExecutor(options.jobs) as pool:
             print(published.table(list(pool.map(published.validate, published.FIGURES))))
         return 0
+    if options.measure:
+        return print_measured(targets[0])
     if options.timeline:
         for target in targets:
             report_timeline(options.timeline, target, options.output)

@@ -26,21 +26,23 @@ def attention(
     keys: int = 128,
     flags: tuple[str, ...] = (),
     backward: bool = True,
+    batch: int = 1,
+    heads: int = 2,
 ) -> None:
     """One training step's attention launches; `flags` names the score features that are on."""
     kind = getattr(torch, dtype)
-    query = torch.zeros(1, 2, queries, head_dim, dtype=kind, requires_grad=backward)
-    key = torch.zeros(1, kv_heads, keys, head_dim, dtype=kind, requires_grad=backward)
-    value = torch.zeros(1, kv_heads, keys, value_dim or head_dim, dtype=kind, requires_grad=backward)
+    query = torch.zeros(batch, heads, queries, head_dim, dtype=kind, requires_grad=backward)
+    key = torch.zeros(batch, kv_heads, keys, head_dim, dtype=kind, requires_grad=backward)
+    value = torch.zeros(batch, kv_heads, keys, value_dim or head_dim, dtype=kind, requires_grad=backward)
     options: dict[str, dict[str, Any]] = {
         "causal": {"causal": True},
         "window": {"window": (64, 32)},
         "mask": {"mask": torch.zeros(1, 1, queries, keys, dtype=torch.bool)},
         "blocks": {"mask": fastattn.BlockMask.causal(queries, keys)},
-        "bias": {"bias": torch.zeros(1, 2, queries, keys, dtype=kind, requires_grad=backward)},
-        "alibi": {"alibi_slopes": torch.zeros(2)},
+        "bias": {"bias": torch.zeros(1, heads, queries, keys, dtype=kind, requires_grad=backward)},
+        "alibi": {"alibi_slopes": torch.zeros(heads)},
         "softcap": {"softcap": 30.0},
-        "sinks": {"sinks": torch.zeros(2, requires_grad=backward)},
+        "sinks": {"sinks": torch.zeros(heads, requires_grad=backward)},
         "dropout": {"dropout_p": 0.1},
     }
     chosen = {name: value for flag in flags for name, value in options[flag].items()}
@@ -106,10 +108,12 @@ def linear_cross_entropy(dtype: str = "bfloat16", classes: int = 1000, **options
         fastattn.linear_cross_entropy(hidden, weight, target, **options).backward()
 
 
-def cross_entropy(dtype: str = "bfloat16", classes: int = 1000, weighted: bool = False, **options: Any) -> None:
+def cross_entropy(
+    dtype: str = "bfloat16", classes: int = 1000, weighted: bool = False, rows: int = 64, **options: Any
+) -> None:
     """Cross entropy of logits, with predictions, forward and backward."""
-    logits = torch.zeros(64, classes, dtype=getattr(torch, dtype), requires_grad=True)
-    target = torch.zeros(64, dtype=torch.long)
+    logits = torch.zeros(rows, classes, dtype=getattr(torch, dtype), requires_grad=True)
+    target = torch.zeros(rows, dtype=torch.long)
     options |= {"class_weight": torch.ones(classes)} if weighted else {}
     with fastattn.backend.use("triton"):
         loss, _ = fastattn.cross_entropy(logits, target, return_predictions=True, **options)
@@ -189,7 +193,7 @@ def _gpt() -> fastattn.models.GPT:
 def training_step(batch: int = 4) -> None:
     """Forward and backward of two layers of GPT-2's width over 4 sequences of 1,024 tokens, bf16 autocast."""
     tokens = torch.zeros(batch, 1024, dtype=torch.long)
-    with fastattn.backend.use("triton"), torch.autocast("cpu", torch.bfloat16):
+    with fastattn.backend.use("triton"), torch.autocast(tokens.device.type, torch.bfloat16):
         _, loss = _gpt()(tokens, tokens)
         loss.backward()
 
