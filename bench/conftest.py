@@ -10,7 +10,6 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ import torch
 
 from bench import machine
 from bench.cases import DTYPES, Case, Unavailable
-from bench.contest import Run, Times, race
+from bench.contest import Run, Times, fast, race
 from bench.memory import peak_growth
 
 OURS = "fastattn"
@@ -127,11 +126,11 @@ def _compare(case: Case, providers: Providers, seconds: float) -> Comparison:
 
 def _figures(case: Case, found: Comparison, name: str) -> dict[str, Any]:
     """Ratio to ours, rates, and the share of what the machine does at most."""
-    seconds, limits = min(found.times.seconds[name]), machine.limits()
-    figures: dict[str, Any] = {"median_seconds": median(found.times.seconds[name])}
+    seconds, limits = fast(found.times.seconds[name]), machine.limits()
+    figures: dict[str, Any] = {"seconds": seconds}
     if OURS in found.times.seconds:
         ratio = found.times.ratio(name, OURS)
-        figures |= {"times_ours": ratio.median, "times_ours_low": ratio.low, "times_ours_high": ratio.high}
+        figures |= {"times_ours": ratio.value, "times_ours_low": ratio.low, "times_ours_high": ratio.high}
     if case.flops:
         peak = limits.flops[str(DTYPES[case.dtype]).removeprefix("torch.")]
         figures |= {"TFLOP/s": case.flops / seconds / 1e12, "share_of_matmul": case.flops / seconds / peak}
@@ -151,7 +150,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
     found = {case.name: comparison.figures for case, comparison in config.stash[RESULTS].items() if comparison.figures}
     if found:
-        terminalreporter.section("times of ours, from rounds in turn: above 1 is slower than fastattn")
+        terminalreporter.section("time relative to fastattn's, from rounds in turn: above 1 is slower than fastattn")
         terminalreporter.write_line(text(found))
         about = machine.describe()
         state = "NOISY" if about["noisy"] else "quiet"

@@ -1,41 +1,57 @@
 """Fair timing: the contestants take turns, so that whatever else the machine does hits all of them alike.
 
-A ratio is taken within each round and then summarised, which cancels the drift that absolute times are full of.
+What else it does only ever adds to a round. So it is the tenth of the rounds that was disturbed least that counts, for each
+contestant; on a machine that others keep busy, medians of the very same code differ twofold where these differ by a few percent
+(`python -m bench.sensitivity`). How far to trust a ratio is found by drawing the rounds anew from those that there are.
 """
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median, quantiles
+from random import Random
+from statistics import quantiles
+from typing import Any
 
 import torch
 
 Run = Callable[[], object]
 
 SHORTEST = 2e-3  # seconds: a shorter run is repeated, so that the clock and the caches of the others do not matter
+RESAMPLES = 400
 L2_FLUSH_BYTES = 256 << 20  # larger than the L2 cache of any GPU
 
 
 @dataclass(frozen=True)
-class Spread:
-    """The median of some numbers and the quartiles around it."""
+class Estimate:
+    """A number, and the bounds between which 95 % of its repetitions would be."""
 
-    median: float
+    value: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        if len(values) < 2:
-            return cls(values[0], values[0], values[0])
-        low, _, high = quantiles(values, n=4, method="inclusive")
-        return cls(median(values), low, high)
+    def of(cls, statistic: Callable[..., float], *samples: Sequence[Any]) -> Estimate:
+        """`statistic(*samples)`, with bounds from samples drawn again from these (Efron's bootstrap)."""
+        random = Random(0)
+        drawn = [statistic(*(random.choices(sample, k=len(sample)) for sample in samples)) for _ in range(RESAMPLES)]
+        bounds = quantiles(drawn, n=40, method="inclusive")
+        return cls(statistic(*samples), bounds[0], bounds[-1])
 
     def __str__(self) -> str:
-        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def fast(seconds: Sequence[float]) -> float:
+    """The time that a tenth of the rounds does not exceed."""
+    return quantiles(seconds, n=10, method="inclusive")[0] if len(seconds) > 1 else seconds[0]
+
+
+def relative(rounds: Sequence[tuple[float, float]]) -> float:
+    """How many times as long the first of a pair takes as the second."""
+    first, second = zip(*rounds)
+    return fast(first) / fast(second)
 
 
 @dataclass(frozen=True)
@@ -44,9 +60,9 @@ class Times:
 
     seconds: dict[str, list[float]]
 
-    def ratio(self, contestant: str, to: str) -> Spread:
-        """How many times as long `contestant` takes as `to`, round by round."""
-        return Spread.of([a / b for a, b in zip(self.seconds[contestant], self.seconds[to])])
+    def ratio(self, contestant: str, to: str) -> Estimate:
+        """How many times as long `contestant` takes as `to`."""
+        return Estimate.of(relative, [*zip(self.seconds[contestant], self.seconds[to])])
 
 
 def race(contestants: Mapping[str, Run], device: torch.device, seconds: float, rounds: int = 5) -> Times:
@@ -65,7 +81,7 @@ def race(contestants: Mapping[str, Run], device: torch.device, seconds: float, r
         taken = min(clock(run, 1) for _ in range(2))
         repeats[name] = 1 if device.type == "cuda" else max(1, round(SHORTEST / taken))
         once += taken * repeats[name]
-    names, shuffle = list(contestants), random.Random(0).shuffle
+    names, shuffle = list(contestants), Random(0).shuffle
     times: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds - once
     while len(times[names[0]]) < rounds or time.perf_counter() < end:

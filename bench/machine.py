@@ -9,11 +9,12 @@ import subprocess
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 import torch
 
-from bench.contest import Spread, race
+from bench.contest import fast, race
 
 NOISY = 0.10  # (upper - lower quartile) / median of one product repeated
 MATRIX = {"cpu": 1024, "cuda": 8192}
@@ -54,10 +55,10 @@ def limits() -> Limits:
         a, b = (torch.randn(n, n, device=where).to(dtype) for _ in range(2))
         jobs[str(dtype).removeprefix("torch.")] = lambda a=a, b=b: a @ b  # type: ignore[misc]
     times = race(jobs, where, seconds=3.0, rounds=9).seconds
-    copy = min(times.pop("copy"))
-    spread = Spread.of(times["float32"])
-    flops = {dtype: 2 * n**3 / min(seconds) for dtype, seconds in times.items()}
-    return Limits(2 * COPY_BYTES[where.type] / copy, flops, (spread.high - spread.low) / spread.median)
+    copy = fast(times.pop("copy"))
+    flops = {dtype: 2 * n**3 / fast(seconds) for dtype, seconds in times.items()}
+    low, middle, high = quantiles(times["float32"], n=4, method="inclusive")
+    return Limits(2 * COPY_BYTES[where.type] / copy, flops, (high - low) / middle)
 
 
 def describe() -> dict[str, Any]:

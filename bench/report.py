@@ -19,15 +19,14 @@ import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from bench.contest import Spread
+from bench.contest import Estimate, relative
 from bench.table import text
 
 SUITES = ("attention", "varlen", "decode", "normalization", "feed_forward", "rotary", "loss", "modules", "models")
 OURS = "fastattn"
-FLAGGED = 1.05  # a smaller change is not reported, however certain
+FLAGGED = 1.05  # a change that may be smaller gets no verdict
 
 Rows = list[dict[str, Any]]
 
@@ -79,10 +78,10 @@ def by_case(rows: Rows) -> dict[str, dict[str, dict[str, Any]]]:
 def _markdown(result: dict[str, Any]) -> str:
     about = result["machine"]
     facts = "\n".join(f"- {name}: {value}" for name, value in about.items())
-    warning = "\n**The machine was noisy: trust the quartiles, not the last digit.**\n" if about["noisy"] else ""
+    warning = "\n**The machine was noisy: trust the bounds, not the last digit.**\n" if about["noisy"] else ""
     return (
-        "# Benchmarks\n\nTime relative to fastattn, round by round with the contestants in turn: above 1 is slower than "
-        f"fastattn. Rates are those of the fastest round.\n{warning}\n{text(by_case(result['rows']))}\n\n"
+        "# Benchmarks\n\nTime relative to fastattn's, with the contestants in turn: above 1 is slower than fastattn. Times "
+        f"and rates are those of the tenth of the rounds that was disturbed least.\n{warning}\n{text(by_case(result['rows']))}\n\n"
         f"## Machine\n\n{facts}\n"
     )
 
@@ -95,7 +94,7 @@ def pyplot() -> Any:
 
 
 def _plot_bars(rows: Rows, folder: Path) -> None:
-    """peers.png: the time of every peer relative to ours, with quartiles."""
+    """peers.png: the time of every peer relative to ours, with its bounds."""
     plt, cases = pyplot(), by_case([row for row in rows if "times_ours" in row])
     peers = [(case, row) for case, found in cases.items() for name, row in found.items() if name != OURS]
     if not peers:
@@ -132,7 +131,7 @@ def _plot_lengths(rows: Rows, folder: Path) -> None:
         for provider, points in providers.items():
             points.sort(key=lambda point: point[0])
             lengths = [n for n, _ in points]
-            panels[0].plot(lengths, [1e3 * row["median_seconds"] for _, row in points], marker="o", label=provider)
+            panels[0].plot(lengths, [1e3 * row["seconds"] for _, row in points], marker="o", label=provider)
             if with_memory:
                 memory = [row.get("memory_MiB") or None for _, row in points]
                 panels[1].plot(lengths, memory, marker="o", label=provider)
@@ -146,42 +145,33 @@ def _plot_lengths(rows: Rows, folder: Path) -> None:
         plt.close(figure)
 
 
-def change(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> tuple[Spread, str]:
+def change(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> tuple[Estimate, str]:
     """How many times as long our side of a case takes as before, and against which peer that was measured.
 
-    Each side is first divided by a peer of the same rounds, so that a slower or busier machine does not count. The spread
-    is the uncertainty of the two medians (a box plot's notches, 1.57 · quartile distance / √rounds), added in quadrature.
+    Each side is first divided by a peer of the same rounds, so that a slower machine does not count.
     """
-    shared = [name for name in new if name in old and name != OURS]
-    peer = shared[0] if shared else ""
-    ratios = [
-        [ours / theirs for ours, theirs in zip(side[OURS]["rounds"], side[peer]["rounds"])]
-        if peer
-        else side[OURS]["rounds"]
+    peer = next((name for name in new if name in old and name != OURS), None)
+    pairs = [
+        [*zip(side[OURS]["rounds"], side[peer]["rounds"] if peer else [1.0] * len(side[OURS]["rounds"]))]
         for side in (old, new)
     ]
-    relative = 0.0
-    for values in ratios:
-        spread = Spread.of(values)
-        relative += (1.57 * (spread.high - spread.low) / len(values) ** 0.5 / spread.median) ** 2
-    middle, notch = median(ratios[1]) / median(ratios[0]), relative**0.5
-    return Spread(middle, middle * (1 - notch), middle * (1 + notch)), peer or "the clock"
+    return Estimate.of(lambda before, after: relative(after) / relative(before), *pairs), peer or "the clock"
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, int]:
     """(Markdown table, number of cases that became slower)"""
-    lines = ["| case | new / old | uncertainty | against | verdict |", "|---|---|---|---|---|"]
+    lines = ["| case | new / old | 95 % within | against | verdict |", "|---|---|---|---|---|"]
     slower, before, after = 0, by_case(old["rows"]), by_case(new["rows"])
     for case in after:
         if OURS not in before.get(case, {}) or OURS not in after[case]:
             continue
-        spread, peer = change(before[case], after[case])
+        ratio, peer = change(before[case], after[case])
         verdict = ""
-        if spread.low > 1.0 and spread.median > FLAGGED:
+        if ratio.low > FLAGGED:
             verdict, slower = "SLOWER", slower + 1
-        elif spread.high < 1.0 and spread.median < 1 / FLAGGED:
+        elif ratio.high < 1 / FLAGGED:
             verdict = "faster"
-        lines.append(f"| {case} | {spread.median:.2f} | {spread.low:.2f}-{spread.high:.2f} | {peer} | {verdict} |")
+        lines.append(f"| {case} | {ratio.value:.2f} | {ratio.low:.2f}-{ratio.high:.2f} | {peer} | {verdict} |")
     return "\n".join(lines), slower
 
 

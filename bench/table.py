@@ -9,7 +9,7 @@ COLUMNS = (
     "case",
     "provider",
     "time / ours",
-    "quartiles",
+    "bounds",
     "ms",
     "limit ms",
     "TFLOP/s",
@@ -38,12 +38,12 @@ def _cells(figures: Mapping[str, Any]) -> tuple[str, ...]:
     def milliseconds(name: str) -> str:
         return f"{1e3 * figures[name]:.3g}" if name in figures else ""
 
-    quartiles = f"{figures['times_ours_low']:.2f}-{figures['times_ours_high']:.2f}" if "times_ours" in figures else ""
+    bounds = f"{figures['times_ours_low']:.2f}-{figures['times_ours_high']:.2f}" if "times_ours" in figures else ""
     shares = [figures[name] for name in ("share_of_matmul", "share_of_copy") if name in figures]
     return (
         cell("times_ours", ".2f"),
-        quartiles,
-        milliseconds("median_seconds"),
+        bounds,
+        milliseconds("seconds"),
         milliseconds("limit_seconds"),
         cell("TFLOP/s", ".3g"),
         cell("GB/s", ".3g"),

@@ -6,10 +6,7 @@ import pytest
 import torch
 
 import fastattn
-from bench.contest import Spread
 from bench.memory import growth, in_child
-from bench.report import change, compare
-from bench.scaling import exponent
 
 M_MMAP_THRESHOLD = -3  # of <malloc.h>
 FEATURES = {
@@ -89,34 +86,3 @@ def test_memory_is_linear_up_to_long_sequences(name):
 
 def test_growth_sees_a_matrix():
     assert in_child(quadratic, 4096) == pytest.approx(4096 * 4096 * 4, rel=0.05)
-
-
-def test_exponent():
-    assert exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2.0)
-
-
-def result(ours, theirs):
-    rows = [{"case": "c", "provider": name, "rounds": r} for name, r in (("fastattn", ours), ("torch", theirs))]
-    return {"rows": rows}
-
-
-@pytest.mark.parametrize(("factor", "flagged"), [(1.0, 0), (1.2, 1), (0.8, 0)], ids=["noise", "slower", "faster"])
-def test_comparison_flags_a_slowdown_and_not_noise(factor, flagged):
-    """The second machine is twice as slow, which is nobody's fault."""
-    generator = torch.Generator().manual_seed(0)
-
-    def rounds(scale):
-        return (scale * (1 + 0.03 * torch.randn(20, generator=generator))).tolist()
-
-    old, new = result(rounds(1.0), rounds(1.1)), result(rounds(2.0 * factor), rounds(2.2))
-    table, slower = compare(old, new)
-    assert slower == flagged
-    assert ("SLOWER" in table, "faster" in table) == (factor > 1, factor < 1)
-    spread, peer = change({r["provider"]: r for r in old["rows"]}, {r["provider"]: r for r in new["rows"]})
-    assert peer == "torch"
-    assert spread.median == pytest.approx(factor, rel=0.05)
-
-
-def test_spread_is_median_and_quartiles():
-    assert Spread.of([1, 2, 3, 4, 100]) == Spread(3, 2, 4)
-    assert Spread.of([5]) == Spread(5, 5, 5)

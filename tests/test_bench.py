@@ -1,0 +1,77 @@
+"""The benchmarks' own arithmetic: exponents, and comparisons that see a slowdown and nothing where there is none."""
+
+import time
+
+import pytest
+import torch
+
+from bench.contest import Estimate, Times, fast
+from bench.report import change, compare
+from bench.scaling import exponent
+from bench.sensitivity import slowed, verdicts
+
+
+def test_exponent():
+    assert exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2.0)
+
+
+def result(ours, theirs):
+    rows = [{"case": "c", "provider": name, "rounds": r} for name, r in (("fastattn", ours), ("torch", theirs))]
+    return {"rows": rows}
+
+
+@pytest.mark.parametrize(("factor", "flagged"), [(1.0, 0), (1.2, 1), (0.8, 0)], ids=["noise", "slower", "faster"])
+def test_comparison_flags_a_slowdown_and_not_noise(factor, flagged):
+    """The second machine is twice as slow, which is nobody's fault."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rounds(scale):
+        return (scale * (1 + 0.03 * torch.randn(20, generator=generator))).tolist()
+
+    old, new = result(rounds(1.0), rounds(1.1)), result(rounds(2.0 * factor), rounds(2.2))
+    table, slower = compare(old, new)
+    assert slower == flagged
+    assert ("SLOWER" in table, "faster" in table) == (factor > 1, factor < 1)
+    found, peer = change({r["provider"]: r for r in old["rows"]}, {r["provider"]: r for r in new["rows"]})
+    assert peer == "torch"
+    assert found.value == pytest.approx(factor, rel=0.05)
+
+
+def test_one_round_in_ten_decides_and_disturbed_ones_do_not():
+    quiet = [1.0, 1.01, 1.02, 1.03, 1.04] * 4
+    assert fast(quiet) == pytest.approx(1.0)
+    assert fast([*quiet[:10], *(9.0 for _ in range(10))]) == pytest.approx(1.0, abs=0.02)
+    assert fast([2.0]) == 2.0
+    ratio = Times({"a": [3.0, 3.0, 30.0] * 5, "b": [20.0, 2.0, 2.0] * 5}).ratio("a", "b")
+    assert ratio == Estimate(1.5, 1.5, 1.5)
+
+
+def test_bounds_widen_with_the_noise():
+    generator = torch.Generator().manual_seed(0)
+    few, many = (torch.randn(n, generator=generator).exp().tolist() for n in (10, 1000))
+    assert Estimate.of(fast, many).low < fast(many) < Estimate.of(fast, many).high
+    width = [bounds.high / bounds.low for bounds in (Estimate.of(fast, few), Estimate.of(fast, many))]
+    assert width[0] > 2 * width[1] > 2.0
+
+
+def test_a_planted_slowdown_takes_that_much_longer():
+    def clock(run):
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    work = lambda: sum(range(100_000))  # noqa: E731
+    plain, slow = (min(clock(run) for _ in range(30)) for run in (work, slowed(work, 0.5)))
+    assert 1.3 < slow / plain < 1.8
+
+
+def test_real_timings_flag_a_slowdown_of_a_fifth_and_nothing_else():
+    """A run that others disturb too much gets no verdict, so half of them suffice; `python -m bench.sensitivity` is the longer form."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        as_is, slow = verdicts(planted=0.2, runs=4, seconds=1.0)
+    finally:
+        torch.set_num_threads(threads)
+    assert not any("SLOWER" in line or "faster" in line for line in as_is), as_is
+    assert sum("SLOWER" in line for line in slow) >= 2, slow
