@@ -12,8 +12,8 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = (
-    "--context-length 16 --d-model 16 --num-heads 2 --vocab-size 100 --bigram-buckets 32 --batch-size 16 --epochs 4 "
-    "--average 0.9 --word-dropout 0.1 --test-size 40 --lr 0.03 --dtype fp32 --device cpu --no-baseline"
+    "--context-length 16 --d-model 16 --num-heads 2 --vocab-size 100 --bigram-buckets 32 --batch-size 16 --epochs 3 "
+    "--average 0.9 --word-dropout 0.1 --ngram-votes 50 --pretrain-epochs 1 --test-size 40 --lr 0.03 --dtype fp32 --device cpu --no-baseline"
 )
 pytestmark = pytest.mark.usefixtures("scripts")
 
