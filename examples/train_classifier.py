@@ -1,13 +1,14 @@
 """Train a transformer to tell texts apart: positive from negative reviews, or whatever your file says.
 
     python examples/train_classifier.py                            IMDb reviews, preset "quick": under 5 minutes on two cores
+    python examples/train_classifier.py --preset best              pre-trained on the texts first: the most accurate here
     python examples/train_classifier.py --preset original          the plain transformer of many tutorials, 10 epochs
     python examples/train_classifier.py --data mine.csv            your own .csv or .jsonl with the fields text and label
 
 The folder --out receives the model after every epoch (config.json, model.safetensors, tokenizer.json, labels.json),
 checkpoint.pt for --resume, metrics.jsonl, report.json, and report.html with the curves. The test texts are never trained on, and nothing
-is chosen by their accuracy: the last epoch counts. They are also given to a logistic regression on single words and
-pairs of words, a baseline that many neural networks do not reach.
+is chosen by their accuracy: the last epoch counts, and settings are compared with --validate, which does not look at them.
+They are also given to a logistic regression on single words and pairs of words, a baseline that many neural networks do not reach.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ import torch
 import training
 from labelled import Labelled
 from report import write_report
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from training import TrainingError
 
+from fastattn import linear_cross_entropy
 from fastattn.models import Classifier, ClassifierConfig
 from fastattn.models.pretrained import atomic_write
 
@@ -38,17 +41,28 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "model": {
             "vocab_size": 30_000, "context_length": 256, "num_layers": 1, "num_heads": 4, "d_model": 64,
-            "dropout": 0.3, "bigram_buckets": 2**17,
+            "dropout": 0.3, "bigram_buckets": 2**17, "ngram_votes": 400_000,
         },
-        "epochs": 2, "batch_size": 32, "lr": 1e-3, "weight_decay": 0.1, "average": 0.998, "word_dropout": 0.3,
+        "epochs": 2, "pretrain_epochs": 0, "batch_size": 32, "lr": 1e-3, "pretrain_lr": 2e-3, "weight_decay": 0.1,
+        "average": 0.998, "word_dropout": 0.3,
         "dtype": "fp32",  # so small that converting to bf16 and back costs more than it saves
+    },
+    "best": {
+        "model": {
+            "vocab_size": 30_000, "context_length": 512, "num_layers": 1, "num_heads": 4, "d_model": 64,
+            "dropout": 0.3, "bigram_buckets": 2**17, "ngram_votes": 400_000,
+        },
+        "epochs": 3, "pretrain_epochs": 2, "batch_size": 32, "lr": 1e-3, "pretrain_lr": 2e-3, "weight_decay": 0.1,
+        "average": 0.998, "word_dropout": 0.3,
+        "dtype": "auto",
     },
     "original": {
         "model": {
             "vocab_size": 10_000, "context_length": 60, "num_layers": 1, "num_heads": 8, "d_model": 512, "d_ff": 2048,
             "dropout": 0.1, "activation": "relu", "norm_first": False, "positions": "sinusoidal",
         },
-        "epochs": 10, "batch_size": 64, "lr": 1e-4, "weight_decay": 0.0, "average": 0.0, "word_dropout": 0.0,
+        "epochs": 10, "pretrain_epochs": 0, "batch_size": 64, "lr": 1e-4, "pretrain_lr": 1e-4, "weight_decay": 0.0,
+        "average": 0.0, "word_dropout": 0.0,
         "dtype": "auto",
     },
 }  # fmt: skip
@@ -61,6 +75,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/classifier"), help="folder for everything written (%(default)s)")
     add("--preset", choices=PRESETS, default="quick", help="the settings that the options below change (%(default)s)")
     add("--test-size", type=int, help="texts held out; default 4904 for imdb, a fifth of others")
+    add("--validate", action="store_true", help="to compare settings: hold out a fifth of the training texts instead")
     for field in dataclasses.fields(ClassifierConfig):
         if field.name in ("num_classes", "bias"):
             continue
@@ -69,12 +84,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             add("--norm-first", action=argparse.BooleanOptionalAction, help="pre-norm instead of post-norm blocks")
         else:
             add(f"--{field.name.replace('_', '-')}", type=kind, help=f"see ClassifierConfig.{field.name}")
-    add("--epochs", type=int, help="passes over the training texts")
+    add(
+        "--pretrain-epochs",
+        type=int,
+        help="passes over the training texts before, guessing hidden words without labels",
+    )
+    add("--pretrain-lr", type=float, help="peak learning rate of these")
+    add("--epochs", type=int, help="passes over the training texts and their labels")
     add("--batch-size", type=int)
     add("--lr", type=float, help="peak learning rate")
     add("--weight-decay", type=float)
     add("--average", type=float, help="decay of the moving average of the weights that is evaluated; 0: none")
-    add("--word-dropout", type=float, help="share of the words that are hidden in training")
+    add("--word-dropout", type=float, help="share of the words that are hidden, in training and pre-training")
     add("--seed", type=int, default=0)
     add("--device", default="auto")
     add("--dtype", choices=("auto", "fp32", "bf16"), help="auto: bf16 autocast where it is fast")
@@ -90,11 +111,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             setattr(arguments, name, value)
     given = {f.name: getattr(arguments, f.name, None) for f in dataclasses.fields(ClassifierConfig)}
     arguments.model = preset["model"] | {name: value for name, value in given.items() if value is not None}
-    for name in ("epochs", "batch_size"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
-    if not arguments.lr > 0:
-        parser.error(f"--lr must be above 0, got {arguments.lr}")
+    for name, least in (("epochs", 1), ("batch_size", 1), ("pretrain_epochs", 0)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}")
+    if arguments.pretrain_epochs and not arguments.word_dropout:
+        parser.error("--pretrain-epochs guesses the words that --word-dropout hides: it must be above 0")
+    for name in ("lr", "pretrain_lr"):
+        if not getattr(arguments, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0, got {getattr(arguments, name)}")
     for name in ("average", "word_dropout"):
         if not 0.0 <= getattr(arguments, name) < 1.0:
             parser.error(f"--{name.replace('_', '-')} must be in [0, 1), got {getattr(arguments, name)}")
@@ -128,6 +152,8 @@ class Trainer:
         data = labelled.read(arguments.data)
         size = arguments.test_size or (4904 if arguments.data == "imdb" else len(data.texts) // 5)
         self.train, self.test = data.split(size, seed=0)
+        if arguments.validate:
+            self.train, self.test = self.train.split(len(self.train.texts) // 5, seed=1)
         self.tokenizer = labelled.train_tokenizer(self.train.texts, arguments.model["vocab_size"])
         self.unknown = self.tokenizer.token_to_id(labelled.UNKNOWN)
         settings = arguments.model | {"vocab_size": self.tokenizer.get_vocab_size(), "num_classes": len(data.names)}
@@ -138,13 +164,18 @@ class Trainer:
         length = self.config.context_length
         self.tokens = [labelled.encode(self.tokenizer, part.texts, length) for part in (self.train, self.test)]
         torch.manual_seed(arguments.seed)
-        self.model = Classifier(self.config).to(self.device)
+        self.model = Classifier(self.config)
+        if self.config.ngram_votes:
+            self.model.votes.learn_ngrams(labelled.batches(self.tokens[0], self.train.labels, 64))
+        self.model.to(self.device)
         self.averaged = AveragedModel(self.model, avg_fn=self._average) if arguments.average else None
         self.optimizer = training.make_optimizer(self.model, arguments.lr, arguments.weight_decay)
-        names = ("epochs", "batch_size", "lr", "weight_decay", "average", "word_dropout", "seed")
+        names = (
+            "epochs", "pretrain_epochs", "batch_size", "lr", "pretrain_lr", "weight_decay", "average", "word_dropout", "seed"
+        )  # fmt: skip
         identity = {
             "model": dataclasses.asdict(self.config),
-            "data": {"sha256": data.digest(), "test_size": size},
+            "data": {"sha256": data.digest(), "test_size": size, "validate": arguments.validate},
             "training": {name: getattr(arguments, name) for name in names} | {"dtype": str(self.dtype)},
         }
         self.checkpoint = training.Checkpoint(saved, identity)
@@ -169,53 +200,85 @@ class Trainer:
     @property
     def result(self) -> Classifier:
         """The model that counts: the moving average where there is one."""
-        return self.model if self.averaged is None else cast(Classifier, self.averaged.module)
+        if self.averaged is None or self.averaged.n_averaged == 0:
+            return self.model
+        return cast(Classifier, self.averaged.module)
 
     def describe(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters())
         precision = "fp32" if self.dtype == torch.float32 else "bf16 autocast"
+        kind = "validation (of the training part)" if self.arguments.validate else "test"
+        before = f"{self.arguments.pretrain_epochs} + " if self.arguments.pretrain_epochs else ""
         return (
-            f"data   {self.arguments.data}: {len(self.train.texts):,} training and {len(self.test.texts):,} test texts, "
+            f"data   {self.arguments.data}: {len(self.train.texts):,} training and {len(self.test.texts):,} {kind} texts, "
             f"{len(self.train.names)} classes\n"
             f"model  preset {self.arguments.preset}: {parameters:,} parameters, {self.config.num_layers} layers, "
             f"width {self.config.d_model}, {self.config.context_length} tokens\n"
-            f"run    {self.arguments.epochs} epochs of {self.steps_per_epoch} steps on {self.device} in {precision}, "
+            f"run    {before}{self.arguments.epochs} epochs of {self.steps_per_epoch} steps on {self.device} in {precision}, "
             f"into {self.out}"
         )
+
+    @property
+    def pretraining(self) -> bool:
+        return self.epoch < self.arguments.pretrain_epochs
 
     def train_epoch(self, stop: training.StopSignal) -> dict[str, float] | None:
         """Mean loss and accuracy over the epoch; None where a signal cut it short."""
         arguments, steps = self.arguments, self.steps_per_epoch
+        epoch, epochs, peak, label = self.epoch, arguments.pretrain_epochs, arguments.pretrain_lr, "pre-training "
+        if not self.pretraining:
+            epoch, epochs, peak, label = epoch - epochs, arguments.epochs, arguments.lr, ""
         random = np.random.default_rng((arguments.seed, self.epoch))
         loss_sum, right, seen, start = 0.0, 0, 0, time.perf_counter()
         batches = labelled.batches(self.tokens[0], self.train.labels, arguments.batch_size, random)
         interval = 0.5 if sys.stderr.isatty() else 15.0
-        progress = tqdm(batches, f"epoch {self.epoch + 1}/{arguments.epochs}", steps, mininterval=interval, leave=False)
+        progress = tqdm(batches, f"{label}epoch {epoch + 1}/{epochs}", steps, mininterval=interval, leave=False)
         self.model.train()
-        for step, (tokens, mask, labels) in enumerate(progress, self.epoch * steps):
+        for step, (tokens, mask, labels) in enumerate(progress, epoch * steps):
             if stop.received:
                 return None
-            lr = training.learning_rate(step, arguments.epochs * steps, arguments.lr, min(100, steps))
+            lr = training.learning_rate(step, epochs * steps, peak, min(100, steps))
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            tokens = tokens.masked_fill(torch.rand(tokens.shape) < arguments.word_dropout, self.unknown)
-            labels = labels.to(self.device)
-            with training.autocast(self.device, self.dtype):
-                logits, loss = self.model(tokens.to(self.device), mask.to(self.device), labels)
+            hidden = torch.rand(tokens.shape) < arguments.word_dropout
+            if self.pretraining:
+                loss, hits, count = self._guess(tokens, mask, hidden)
+            else:
+                loss, hits, count = self._classify(tokens.masked_fill(hidden, self.unknown), mask, labels)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            if self.averaged is not None:
+            if self.averaged is not None and not self.pretraining:
                 self.averaged.update_parameters(self.model)
-            loss_sum += loss.item() * len(labels)
-            right += int((logits.argmax(-1) == labels).sum())
-            seen += len(labels)
+            loss_sum, right, seen = loss_sum + loss.item() * count, right + hits, seen + count
             if not math.isfinite(loss_sum):
-                raise TrainingError(f"the loss is not finite at step {step + 1}: try a smaller --lr")
-            progress.set_postfix_str(f"loss {loss_sum / seen:.3f}, accuracy {right / seen:.1%}", refresh=False)
-        seconds = time.perf_counter() - start
-        return {"train_loss": loss_sum / seen, "train_accuracy": right / seen, "seconds": seconds}
+                raise TrainingError(f"the loss is not finite at step {step + 1}: try a smaller learning rate")
+            accuracy = "" if self.pretraining else f", accuracy {right / seen:.1%}"
+            progress.set_postfix_str(f"loss {loss_sum / seen:.3f}{accuracy}", refresh=False)
+        record = {"loss": loss_sum / seen, "seconds": time.perf_counter() - start}
+        if self.pretraining:
+            return {"pretrain_loss": record["loss"], "seconds": record["seconds"]}
+        return {"train_loss": record["loss"], "train_accuracy": right / seen, "seconds": record["seconds"]}
+
+    def _classify(self, tokens: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, int, int]:
+        """(mean loss, texts labelled rightly, texts)"""
+        labels = labels.to(self.device)
+        with training.autocast(self.device, self.dtype):
+            logits, loss = self.model(tokens.to(self.device), mask.to(self.device), labels)
+        return loss, int((logits.argmax(-1) == labels).sum()), len(labels)
+
+    def _guess(self, tokens: Tensor, mask: Tensor, hidden: Tensor) -> tuple[Tensor, int, int]:
+        """(mean loss of guessing the hidden words from the others (Devlin et al., 2018), 0, hidden words)"""
+        wanted = (hidden & mask & (tokens != self.unknown)).to(self.device)
+        read, mask = tokens.masked_fill(hidden, self.unknown).to(self.device), mask.to(self.device)
+        with training.autocast(self.device, self.dtype):
+            states = self.model.hidden(read, mask)[0]
+            states = states[:, states.shape[1] - read.shape[1] :][wanted]  # without the token of "cls" pooling
+            words = self.model.token_embedding.weight
+            loss = linear_cross_entropy(states, words, tokens.to(self.device)[wanted], reduction="sum")
+        count = int(wanted.sum())
+        return loss / max(1, count), 0, count
 
     @torch.no_grad()
     def test_probabilities(self) -> tuple[np.ndarray, np.ndarray]:
@@ -241,13 +304,19 @@ class Trainer:
     def run(self) -> int:
         """Train to the last epoch, or until a signal; the exit status is returned."""
         with training.StopSignal() as stop:
-            while self.epoch < self.arguments.epochs:
+            while self.epoch < self.arguments.pretrain_epochs + self.arguments.epochs:
                 record = self.train_epoch(stop)
                 if record is None:
                     assert stop.received is not None
                     print(f"{stop.received.name}: {self.epoch} complete epochs are saved; --resume goes on after them")
                     return 128 + stop.received
                 self.epoch += 1
+                if "pretrain_loss" in record:
+                    self.metrics.write(step=self.epoch, **record)
+                    self.save()
+                    loss, seconds = record["pretrain_loss"], record["seconds"]
+                    print(f"epoch {self.epoch}: pre-training loss {loss:.3f} ({seconds:.0f} s)", flush=True)
+                    continue
                 probabilities, labels = self.test_probabilities()
                 accuracy = float((probabilities.argmax(1) == labels).mean())
                 loss = float(-np.log(probabilities[np.arange(len(labels)), labels].clip(1e-12)).mean())

@@ -1,6 +1,8 @@
 """The example classifier against an independent plain-PyTorch one with the same weights, and its treatment of padding."""
 
+import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,6 +150,7 @@ def test_saved_and_loaded(tmp_path) -> None:
         ({"pooling": "max"}, "pooling must be one of mean, cls, attention, got 'max'"),
         ({"positions": "sinusoidal", "d_model": 15, "num_heads": 1}, "d_model must be even"),
         ({"bigram_buckets": -1}, "bigram_buckets must be at least 0"),
+        ({"ngram_votes": -1}, "ngram_votes must be at least 0"),
         ({"attention_dropout": 1.0}, r"attention_dropout must be in \[0, 1\)"),
     ],
 )
@@ -167,3 +170,41 @@ def test_bad_calls() -> None:
     ):
         with pytest.raises(error, match=message):
             model(*arguments)
+
+
+def ngrams_of(row: list[int]) -> set[tuple[int, ...]]:
+    return {tuple(row[i : i + n]) for n in (1, 2, 3) for i in range(len(row) - n + 1)}
+
+
+def test_votes_of_ngrams(tmp_path: Path) -> None:
+    """Against counting by hand: which n-grams are known, how they vote, beside the encoder, saved and loaded."""
+    config = ClassifierConfig(**SIZES | {"vocab_size": 6}, ngram_votes=60)
+    model = make(config)
+    lengths = torch.tensor([12, 5, 1, 9, 2, 12])
+    tokens, mask = torch.randint(6, (6, 12)), torch.arange(12) < lengths[:, None]
+    labels = torch.tensor([0, 2, 1, 1, 2, 0])
+    texts = [ngrams_of(row[keep].tolist()) for row, keep in zip(tokens, mask)]
+    seen = {
+        g: [sum(g in text and label == c for text, label in zip(texts, labels)) for c in range(3)]
+        for g in set().union(*texts)
+    }
+    known = {g: [n + 1 for n in counts] for g, counts in seen.items() if sum(counts) >= 2}
+    batches = [(tokens[:4], mask[:4], labels[:4]), (tokens[4:, :12], mask[4:], labels[4:])]
+    assert model.votes.learn_ngrams(batches, least=2) == len(known) < 60
+    totals = [sum(counts[c] for counts in known.values()) for c in range(3)]
+    model.votes.weight.data.fill_(0.5)
+    for row, text in enumerate(texts):
+        log_p = torch.tensor([[math.log(known[g][c] / totals[c]) for c in range(3)] for g in text if g in known])
+        expected = 0.5 * (log_p - log_p.mean(1, keepdim=True)).sum(0) + model.votes.bias
+        torch.testing.assert_close(model.votes(tokens, mask)[row], expected, rtol=1e-4, atol=1e-5)
+    encoder = Classifier(dataclasses.replace(config, ngram_votes=0)).eval()
+    encoder.load_state_dict(model.state_dict(), strict=False)
+    apart = encoder(tokens, mask, labels), model.votes(tokens, mask)
+    logits, loss = model(tokens, mask, labels)
+    torch.testing.assert_close(logits, (apart[0][0] + apart[1]) / 2)
+    torch.testing.assert_close(loss, (apart[0][1] + F.cross_entropy(apart[1], labels)) / 2)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(Classifier.from_pretrained(tmp_path)(tokens, mask)[0], logits, rtol=0, atol=0)
+    assert model.votes.learn_ngrams(batches[:1], least=2) < len(known)
+    few = Classifier(dataclasses.replace(config, ngram_votes=3))
+    assert few.votes.learn_ngrams(batches, least=1) == 3

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from tests.scripts import EXAMPLES, kill_at_random, script
+
 TINY = (
-    "--context-length 16 --d-model 16 --num-heads 2 --vocab-size 100 --bigram-buckets 32 --batch-size 16 --epochs 4 "
-    "--average 0.9 --word-dropout 0.1 --test-size 40 --lr 0.03 --dtype fp32 --device cpu --no-baseline"
+    "--context-length 16 --d-model 16 --num-heads 2 --vocab-size 100 --bigram-buckets 32 --batch-size 16 --epochs 3 "
+    "--average 0.9 --word-dropout 0.1 --ngram-votes 50 --pretrain-epochs 1 --test-size 40 --lr 0.03 --dtype fp32 --device cpu --no-baseline"
 )
 pytestmark = pytest.mark.usefixtures("scripts")
 
@@ -86,6 +87,16 @@ def test_it_learns_and_an_interrupted_run_ends_alike(
     train(reviews, parts, "--resume")
     assert curve(parts) == curve(whole)
     assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_killed_run_resumes_to_the_same_curve(train: Callable[..., str], reviews: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(reviews, whole, "--epochs", 15)
+    arguments = ["--data", str(reviews), "--out", str(killed), *TINY.split(), "--epochs", "15"]
+    kill_at_random(script("train_classifier.py", *arguments), killed, records=random.Random().randint(1, 3))
+    train(reviews, killed, "--resume", "--epochs", 15)
+    assert curve(killed) == curve(whole)
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 def test_evaluation() -> None:

@@ -2,14 +2,12 @@
 
 import base64
 import json
-import os
 import random
 import re
 import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +16,8 @@ import pytest
 import torch
 
 from fastattn.models import GPT
+from tests.scripts import ENVIRONMENT, EXAMPLES, run, script, wait_for
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = "--context-length 16 --layers 1 --heads 2 --d-model 16 --vocab-size 300 --batch-size 4 --dtype fp32 --device cpu"
 
 
@@ -35,23 +33,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(text: Path, out: Path, steps: int, *more: object) -> list[str]:
     given = ["--data", text, "--out", out, "--steps", steps, "--eval-every", 10, "--dropout", 0.1, "--sample-tokens", 5]
     return [str(argument) for argument in (*given, *TINY.split(), *more)]
-
-
-def script(name: str, *arguments: str) -> list[str]:
-    return [sys.executable, str(EXAMPLES / name), *arguments]
-
-
-ENVIRONMENT = {
-    **os.environ,
-    "TRITON_INTERPRET": "0",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(EXAMPLES.parent),
-    "PYTHONWARNINGS": "error",
-}
-
-
-def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=120, env=ENVIRONMENT, check=False)
 
 
 def curve(out: Path) -> list[tuple[int, str, float]]:
@@ -106,15 +87,6 @@ def test_tensorboard_holds_the_metrics(train: Callable[..., str], text: Path, co
     assert logged == pytest.approx({step: value for step, name, value in curve(copied) if name == "loss"}, rel=1e-6)
     train(text, copied, 300, "--resume", "--no-tensorboard")
     assert not (copied / "tensorboard").exists()
-
-
-def wait_for(process: subprocess.Popen[str], out: Path, step: int) -> None:
-    """Until the run has written `step` records."""
-    deadline = time.monotonic() + 60
-    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_bytes().splitlines()) < step:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_killed_runs_resume_to_the_same_curve(text: Path, finished: Path, tmp_path: Path) -> None:

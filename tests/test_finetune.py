@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from fastattn.models import GPT, GPTConfig
+from tests.scripts import EXAMPLES, kill_at_random, script
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = "--epochs 6 --batch-tokens 64 --lr 0.01 --warmup 2 --eval-every 5 --dtype fp32 --device cpu --val-fraction 0.2"
 pytestmark = pytest.mark.usefixtures("scripts")
 
@@ -199,6 +199,19 @@ def test_it_learns_and_an_interrupted_run_ends_alike(
     assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     finetune(start, colours, parts, "--overwrite")
     assert curve(parts) == curve(whole)
+
+
+def test_a_killed_run_resumes_to_the_same_curve(
+    finetune: Callable[..., str], start: Path, colours: Path, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    more = ("--epochs", "20", "--samples", "0")
+    finetune(start, colours, whole, *more)
+    arguments = [str(start), "--data", str(colours), "--out", str(killed), *TINY.split(), *more]
+    kill_at_random(script("finetune_gpt.py", *arguments), killed, records=12)
+    finetune(start, colours, killed, "--resume", *more)
+    assert curve(killed) == curve(whole)
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 BAD_DATA = {

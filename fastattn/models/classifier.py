@@ -2,7 +2,7 @@
 
 x = token_embedding[tokens] + positions (+ bigram_embedding[hash of each token and the next])
 x = block(x) for every block, padding masked
-logits = pool(x) · Wᵀ + b
+logits = pool(x) · Wᵀ + b (the mean of these and the votes of n-grams)
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.models.layers import Block, SelfAttention
+from fastattn.models.ngrams import NgramVotes
 from fastattn.models.pretrained import Pretrained, check_sizes
 from fastattn.nn import FeedForward, LayerNorm
 
@@ -38,6 +39,8 @@ class ClassifierConfig:
         pooling: "mean" over the tokens, "cls" (a learned first token) or "attention" (a learned weighted mean).
         bigram_buckets: size of the hashed embedding of neighbouring pairs (Joulin et al., 2016,
             https://arxiv.org/abs/1607.01759), or 0 for none.
+        ngram_votes: how many words, pairs and triples vote for the classes, beside the encoder and trained by a loss of
+            their own, see `models.ngrams.NgramVotes`; or 0 for none. They know nothing before `votes.learn_ngrams`.
 
     Raises:
         ValueError: a value out of its range, naming it.
@@ -58,6 +61,7 @@ class ClassifierConfig:
     positions: str = "learned"
     pooling: str = "mean"
     bigram_buckets: int = 0
+    ngram_votes: int = 0
 
     def __post_init__(self) -> None:
         if self.d_ff is None:
@@ -68,8 +72,9 @@ class ClassifierConfig:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.positions == "sinusoidal" and self.d_model % 2:
             raise ValueError(f"d_model must be even for sinusoidal positions, got {self.d_model}")
-        if self.bigram_buckets < 0:
-            raise ValueError(f"bigram_buckets must be at least 0, got {self.bigram_buckets}")
+        for name in ("bigram_buckets", "ngram_votes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
 def sinusoids(length: int, width: int) -> Tensor:
@@ -129,6 +134,8 @@ class Classifier(Pretrained):
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+        if config.ngram_votes:
+            self.votes = NgramVotes(config.ngram_votes, config.num_classes)
 
     def forward(
         self, tokens: Tensor, mask: Tensor | None = None, targets: Tensor | None = None
@@ -141,19 +148,33 @@ class Classifier(Pretrained):
             targets: (B,) int64 labels.
 
         Returns:
-            (logits (B, num_classes), mean cross entropy as an fp32 scalar or None)
+            (logits (B, num_classes), mean cross entropy as an fp32 scalar or None; with `ngram_votes` the mean of
+            the encoder's and the votes')
 
         Raises:
             TypeError: tokens that are not int64, a mask that is not bool.
             ValueError: shapes that do not fit.
+        """
+        x, grown = self.hidden(tokens, mask)
+        logits = self.output(self.dropout(self._pool(x, grown)))
+        if not self.config.ngram_votes:
+            return logits, None if targets is None else F.cross_entropy(logits.float(), targets)
+        parts = (logits.float(), self.votes(tokens, mask))
+        # A loss for each part: each learns all that it can, and not what the other leaves over.
+        loss = None if targets is None else torch.stack([F.cross_entropy(part, targets) for part in parts]).mean()
+        return (parts[0] + parts[1]) / 2, loss
+
+    def hidden(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The normalised hidden state of each token, (B, T, d_model), and its mask; with "cls" pooling T grows by one.
+
+        Args: as `forward`.
         """
         self._check(tokens, mask)
         x, mask = self._embed(tokens, mask)
         attend = None if mask is None else mask[:, None, None, :]
         for block in self.blocks:
             x = block(x, causal=False, mask=attend)
-        logits = self.output(self.dropout(self._pool(self.norm(x), mask)))
-        return logits, None if targets is None else F.cross_entropy(logits.float(), targets)
+        return self.norm(x), mask
 
     def _embed(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(B, T, d_model) and its mask; with "cls" pooling T grows by the token in front."""

@@ -131,7 +131,7 @@ class Pretrained(nn.Module):
         settings = read_json(folder / "config.json")
         tensors = _read_tensors(folder)
         if dtype is None:
-            dtype = next(iter(tensors.values())).dtype
+            dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
         try:
             config, state = cls._from_files(settings, tensors)
         except ValueError as error:
