@@ -1,8 +1,8 @@
 """Fair timing: the contestants take turns, so that whatever else the machine does hits all of them alike.
 
-What else it does only ever adds to a round. So it is the tenth of the rounds that was disturbed least that counts, for each
-contestant; on a machine that others keep busy, medians of the very same code differ twofold where these differ by a few percent
-(`python -m bench.sensitivity`). How far to trust a ratio is found by drawing the rounds anew from those that there are.
+What is reported are medians: of the rounds' times, and of the ratios within each round. How far to trust a ratio is found by
+drawing the rounds anew from those that there are. Where two runs are compared with each other, hours apart, it is the tenth of
+the rounds that was disturbed least that counts: what else a machine does only ever adds to a round.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -43,13 +43,18 @@ class Estimate:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
+def median_ratio(rounds: Sequence[tuple[float, float]]) -> float:
+    """Median of the ratios of the first of a pair to the second."""
+    return median(first / second for first, second in rounds)
+
+
 def fast(seconds: Sequence[float]) -> float:
     """The time that a tenth of the rounds does not exceed."""
     return quantiles(seconds, n=10, method="inclusive")[0] if len(seconds) > 1 else seconds[0]
 
 
-def relative(rounds: Sequence[tuple[float, float]]) -> float:
-    """How many times as long the first of a pair takes as the second."""
+def fast_ratio(rounds: Sequence[tuple[float, float]]) -> float:
+    """How many times as long the first of a pair takes as the second, undisturbed."""
     first, second = zip(*rounds)
     return fast(first) / fast(second)
 
@@ -61,8 +66,8 @@ class Times:
     seconds: dict[str, list[float]]
 
     def ratio(self, contestant: str, to: str) -> Estimate:
-        """How many times as long `contestant` takes as `to`."""
-        return Estimate.of(relative, [*zip(self.seconds[contestant], self.seconds[to])])
+        """How many times as long `contestant` takes as `to`, round by round."""
+        return Estimate.of(median_ratio, [*zip(self.seconds[contestant], self.seconds[to])])
 
 
 def race(contestants: Mapping[str, Run], device: torch.device, seconds: float, rounds: int = 5) -> Times:

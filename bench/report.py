@@ -21,7 +21,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from bench.contest import Estimate, relative
+from bench.contest import Estimate, fast_ratio
 from bench.table import text
 
 SUITES = ("attention", "varlen", "decode", "normalization", "feed_forward", "rotary", "loss", "modules", "models")
@@ -80,8 +80,8 @@ def _markdown(result: dict[str, Any]) -> str:
     facts = "\n".join(f"- {name}: {value}" for name, value in about.items())
     warning = "\n**The machine was noisy: trust the bounds, not the last digit.**\n" if about["noisy"] else ""
     return (
-        "# Benchmarks\n\nTime relative to fastattn's, with the contestants in turn: above 1 is slower than fastattn. Times "
-        f"and rates are those of the tenth of the rounds that was disturbed least.\n{warning}\n{text(by_case(result['rows']))}\n\n"
+        "# Benchmarks\n\nTime relative to fastattn's, with the contestants in turn: above 1 is slower than fastattn. "
+        f"Medians, with the bounds of 95 %.\n{warning}\n{text(by_case(result['rows']))}\n\n"
         f"## Machine\n\n{facts}\n"
     )
 
@@ -155,7 +155,7 @@ def change(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> tu
         [*zip(side[OURS]["rounds"], side[peer]["rounds"] if peer else [1.0] * len(side[OURS]["rounds"]))]
         for side in (old, new)
     ]
-    return Estimate.of(lambda before, after: relative(after) / relative(before), *pairs), peer or "the clock"
+    return Estimate.of(lambda before, after: fast_ratio(after) / fast_ratio(before), *pairs), peer or "the clock"
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, int]:
