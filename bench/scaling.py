@@ -1,8 +1,10 @@
-"""How the cost of attention grows with the length N: time and memory, and the exponent fitted to them.
+"""How cost grows: attention's with the length N, the loss's with the vocabulary V; time and memory, and the exponents fitted to them.
 
-    python -m bench.scaling            N 512 to 16384, full, causal and windowed attention; a few minutes on two CPU cores
+    python -m bench.scaling            N 512 to 16384, full, causal and windowed attention, V 8192 to 131072: a few minutes
+    python -m bench.scaling loss       the loss alone
 
-Expected: memory 1.0 for all, time 2.0 for full and causal, 1.0 for a window.
+Each exponent is printed with what is expected of it: for attention memory 1 and time 2, or 1 with a window; for the loss time 1, and
+memory between 0 and 1 (the weight's gradient grows with V, the chunk of logits does not).
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,11 +26,28 @@ from bench import machine
 from bench.memory import growth, in_child
 
 WINDOW = 256
-KINDS: dict[str, dict[str, object]] = {
-    "full": {},
-    "causal": {"causal": True},
-    "window": {"causal": True, "window": (WINDOW, 0)},
+TOLERANCE = 0.25  # by which a fitted exponent may exceed the expected one
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What grows with its size, and the exponents that time and memory should have for large ones."""
+
+    letter: str
+    sizes: tuple[int, ...]
+    time: float
+    memory: float
+    options: dict[str, object] = field(default_factory=dict)
+
+
+LENGTHS = tuple(512 * 2**i for i in range(6))
+CURVES = {
+    "full": Curve("N", LENGTHS, 2.0, 1.0),
+    "causal": Curve("N", LENGTHS, 2.0, 1.0, {"causal": True}),
+    "window": Curve("N", LENGTHS, 1.0, 1.0, {"causal": True, "window": (WINDOW, 0)}),
+    "loss": Curve("V", tuple(8192 * 2**i for i in range(5)), 1.0, 1.0),
 }
+TOKENS, WIDTH = 1024, 128  # of the loss
 
 
 def exponent(lengths: Sequence[int], costs: Sequence[float]) -> float:
@@ -35,21 +57,29 @@ def exponent(lengths: Sequence[int], costs: Sequence[float]) -> float:
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / sum((a - mean_x) ** 2 for a in x)
 
 
-def step(kind: str, n: int, heads: int, dim: int, backward: bool) -> Callable[[], object]:
+def step(kind: str, size: int, heads: int, dim: int, backward: bool) -> Callable[[], object]:
     """One forward, or forward and backward, over fp32 inputs of its own."""
-    tensors = [torch.randn(1, heads, n, dim, device=machine.device(), requires_grad=backward) for _ in range(3)]
+    device = machine.device()
+    if kind == "loss":
+        shapes: list[tuple[int, ...]] = [(TOKENS, WIDTH), (size, WIDTH)]
+        target = torch.randint(size, (TOKENS,), device=device)
+        function: Callable[..., Any] = lambda *x: fastattn.linear_cross_entropy(*x, target)  # noqa: E731
+    else:
+        shapes = [(1, heads, size, dim)] * 3
+        function = partial(fastattn.attention, **CURVES[kind].options)  # type: ignore[arg-type]
+    tensors = [torch.randn(shape, device=device, requires_grad=backward) for shape in shapes]
 
     def run() -> object:
-        out = fastattn.attention(*tensors, **KINDS[kind])  # type: ignore[call-overload]
+        out = function(*tensors)
         return torch.autograd.grad(out, tensors, torch.ones_like(out)) if backward else out
 
     return run
 
 
-def seconds(kind: str, n: int, heads: int, dim: int, backward: bool, runs: int = 3) -> float:
+def seconds(kind: str, size: int, heads: int, dim: int, backward: bool) -> float:
     """Of the fastest of several runs: the others were disturbed."""
-    run, taken = step(kind, n, heads, dim, backward), []
-    for _ in range(runs):
+    run, taken = step(kind, size, heads, dim, backward), []
+    while len(taken) < 3 or sum(taken) < 1.0:
         start = time.perf_counter()
         run()
         if torch.cuda.is_available():
@@ -58,10 +88,10 @@ def seconds(kind: str, n: int, heads: int, dim: int, backward: bool, runs: int =
     return min(taken)
 
 
-def peak(kind: str, n: int, heads: int, dim: int, backward: bool) -> int:
+def peak(kind: str, size: int, heads: int, dim: int, backward: bool) -> int:
     """Bytes on top of the inputs, at most; to be called in a process of its own."""
     step(kind, 512, heads, dim, backward)()  # what threads and libraries set up once does not count
-    run = step(kind, n, heads, dim, backward)
+    run = step(kind, size, heads, dim, backward)
     if not torch.cuda.is_available():
         return growth(run)
     before = torch.cuda.memory_allocated()
@@ -71,60 +101,66 @@ def peak(kind: str, n: int, heads: int, dim: int, backward: bool) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def verdict(found: float, expected: float) -> str:
+    """An exponent beside the one that it should not exceed."""
+    return f"{found:.2f} (expected {expected:.1f}{', EXCEEDED' if found > expected + TOLERANCE else ''})"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(CURVES)}; default: all of them")
     parser.add_argument("--longest", type=int, default=16384, help="largest N (%(default)s)")
     parser.add_argument("--heads", type=int, default=2, help="attention heads (%(default)s)")
     parser.add_argument("--dim", type=int, default=64, help="head dimension (%(default)s)")
     parser.add_argument("--backward", action="store_true", help="forward and backward instead of forward alone")
     parser.add_argument("--out", type=Path, help="folder for scaling.png; default: bench/results/<machine>")
     arguments = parser.parse_args(argv)
-    lengths = [n for n in (512 * 2**i for i in range(20)) if n <= arguments.longest]
-    if len(lengths) < 3:
+    if unknown := [kind for kind in arguments.kinds if kind not in CURVES]:
+        parser.error(f"KIND must be one of {', '.join(CURVES)}, got {', '.join(unknown)}")
+    if arguments.longest < 2048:
         parser.error(f"--longest must be at least 2048, got {arguments.longest}")
     where = arguments.heads, arguments.dim, arguments.backward
+    passes = "forward and backward" if arguments.backward else "forward"
     print(
-        f"{'forward+backward' if arguments.backward else 'forward'}, fp32, {arguments.heads} heads of {arguments.dim}"
+        f"{passes}, fp32; attention of {arguments.heads} heads of {arguments.dim}, loss of {TOKENS} tokens, width {WIDTH}"
     )
-    curves = {}
-    for kind in KINDS:
-        times = [seconds(kind, n, *where) for n in lengths]
-        memory = [
-            in_child(peak, kind, n, *where) if machine.device().type == "cpu" else peak(kind, n, *where)
-            for n in lengths
-        ]
-        curves[kind] = times, memory
-        for n, t, m in zip(lengths, times, memory):
-            print(f"  {kind:8} N {n:6}  {1e3 * t:10.2f} ms  {m / 2**20:8.2f} MiB")
-        half = len(lengths) // 2  # the short ones are dominated by the constant cost of a call
-        print(
-            f"  {kind:8} exponents: time {exponent(lengths[half:], times[half:]):.2f}, "
-            f"memory {exponent(lengths[half:], memory[half:]):.2f}",
-            flush=True,
-        )
+    curves, exceeded = {}, False
+    for kind in arguments.kinds or CURVES:
+        curve = CURVES[kind]
+        sizes = [size for size in curve.sizes if curve.letter != "N" or size <= arguments.longest]
+        times = [seconds(kind, size, *where) for size in sizes]
+        on_cpu = machine.device().type == "cpu"
+        memory = [in_child(peak, kind, size, *where) if on_cpu else peak(kind, size, *where) for size in sizes]
+        curves[kind] = sizes, times, memory
+        for size, t, m in zip(sizes, times, memory):
+            print(f"  {kind:8} {curve.letter} {size:6}  {1e3 * t:10.2f} ms  {m / 2**20:8.2f} MiB")
+        half = len(sizes) // 2  # the short ones are dominated by the constant cost of a call
+        fits = [verdict(exponent(sizes[half:], costs[half:]), expected)
+                for costs, expected in ((times, curve.time), (memory, curve.memory))]  # fmt: skip
+        exceeded |= any("EXCEEDED" in fit for fit in fits)
+        print(f"  {kind:8} exponents: time {fits[0]}, memory {fits[1]}", flush=True)
     folder = arguments.out or Path(__file__).parent / "results" / machine.slug()
-    _plot(lengths, curves, folder)
-    print(f"plot: {folder / 'scaling.png'}")
-    return 0
+    print(f"plot: {_plot(curves, folder)}")
+    return 1 if exceeded else 0
 
 
-def _plot(lengths: list[int], curves: dict[str, tuple[list[float], list[int]]], folder: Path) -> None:
+def _plot(curves: dict[str, tuple[list[int], list[float], list[int]]], folder: Path) -> Path:
     from bench.report import pyplot
 
     plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for kind, (times, memory) in curves.items():
-        panels[0].plot(lengths, [1e3 * t for t in times], marker="o", label=kind)
-        panels[1].plot(lengths, [m / 2**20 for m in memory], marker="o", label=kind)
+    for kind, (sizes, times, memory) in curves.items():
+        label = f"{kind} ({CURVES[kind].letter})"
+        panels[0].plot(sizes, [1e3 * t for t in times], marker="o", label=label)
+        panels[1].plot(sizes, [m / 2**20 for m in memory], marker="o", label=label)
     for panel, label in zip(panels, ("time (ms)", "memory growth (MiB)")):
-        panel.set(xscale="log", yscale="log", xlabel="length N", ylabel=label)
-        panel.set_xticks(lengths, [str(n) for n in lengths])
-        panel.minorticks_off()
+        panel.set(xscale="log", yscale="log", xlabel="length N or vocabulary V", ylabel=label)
         panel.grid(alpha=0.3)
         panel.legend()
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "scaling.png", dpi=120)
     plt.close(figure)
+    return folder / "scaling.png"
 
 
 if __name__ == "__main__":
