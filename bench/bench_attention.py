@@ -59,6 +59,14 @@ class Attention(OpCase["Attention"]):
         return self.batch * self.heads * self.pairs * 2 * self.dim * (7 if self.backward else 2)
 
     @property
+    def traffic(self) -> float:
+        """Query, key, value and output once; the backward reads them and the output's gradient, and writes three gradients."""
+        query, key = (self.batch * heads * self.n * self.dim for heads in (self.heads, self.kv_heads))
+        bias = self.heads * self.n**2 if self.feature == "bias_causal" else 0
+        numbers = 2 * query + 2 * key + bias
+        return DTYPES[self.dtype].itemsize * (numbers + (4 * query + 4 * key + 2 * bias if self.backward else 0))
+
+    @property
     def differentiable(self) -> int:
         return 4 if self.feature == "bias_causal" else 3
 

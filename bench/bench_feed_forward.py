@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
-from bench.cases import OpCase, Unavailable, comparison, in_one_graph, need
+from bench.cases import DTYPES, OpCase, Unavailable, comparison, in_one_graph, need
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -36,6 +36,12 @@ class FeedForward(OpCase["FeedForward"]):
     def flops(self) -> float:
         """2 products of 2·rows·width·4·width operations, 3 with a gate; the backward takes twice that."""
         return (24 if self.gated else 16) * self.rows * self.width**2 * (3 if self.backward else 1)
+
+    @property
+    def traffic(self) -> float:
+        """Input, output and matrices once; the backward reads them again and writes their gradients."""
+        numbers = 2 * self.rows * self.width + (12 if self.gated else 8) * self.width**2
+        return DTYPES[self.dtype].itemsize * numbers * (3 if self.backward else 1)
 
     @property
     def differentiable(self) -> int:

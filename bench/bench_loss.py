@@ -63,8 +63,10 @@ class LinearCrossEntropy(CrossEntropy):
         return (6 if self.backward else 2) * self.tokens * self.classes * self.width
 
     @property
-    def traffic(self) -> None:  # type: ignore[override]
-        return None
+    def traffic(self) -> float:
+        """Hidden states and weight once; the backward reads them again and writes their gradients."""
+        numbers = (self.tokens + self.classes) * self.width
+        return DTYPES[self.dtype].itemsize * numbers * (3 if self.backward else 1)
 
     @property
     def differentiable(self) -> int:

@@ -16,6 +16,8 @@ import torch
 
 from bench.cases import Case
 
+PRELOADED = ["torch", "fastattn", "bench.memory", "transformers.models.gpt2.modeling_gpt2"]  # what is there, if it is
+
 
 def peak_growth(case: Case, provider: Callable[[Any], Any]) -> int:
     """Bytes, from the CUDA allocator or the resident set of a fresh child process."""
@@ -27,7 +29,7 @@ def peak_growth(case: Case, provider: Callable[[Any], Any]) -> int:
 def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
     """`function(*arguments)` in a process of its own, forked off a server that has imported torch already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "fastattn", "bench.memory"])
+    context.set_forkserver_preload(PRELOADED)
     with ProcessPoolExecutor(
         1, mp_context=context, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
     ) as pool:

@@ -61,6 +61,7 @@ def write(result: dict[str, Any], folder: Path) -> None:
     (folder / "results.md").write_text(_markdown(result))
     _plot_bars(result["rows"], folder)
     _plot_lengths(result["rows"], folder)
+    _plot_roofline(result["rows"], result["machine"], folder)
 
 
 def _column_order(name: str) -> tuple[bool, str]:
@@ -143,6 +144,33 @@ def _plot_lengths(rows: Rows, folder: Path) -> None:
         panels[0].legend()
         figure.savefig(folder / f"{title.replace(' ', '_').replace('+', '_')}.png", dpi=120)
         plt.close(figure)
+
+
+def _plot_roofline(rows: Rows, about: dict[str, Any], folder: Path) -> None:
+    """roofline.png: operations a second against operations a byte, below what the machine's copy and products allow."""
+    plt = pyplot()
+    points = [row for row in rows if "TFLOP/s" in row and "GB/s" in row]
+    if not points:
+        return
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    intensity = [1e3 * row["TFLOP/s"] / row["GB/s"] for row in points]
+    for i, name in enumerate(sorted({row["provider"] for row in points}, key=lambda name: (name != OURS, name))):
+        places = [(x, 1e3 * row["TFLOP/s"]) for x, row in zip(intensity, points) if row["provider"] == name]
+        size = 40 if name == OURS else 12
+        axes.scatter(*zip(*places), s=size, color=f"C{i % 10}", marker="o" if i < 10 else "x", label=name)
+    span = [min(intensity) / 2, max(intensity) * 2]
+    for dtype, peak in about["matmul_GFLOP_per_s"].items():
+        ridge = peak / about["copy_GB_per_s"]
+        xs = [span[0], *([ridge] if span[0] < ridge < span[1] else []), span[1]]
+        axes.plot(xs, [min(peak, x * about["copy_GB_per_s"]) for x in xs], color="black", linewidth=0.8)
+        axes.annotate(
+            dtype, (span[1], min(peak, span[1] * about["copy_GB_per_s"])), fontsize=7, ha="right", va="bottom"
+        )
+    axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s")
+    axes.legend(fontsize=6)
+    axes.grid(alpha=0.3)
+    figure.savefig(folder / "roofline.png", dpi=120)
+    plt.close(figure)
 
 
 def change(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> tuple[Estimate, str]:
