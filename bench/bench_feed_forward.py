@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
-from bench.cases import DTYPES, OpCase, Unavailable, comparison, in_one_graph, need
+from bench.cases import DTYPES, OpCase, Unavailable, comparison, if_compiled, in_one_graph, need
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -123,6 +123,6 @@ REST = [
 ]
 
 
-@comparison(PROVIDERS, DEFAULT, REST)
+@comparison(PROVIDERS, DEFAULT, REST, slow=if_compiled)
 def test_feed_forward(compare: Callable[..., None], case: FeedForward, provider: str) -> None:
     compare(case, provider, PROVIDERS)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastattn.nn
 from bench import machine
-from bench.cases import DTYPES, Case, comparison, in_one_graph
+from bench.cases import DTYPES, Case, comparison, if_compiled, in_one_graph
 from bench.contest import Run
 from tests.compare import assert_close
 
@@ -122,6 +122,6 @@ REST = [
 ]
 
 
-@comparison(PROVIDERS, DEFAULT, REST)
+@comparison(PROVIDERS, DEFAULT, REST, slow=if_compiled)
 def test_module(compare: Callable[..., None], case: Module, provider: str) -> None:
     compare(case, provider, PROVIDERS)

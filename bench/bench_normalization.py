@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
-from bench.cases import DTYPES, OpCase, Unavailable, comparison, in_one_graph, need
+from bench.cases import DTYPES, OpCase, Unavailable, comparison, if_compiled, in_one_graph, need
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,6 @@ REST = [
 ]
 
 
-@comparison(PROVIDERS, DEFAULT, REST)
+@comparison(PROVIDERS, DEFAULT, REST, slow=if_compiled)
 def test_normalization(compare: Callable[..., None], case: LayerNorm, provider: str) -> None:
     compare(case, provider, PROVIDERS)

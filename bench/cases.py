@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -100,7 +100,10 @@ class Case(ABC):
 
 
 def comparison(
-    providers: Mapping[str, object], default: Iterable[Case], rest: Iterable[Case] = (), slow: Container[str] = ()
+    providers: Mapping[str, object],
+    default: Iterable[Case],
+    rest: Iterable[Case] = (),
+    slow: Callable[[Any, str], bool] = lambda case, name: False,
 ) -> pytest.MarkDecorator:
     """Parametrizes a test with `case` and `provider`: every provider in every case.
 
@@ -108,18 +111,23 @@ def comparison(
         providers: by name.
         default: the cases that run without further ado.
         rest: those that only `--all` runs.
-        slow: names of the providers that only `--all` runs.
+        slow: whether only `--all` runs a provider, by its name, in a default case.
     """
     marked = [(case, False) for case in default]
     marked += [(case, True) for case in rest if (case, False) not in marked]
     return pytest.mark.parametrize(
         ("case", "provider"),
         [
-            pytest.param(case, name, id=f"{case.name}-{name}", marks=[pytest.mark.slow] * (extra or name in slow))
+            pytest.param(case, name, id=f"{case.name}-{name}", marks=[pytest.mark.slow] * (extra or slow(case, name)))
             for case, extra in marked
             for name in providers
         ],
     )
+
+
+def if_compiled(case: Case, name: str) -> bool:
+    """For `comparison`: a provider that torch.compile takes its time for."""
+    return "torch.compile" in name
 
 
 C = TypeVar("C", bound="OpCase")
