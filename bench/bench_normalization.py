@@ -1,4 +1,4 @@
-"""Layer norm, forward and with backward; bytes are those that have to be read and written once."""
+"""Layer norm and RMS norm, forward and with backward; bytes are those that have to be read and written once."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from torch import Tensor
 import fastattn
 from bench.cases import DTYPES, OpCase, Unavailable, comparison, if_compiled, in_one_graph, need
 
+EPS = 1e-5
+
 
 @dataclass(frozen=True)
-class LayerNorm(OpCase["LayerNorm"]):
+class Norm(OpCase["Norm"]):
     rows: int
     width: int
+    rms: bool = False
 
     @property
     def name(self) -> str:
         passes = "forward+backward" if self.backward else "forward"
-        return f"layer_norm {passes} {self.dtype} {self.rows}x{self.width}"
+        return f"{'rms_norm' if self.rms else 'layer_norm'} {passes} {self.dtype} {self.rows}x{self.width}"
 
     @property
     def traffic(self) -> float:
@@ -30,50 +33,55 @@ class LayerNorm(OpCase["LayerNorm"]):
 
     @property
     def differentiable(self) -> int:
-        return 3
+        return 2 if self.rms else 3
 
-    def small(self) -> LayerNorm:
+    def small(self) -> Norm:
         return replace(self, rows=19, width=40)
 
     def inputs(self) -> list[Tensor]:
-        return [self.randn(self.rows, self.width), self.randn(self.width), self.randn(self.width)]
+        """Rows, weight, and for layer norm a bias."""
+        return [self.randn(self.rows, self.width), *(self.randn(self.width) for _ in range(1 if self.rms else 2))]
 
-    def definition(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        centred = input - input.mean(-1, keepdim=True)
-        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
-
-
-def ours(case: LayerNorm) -> Callable[..., Tensor]:
-    return lambda x, weight, bias: fastattn.layer_norm(x, case.width, weight, bias)
+    def definition(self, input: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        centred = input if self.rms else input - input.mean(-1, keepdim=True)
+        y = centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt() * weight
+        return y + bias[0] if bias else y
 
 
-def torch_nn(case: LayerNorm) -> Callable[..., Tensor]:
-    return lambda x, weight, bias: F.layer_norm(x, (case.width,), weight, bias)
+def ours(case: Norm) -> Callable[..., Tensor]:
+    norm = fastattn.rms_norm if case.rms else fastattn.layer_norm
+    return lambda x, *weights: norm(x, case.width, *weights, eps=EPS)
 
 
-def torch_nn_in_fp32(case: LayerNorm) -> Callable[..., Tensor]:
+def torch_nn(case: Norm) -> Callable[..., Tensor]:
+    norm = F.rms_norm if case.rms else F.layer_norm
+    return lambda x, *weights: norm(x, (case.width,), *weights, eps=EPS)
+
+
+def torch_nn_in_fp32(case: Norm) -> Callable[..., Tensor]:
     """PyTorch's, with 16-bit rows widened: how to get right gradients of weight and bias from it on a CPU."""
     if case.dtype == "fp32" or not case.backward:
         raise Unavailable("the same as torch.nn")
-    dtype = DTYPES[case.dtype]
-    return lambda *inputs: F.layer_norm(inputs[0].float(), (case.width,), *(x.float() for x in inputs[1:])).to(dtype)
+    function, dtype = torch_nn(case), DTYPES[case.dtype]
+    return lambda *inputs: function(*(x.float() for x in inputs)).to(dtype)
 
 
-def plain(case: LayerNorm) -> Callable[..., Tensor]:
+def plain(case: Norm) -> Callable[..., Tensor]:
     """The formula, written in PyTorch."""
     return case.definition
 
 
-def compiled(case: LayerNorm) -> Callable[..., Tensor]:
+def compiled(case: Norm) -> Callable[..., Tensor]:
     return in_one_graph(case.definition)
 
 
-def liger(case: LayerNorm) -> Callable[..., Tensor]:
+def liger(case: Norm) -> Callable[..., Tensor]:
     """The package liger-kernel, on a GPU."""
     package = need("liger_kernel.transformers.functional")
     if not torch.cuda.is_available():
         raise Unavailable("liger-kernel needs a GPU")
-    return lambda x, weight, bias: package.liger_layer_norm(x, weight, bias, 1e-5)
+    norm = package.liger_rms_norm if case.rms else package.liger_layer_norm
+    return lambda *inputs: norm(*inputs, EPS)
 
 
 PROVIDERS = {
@@ -84,20 +92,22 @@ PROVIDERS = {
     "plain, torch.compile": compiled,
     "liger-kernel": liger,
 }
+SIZES = ((64, 384), (512, 768), (2048, 384), (2048, 1024), (4096, 768), (4096, 4096), (512, 16384))
 DEFAULT = [
-    LayerNorm(dtype, backward, rows, width)
+    Norm(dtype, backward, rows, width, rms)
     for dtype in ("fp32", "bf16")
-    for rows, width in ((2048, 384), (4096, 768))
+    for rows, width, rms in ((2048, 384, False), (4096, 768, False), (4096, 768, True))
     for backward in (False, True)
 ]
 REST = [
-    LayerNorm(dtype, backward, rows, width)
+    Norm(dtype, backward, *size, rms)
+    for rms in (False, True)
     for dtype in ("fp32", "bf16")
-    for rows, width in ((64, 384), (512, 768), (2048, 1024), (4096, 4096), (512, 16384))
+    for size in SIZES
     for backward in (False, True)
 ]
 
 
 @comparison(PROVIDERS, DEFAULT, REST, slow=if_compiled)
-def test_normalization(compare: Callable[..., None], case: LayerNorm, provider: str) -> None:
+def test_normalization(compare: Callable[..., None], case: Norm, provider: str) -> None:
     compare(case, provider, PROVIDERS)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bench import machine
-from bench.bench_normalization import LayerNorm, ours, torch_nn
+from bench.bench_normalization import Norm, ours, torch_nn
 from bench.contest import Run, race
 from bench.report import OURS, compare
 
@@ -46,7 +46,7 @@ def result(case: Any, peer: Callable[[Any], Any], planted: float, seconds: float
 
 def verdicts(planted: float, runs: int, seconds: float) -> tuple[list[str], list[str]]:
     """Lines of the table for the runs as they are and for the slowed ones, each against the first as it is."""
-    case = LayerNorm("fp32", True, 512, 768)
+    case = Norm("fp32", True, 512, 768)
     case.check(ours)
     results = {by: [result(case, torch_nn, by, seconds) for _ in range(runs)] for by in (0.0, planted)}
     first = results[0.0].pop(0)
