@@ -71,11 +71,16 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, texts: list[str], length: int) -> list[np.ndarray]:
-    """The tokens of each text; of a longer one the first and the last `length` / 2 (Sun et al., 2019)."""
-    ids = (np.array(encoding.ids, dtype=np.int32) for encoding in tokenizer.encode_batch_fast(texts))
+def kept(tokens: int, length: int) -> np.ndarray:
+    """Which of a text's tokens are read: of a longer one the first and the last `length` / 2 (Sun et al., 2019)."""
     half = length // 2
-    return [t if len(t) <= length else np.concatenate([t[: length - half], t[len(t) - half :]]) for t in ids]
+    return np.arange(tokens) if tokens <= length else np.r_[: length - half, tokens - half : tokens]
+
+
+def encode(tokenizer: Tokenizer, texts: list[str], length: int) -> list[np.ndarray]:
+    """The tokens of each text that are read, at most `length`."""
+    ids = (np.array(encoding.ids, dtype=np.int32) for encoding in tokenizer.encode_batch_fast(texts))
+    return [t[kept(len(t), length)] for t in ids]
 
 
 def is_classifier(folder: Path) -> bool:

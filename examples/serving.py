@@ -15,6 +15,7 @@ from typing import Any
 import batching
 import corpus
 import labelled
+from attention_map import map_text
 from streaming import Decoder, StopStrings
 from tokenizers import Tokenizer
 
@@ -72,6 +73,7 @@ class CompletionRequest(BaseModel):
 class ClassifyRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
     text: str | list[str]
+    attention: bool = False
 
 
 class Refusal(HTTPException):
@@ -231,14 +233,19 @@ class Labels:
         texts = [body.text] if isinstance(body.text, str) else body.text
         if not 1 <= len(texts) <= self.limits.texts:
             raise Refusal(400, f"text must hold 1 to {self.limits.texts} texts, got {len(texts)}")
+        if body.attention and len(texts) > 1:
+            raise Refusal(400, f"attention is of one text at a time, got {len(texts)}")
         if not self._room.acquire(blocking=False):
             raise busy("too many requests are waiting")
+        attention = None
         try:
             if not self._computes.acquire(timeout=self.limits.timeout):
                 raise Refusal(504, f"no answer within {self.limits.timeout:g} seconds")
             try:
                 tokens = labelled.encode(self.tokenizer, texts, self.model.config.context_length)
                 found = labelled.probabilities(self.model, tokens)
+                if body.attention and len(tokens[0]):
+                    attention = self._attention(texts[0])
             finally:
                 self._computes.release()
         finally:
@@ -246,4 +253,15 @@ class Labels:
         results = [
             {"label": self.names[row.argmax()], "probabilities": dict(zip(self.names, row.tolist()))} for row in found
         ]
+        if body.attention:
+            results[0]["attention"] = attention
         return {"model": self.name, "results": results}
+
+    def _attention(self, text: str) -> dict[str, Any]:
+        """The text in pieces, and how much attention each receives in every layer and head, see attention_map.py."""
+        found = map_text(self.model, self.tokenizer.encode(text), text)
+        return {
+            "pieces": [{"before": before, "text": word} for before, word in found.pieces],
+            "rest": found.rest,
+            "received": found.weights["received"].tolist(),
+        }

@@ -50,11 +50,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": {
         "model": {
             "vocab_size": 30_000, "context_length": 512, "num_layers": 1, "num_heads": 4, "d_model": 64,
-            "dropout": 0.3, "bigram_buckets": 2**17, "ngram_votes": 400_000,
+            "dropout": 0.3, "bigram_buckets": 2**17, "ngram_votes": 400_000, "label_smoothing": 0.1,
         },
-        "epochs": 3, "pretrain_epochs": 2, "batch_size": 32, "lr": 1e-3, "pretrain_lr": 2e-3, "weight_decay": 0.1,
+        "epochs": 2, "pretrain_epochs": 0, "batch_size": 32, "lr": 1e-3, "pretrain_lr": 3e-3, "weight_decay": 0.1,
         "average": 0.998, "word_dropout": 0.3,
-        "dtype": "auto",
+        "dtype": "fp32",
     },
     "original": {
         "model": {

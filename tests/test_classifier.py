@@ -17,7 +17,9 @@ VARIANTS = {
     "post-norm, sinusoidal, cls": ClassifierConfig(
         **SIZES, norm_first=False, positions="sinusoidal", pooling="cls", activation="relu"
     ),
-    "attention pooling, no bias": ClassifierConfig(**SIZES, num_layers=1, pooling="attention", bias=False),
+    "attention pooling, no bias": ClassifierConfig(
+        **SIZES, num_layers=1, pooling="attention", bias=False, label_smoothing=0.2
+    ),
 }
 
 
@@ -96,7 +98,7 @@ def test_logits_and_gradients_are_those_of_unpadded_texts(config: ClassifierConf
     model, (tokens, mask, targets) = make(config), batch()
     exact = {name: p.detach().double().requires_grad_() for name, p in model.state_dict(keep_vars=True).items()}
     rows = [reference_logits(exact, config, row[keep]) for row, keep in zip(tokens, mask)]
-    expected_loss = F.cross_entropy(torch.stack(rows), targets)
+    expected_loss = F.cross_entropy(torch.stack(rows), targets, label_smoothing=config.label_smoothing)
     expected_loss.backward()
     logits, loss = model(tokens, mask, targets)
     torch.testing.assert_close(logits.double(), torch.stack(rows), rtol=1e-4, atol=1e-5)
@@ -150,6 +152,7 @@ def test_saved_and_loaded(tmp_path) -> None:
         ({"pooling": "max"}, "pooling must be one of mean, cls, attention, got 'max'"),
         ({"positions": "sinusoidal", "d_model": 15, "num_heads": 1}, "d_model must be even"),
         ({"bigram_buckets": -1}, "bigram_buckets must be at least 0"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\)"),
         ({"ngram_votes": -1}, "ngram_votes must be at least 0"),
         ({"attention_dropout": 1.0}, r"attention_dropout must be in \[0, 1\)"),
     ],

@@ -4,6 +4,7 @@ import http.client
 import json
 import queue
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -195,6 +196,13 @@ def test_classification(client: Callable[..., Any]) -> None:
         assert list(result["probabilities"].values()) == pytest.approx(expected, rel=1e-4)
         assert result["label"] == ["bad", "good"][expected[1] > expected[0]]
     assert len(web.post("/v1/classify", json={"text": "good"}).json()["results"]) == 1
+    (result,) = web.post("/v1/classify", json={"text": " A good,  film", "attention": True}).json()["results"]
+    attention = result["attention"]
+    pieces = "".join(piece["before"] + piece["text"] for piece in attention["pieces"])
+    assert " A good,  film".endswith(pieces + attention["rest"])
+    assert torch.tensor(attention["received"]).shape == (2, 2, 4)
+    assert web.post("/v1/classify", json={"text": "", "attention": True}).json()["results"][0]["attention"] is None
+    assert web.post("/v1/classify", json={"text": ["a", "b"], "attention": True}).status_code == 400
 
 
 BAD = {
@@ -233,6 +241,22 @@ def test_health_page_and_models(client: Callable[..., Any]) -> None:
     web.texts.engine.close()
     assert web.get("/healthz").status_code == 503
     assert web.post("/v1/completions", json={"prompt": "a"}).status_code == 503
+
+
+def test_the_page_names_what_is_there(client: Callable[..., Any]) -> None:
+    """Every element that its script looks up, every path that it asks, and every field of the answers that it reads."""
+    web = client()
+    page = web.get("/").text
+    assert set(re.findall(r'at\("(\w+)"\)', page)) == set(re.findall(r'id="(\w+)"', page))
+    paths = set(re.findall(r'(?:fetch|post)\("([^"]+)"', page))
+    assert paths == {"/healthz", "/v1/completions", "/v1/classify"}
+    assert paths <= {route.path for route in web.app.routes}
+    asked = {"prompt": "a", "stream": True, "top_p": 0.95, "max_tokens": 3, "temperature": 0.8}
+    assert all(re.search(rf"\b{name}\b", page) for name in asked)
+    text, events = streamed(web.post("/v1/completions", json=asked))
+    assert text
+    assert all("text" in event["choices"][0] for event in events)
+    assert {"gpt", "classifier"} <= web.get("/healthz").json().keys()
 
 
 def test_an_answer_that_takes_too_long(client: Callable[..., Any]) -> None:

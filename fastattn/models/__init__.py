@@ -3,5 +3,6 @@
 from fastattn.models.classifier import Classifier, ClassifierConfig
 from fastattn.models.gpt import GPT, GPTConfig
 from fastattn.models.layers import KVCache
+from fastattn.models.maps import AttentionMaps, attention_maps
 
-__all__ = ["GPT", "Classifier", "ClassifierConfig", "GPTConfig", "KVCache"]
+__all__ = ["GPT", "AttentionMaps", "Classifier", "ClassifierConfig", "GPTConfig", "KVCache", "attention_maps"]

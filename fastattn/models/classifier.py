@@ -39,6 +39,8 @@ class ClassifierConfig:
         pooling: "mean" over the tokens, "cls" (a learned first token) or "attention" (a learned weighted mean).
         bigram_buckets: size of the hashed embedding of neighbouring pairs (Joulin et al., 2016,
             https://arxiv.org/abs/1607.01759), or 0 for none.
+        label_smoothing: share of the label's probability that the loss gives to all classes alike; it keeps the encoder
+            from being so sure of the texts that it learnt by heart that it outvotes everything.
         ngram_votes: how many words, pairs and triples vote for the classes, beside the encoder and trained by a loss of
             their own, see `models.ngrams.NgramVotes`; or 0 for none. They know nothing before `votes.learn_ngrams`.
 
@@ -61,6 +63,7 @@ class ClassifierConfig:
     positions: str = "learned"
     pooling: str = "mean"
     bigram_buckets: int = 0
+    label_smoothing: float = 0.0
     ngram_votes: int = 0
 
     def __post_init__(self) -> None:
@@ -72,6 +75,8 @@ class ClassifierConfig:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.positions == "sinusoidal" and self.d_model % 2:
             raise ValueError(f"d_model must be even for sinusoidal positions, got {self.d_model}")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         for name in ("bigram_buckets", "ngram_votes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -157,12 +162,15 @@ class Classifier(Pretrained):
         """
         x, grown = self.hidden(tokens, mask)
         logits = self.output(self.dropout(self._pool(x, grown)))
-        if not self.config.ngram_votes:
-            return logits, None if targets is None else F.cross_entropy(logits.float(), targets)
-        parts = (logits.float(), self.votes(tokens, mask))
+        parts = [logits.float()]
+        if self.config.ngram_votes:
+            parts.append(self.votes(tokens, mask))
+            logits = torch.stack(parts).mean(dim=0)
+        if targets is None:
+            return logits, None
         # A loss for each part: each learns all that it can, and not what the other leaves over.
-        loss = None if targets is None else torch.stack([F.cross_entropy(part, targets) for part in parts]).mean()
-        return (parts[0] + parts[1]) / 2, loss
+        smoothing = self.config.label_smoothing
+        return logits, torch.stack([F.cross_entropy(p, targets, label_smoothing=smoothing) for p in parts]).mean()
 
     def hidden(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The normalised hidden state of each token, (B, T, d_model), and its mask; with "cls" pooling T grows by one.

@@ -109,13 +109,7 @@ class SelfAttention(nn.Module):
             cache: read and extended, or None; with a cache, later tokens are hidden and there is no mask.
             block: which of the cache's buffers is this layer's.
         """
-        packed = self.in_proj(x)  # (B, T, (Hq + 2 Hkv) · D), of the heads that this process has
-        width = packed.shape[2] // self.heads_per_kv_head
-        parts = packed.split((packed.shape[2] - 2 * width, width, width), dim=2)
-        query, key, value = (part.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for part in parts)  # (B, H, T, D)
-        if rotary is not None:
-            offset = 0 if cache is None or positions is not None else cache.length
-            query, key = rotary(query, key, positions=positions, offset=offset)
+        query, key, value = self.heads(x, rotary=rotary, positions=positions, cache=cache)
         dropout_p = self.dropout if self.training else 0.0
         if cache is not None:
             out = cache.attend(block, query, key, value, window=self.window)
@@ -127,6 +121,24 @@ class SelfAttention(nn.Module):
         else:
             out = attention(query, key, value, causal=causal, window=self.window, mask=mask, dropout_p=dropout_p)
         return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def heads(
+        self,
+        x: Tensor,
+        *,
+        rotary: RotaryEmbedding | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query (B, Hq, T, D), key and value (B, Hkv, T, D) of x's tokens; the arguments are those of `forward`."""
+        packed = self.in_proj(x)  # (B, T, (Hq + 2 Hkv) · D), of the heads that this process has
+        width = packed.shape[2] // self.heads_per_kv_head
+        parts = packed.split((packed.shape[2] - 2 * width, width, width), dim=2)
+        query, key, value = (part.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for part in parts)  # (B, H, T, D)
+        if rotary is not None:
+            offset = 0 if cache is None or positions is not None else cache.length
+            query, key = rotary(query, key, positions=positions, offset=offset)
+        return query, key, value
 
 
 class Block(nn.Module):
