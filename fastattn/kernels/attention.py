@@ -294,7 +294,7 @@ def explain(
     }
     lines = [f"target {target.backend}" + (f" sm_{target.arch}" if target.arch else "")]
     for name, choose in configs.items():
-        config = choose(target, width, query.element_size(), heavy, blocks=isinstance(mask, Blocks))  # type: ignore[operator]
+        config = choose(target, width, query.element_size(), heavy, blocks=isinstance(mask, Blocks))
         tile = f"{config.block_m} rows x {config.block_n} keys"
         lines.append(f"{name}: {tile} a step, {config.num_warps} warps, {config.num_stages} stages")
     return lines

@@ -1,9 +1,13 @@
-"""Tile sizes, warps and stages, as pure functions of the target and the problem's class (never of batch or length)."""
+"""Tile sizes, warps and stages, as pure functions of the target and the problem's class (never of batch or length).
+
+Answers are kept: a training step asks the same few questions hundreds of times, and the host's time is the GPU's on small inputs.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from typing import Any, TypeAlias
 
 from fastattn.kernels.launch import Target
@@ -77,6 +81,7 @@ def _from_table(table: _Table, head_dim: int) -> AttentionConfig:
     return AttentionConfig(*table[next(width for width in table if head_dim <= width)])
 
 
+@cache
 def attention_forward_config(
     target: Target, head_dim: int, itemsize: int, heavy: bool = False, blocks: bool = False
 ) -> AttentionConfig:
@@ -94,6 +99,7 @@ def attention_forward_config(
     return _from_table(_FORWARD_HEAVY if heavy else _FORWARD[family], head_dim)
 
 
+@cache
 def attention_backward_query_config(
     target: Target, head_dim: int, itemsize: int, heavy: bool = False, blocks: bool = False
 ) -> AttentionConfig:
@@ -109,6 +115,7 @@ def attention_backward_query_config(
     return _from_table(heavy_table if heavy else _BACKWARD_QUERY[family], head_dim)
 
 
+@cache
 def attention_backward_key_config(
     target: Target, head_dim: int, itemsize: int, heavy: bool = False, packed: bool = False, blocks: bool = False
 ) -> AttentionConfig:
@@ -141,6 +148,7 @@ MAX_SPLITS = 128
 MERGE_SPLITS = 16  # partial results that one step of the merge reads
 
 
+@cache
 def decode_config(target: Target, head_dim: int, itemsize: int, rows: int) -> AttentionConfig:
     """rows: the query rows that share a key head, of all heads and new tokens together."""
     if target.backend == "interpreter":
@@ -154,6 +162,7 @@ def decode_config(target: Target, head_dim: int, itemsize: int, rows: int) -> At
     return replace(config, block_m=block_m, block_n=block_n, num_stages=stages)
 
 
+@lru_cache(maxsize=4096)
 def decode_splits(target: Target, programs: int, key_blocks: int) -> int:
     """Into how many parts the keys are divided, so that a few long sequences still occupy the whole device.
 
@@ -212,6 +221,7 @@ class NormConfig:
     partial_columns: int = 0
 
 
+@cache
 def norm_forward_config(columns: int) -> NormConfig:
     """The forward of rows of `columns` numbers."""
     if columns > MAX_COLUMNS:
@@ -221,6 +231,7 @@ def norm_forward_config(columns: int) -> NormConfig:
     return NormConfig(wide=False, rows=rows, columns=block, num_warps=max(4, rows * block // 512))
 
 
+@cache
 def norm_backward_config(target: Target, columns: int) -> NormConfig:
     """The backward: as many programs as run at once, fewer for wider rows, since each writes two rows of partials."""
     if columns > MAX_COLUMNS:
@@ -256,6 +267,7 @@ class MatmulConfig:
     parts: int = 1
 
 
+@cache
 def matmul_config(target: Target, columns: int, depth: int, itemsize: int, heavy: bool) -> MatmulConfig:
     """columns, depth: of the right operand; heavy: the kernel has a gate, or the derivative of an activation.
 
@@ -291,6 +303,7 @@ def cross_entropy_config(classes: int, itemsize: int) -> tuple[int, int, int]:
     return block * itemsize // 16, 16 // itemsize, max(1, block // 512)
 
 
+@cache
 def rotary_config(half: int, tail: int) -> tuple[int, int, int, int]:
     """(columns, columns of the tail, tokens, warps) of a program over tables of `half` columns and `tail` numbers that stay.
 
