@@ -99,6 +99,13 @@ MUTANTS = (
     ),
     Mutant("dropout keeps the wrong share", "kernels/random.py", ">= threshold", "< threshold", ATTENTION),
     Mutant(
+        "eager: far keys under ALiBi are dropped whatever their scores",
+        "eager/attention.py",
+        "-2.0 * abs(block.scale) * float(q * k) - 40.0",
+        "-40.0",
+        ("tests/test_attention.py", "-k", "far_keys"),
+    ),
+    Mutant(
         "eager: window is one too wide",
         "eager/attention.py",
         "before = j < i - self.window_left",

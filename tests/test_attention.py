@@ -192,3 +192,25 @@ def test_matches_the_definition_in_fp32(name, backend):
 )
 def test_matches_the_definition_in_half_precision(name, dtype, backend):
     check(CASES[name], dtype, backend)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("far_key", [1.0, 40.0], ids=["ordinary", "far_key_outweighs_its_distance"])
+def test_far_keys_under_alibi(far_key, causal):
+    """Keys whose ALiBi leaves them no weight may be skipped; a key that makes up for it may not."""
+    query, key, value = (torch.randn(1, 2, 300, 16) for _ in range(3))
+    query[:, :, :, 0] = 10.0
+    key[:, :, 3, 0] = far_key  # a score of up to 100 against a slope of 0.4 a position
+    options = {"causal": causal, "alibi_slopes": torch.tensor([0.4, 1.0])}
+    inputs, dy = [query, key, value], [torch.randn(1, 2, 300, 16)]
+
+    def definition(*tensors):
+        return reference.attention(*tensors, **options)[:1]
+
+    wide = [x.double() for x in inputs]
+    truth, plain = (value_and_gradients(definition, x, dy) for x in (wide, inputs))
+    got = value_and_gradients(lambda *tensors: [fastattn.attention(*tensors, **options)], inputs, dy)
+    for name, *tensors in zip(
+        ("output", "dq", "dk", "dv"), *(outputs + grads for outputs, grads in (got, truth, plain))
+    ):
+        assert_close(name, *tensors)

@@ -12,6 +12,7 @@ A block is done in one of two ways:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,7 @@ from fastattn.replay import replay
 
 # Rows of a fused block that needs an additive mask: of 128, 256 and 512 the best for `python -m bench.report attention`.
 _FUSED_ROWS = 256
+_FUSED_ROWS_16BIT_BACKWARD = 768  # from here on PyTorch's backward has larger tiles; it pays where columns hardly vary
 _BLOCK_SCORES = 1 << 20  # scores of one block of matrix products: 4 MiB of fp32
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -52,6 +54,7 @@ class Block:
     num_keys: int
     first_batch: int = 0  # batch index of the first sample, for dropout's choice
     mirrored: bool = False  # keys and values are given last first
+    floor: float = -math.inf  # ALiBi below it hides a key, whose weight would be lost in rounding
 
     def narrow(self, rows: range) -> Block:
         """The block of these rows: fewer columns where the window allows, mask and bias cut to size."""
@@ -106,7 +109,7 @@ class Block:
             return total
         if total is None:
             return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
-        return total.masked_fill(hidden, float("-inf"))
+        return torch.where(hidden, float("-inf"), total)
 
     def by_distance(self, device: torch.device) -> Tensor | None:
         """`additive` of a mirrored block, (B or 1, Hq or 1, rows, columns), without a mask or bias; None = nothing to add.
@@ -127,6 +130,7 @@ class Block:
             vector = torch.zeros(1, 1, len(distance), device=device)
         else:
             vector = -self.alibi_slopes[..., None] * distance.abs()
+            vector.masked_fill_(vector < self.floor, float("-inf"))
         if left is not None:
             vector.masked_fill_(distance > left, float("-inf"))
         if right is not None:
@@ -165,17 +169,18 @@ def _cut(pair: Tensor | Blocks | None, rows: range, columns: range) -> Tensor | 
     return pair if pair.shape[3] == 1 else pair[..., columns.start : columns.stop]
 
 
-def _logits(q: Tensor, k: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-    """(logits, capped scores), fp32 (B, Hq, rows, columns): softcap(scale·q kᵀ) + bias + ALiBi, -inf where invisible.
+def _logits(q: Tensor, k: Tensor, block: Block) -> tuple[Tensor, Tensor | None]:
+    """(logits, t), fp32 (B, Hq, rows, columns): softcap·t + bias + ALiBi, -inf where invisible, t = tanh(scale·q kᵀ / softcap).
 
-    q (B, Hq, rows, D) and k (B, Hkv, columns, D) are the block's, fp32.
+    Without softcap its part is scale·q kᵀ, and t is None. q (B, Hq, rows, D) and k (B, Hkv, columns, D) are the block's, fp32.
     """
-    capped = _grouped(q, k) @ k.transpose(-1, -2) * block.scale
-    capped = capped.reshape(*q.shape[:3], k.shape[2])
-    if block.softcap:
-        capped = block.softcap * torch.tanh(capped / block.softcap)
+    scaled = q * (block.scale / block.softcap if block.softcap else block.scale)
+    s = (_grouped(scaled, k) @ k.transpose(-1, -2)).reshape(*q.shape[:3], k.shape[2])
     additive = block.additive(q.device)
-    return (capped if additive is None else capped + additive), capped
+    if not block.softcap:
+        return (s if additive is None else s + additive), None
+    t = torch.tanh(s)
+    return (t * block.softcap if additive is None else torch.add(additive, t, alpha=block.softcap)), t
 
 
 def _grouped(x: Tensor, kv: Tensor) -> Tensor:
@@ -252,7 +257,9 @@ def definition(
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 
-def _fused_blocks(query: Tensor, key: Tensor, value: Tensor, whole: Block) -> tuple[list[Block], bool] | None:
+def _fused_blocks(
+    query: Tensor, key: Tensor, value: Tensor, whole: Block, backward: bool = False
+) -> tuple[list[Block], bool] | None:
     """How PyTorch's fused kernel does the job: (blocks of rows, its own is_causal), or None where it cannot."""
     if query.device.type != "cpu" or whole.softcap or whole.seed is not None or query.shape[3] != value.shape[3]:
         return None
@@ -264,10 +271,24 @@ def _fused_blocks(query: Tensor, key: Tensor, value: Tensor, whole: Block) -> tu
         # (PyTorch's own causal mask multiplies -inf by the scale, which must therefore be positive)
         if plain and whole.window_right == 0 and whole.shift == 0 and whole.scale > 0.0:
             return [whole], True
-    whole = replace(whole, mirrored=whole.mask is None and whole.bias is None)
+    whole = replace(whole, mirrored=whole.mask is None and whole.bias is None, floor=_floor(query, key, whole))
     if whole.mirrored and whole.window_left is None and whole.window_right is None:
         return [whole], False
-    return list(whole.split(_FUSED_ROWS)), False
+    large = backward and query.dtype != torch.float32 and whole.window_left is None
+    return list(whole.split(_FUSED_ROWS_16BIT_BACKWARD if large else _FUSED_ROWS)), False
+
+
+def _floor(query: Tensor, key: Tensor, block: Block) -> float:
+    """ALiBi below which a key's weight is less than e^-40 of its row's, where every row sees the key at its own position.
+
+    |scale·q kᵀ| <= c = |scale| max‖q‖ max‖k‖, so that the key at distance 0 has a score of -c at least, and one with ALiBi
+    below -2c - 40 has less than -c - 40. Such weights change no digit of a sum, but as denormal numbers they make the products
+    of the backward 3 times slower.
+    """
+    if block.alibi_slopes is None or block.shift < 0 or (block.window_right is not None and block.window_right < 0):
+        return -math.inf
+    q, k = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax() for x in (query, key))
+    return -2.0 * abs(block.scale) * float(q * k) - 40.0
 
 
 def _fused_mask(block: Block, is_causal: bool, query: Tensor) -> Tensor | None:
@@ -368,7 +389,7 @@ def backward(
         query, key, mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p,
         first_batch,
     )  # fmt: skip
-    fused = None if grad_lse is not None or need_bias else _fused_blocks(query, key, value, whole)
+    fused = None if grad_lse is not None or need_bias else _fused_blocks(query, key, value, whole, backward=True)
     if fused is None:
         blocks, is_causal = list(whole.split(product_rows(query, key))), False
         if delta is None:
@@ -420,18 +441,17 @@ def _block_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, block: Block
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dS) of one block, everything fp32; lse is +inf for rows that see nothing."""
-    s, capped = _logits(q, k, block)
-    p = torch.exp(s - lse[..., None])
+    s, t = _logits(q, k, block)
+    p = (s - lse[..., None]).exp_()
     dp = (_grouped(do, v) @ v.transpose(-1, -2)).view(p.shape)
     z = block.dropout_factors(p)
     p_kept = p if z is None else p * z
-    ds = p * ((dp if z is None else dp * z) - delta[..., None])
-    dx = ds * block.scale
-    if block.softcap:
-        dx = dx * (1.0 - (capped / block.softcap).square())
+    ds = (dp if z is None else dp.mul_(z)).sub_(delta[..., None]).mul_(p)
+    dx = ds if t is None else torch.addcmul(ds, ds * t, t, value=-1.0)  # ds · (1 - t²)
     dx, p_kept = _grouped(dx, k), _grouped(p_kept, v)
-    dq = (dx @ k).view(q.shape)
-    return dq, dx.transpose(-1, -2) @ _grouped(q, k), p_kept.transpose(-1, -2) @ _grouped(do, v), ds
+    dq = (dx @ k).view(q.shape).mul_(block.scale)
+    dk = (dx.transpose(-1, -2) @ _grouped(q, k)).mul_(block.scale)
+    return dq, dk, p_kept.transpose(-1, -2) @ _grouped(do, v), ds
 
 
 def double_backward(

@@ -57,14 +57,22 @@ def definition(
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """X Wᵀ + b of (rows, in).
 
-    A few rows in bf16 are done as (W Xᵀ + b)ᵀ: the same sums, for which PyTorch has faster CPU kernels.
+    A few rows are done in an order of loops for which PyTorch has faster CPU kernels: in bf16 as (W Xᵀ + b)ᵀ; in fp32 as
+    a batch of products with 64 rows of W each.
     """
     rows = x.shape[0]
-    if x.dtype != torch.bfloat16 or bias is None or not 1 <= rows <= 16 or not x.is_cpu:
+    if x.is_cpu and x.dtype == torch.bfloat16 and 1 <= rows <= 16:
+        if rows == 1:
+            return (torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0]))[None]
+        return (weight @ x.t() if bias is None else torch.addmm(bias[:, None], weight, x.t())).t().contiguous()
+    whole = weight.shape[0] // 64 * 64
+    if not x.is_cpu or x.dtype != torch.float32 or not 3 <= rows <= 8 or not whole or not weight.is_contiguous():
         return F.linear(x, weight, bias)
-    if rows == 1:
-        return torch.addmv(bias, weight, x[0])[None]
-    return torch.addmm(bias[:, None], weight, x.t()).t().contiguous()
+    parts = weight[:whole].view(whole // 64, 64, weight.shape[1]).transpose(1, 2)
+    y = torch.bmm(x.expand(whole // 64, -1, -1), parts).transpose(0, 1).reshape(rows, whole)
+    if whole < weight.shape[0]:
+        y = torch.cat([y, F.linear(x, weight[whole:])], 1)
+    return y if bias is None else y.add_(bias)
 
 
 def forward(

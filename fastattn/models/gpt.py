@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.eager.feed_forward import product
 from fastattn.layout import Packing
 from fastattn.models import hub
 from fastattn.models.decoding import TokenReader, can_read_tokens
@@ -360,9 +361,7 @@ class GPT(Pretrained):
                         last = read_token(unread[:, 0], cache)
                     else:
                         last = self.hidden(unread, cache)[:, -1]
-                    # W hᵀ: for a few rows PyTorch's CPU products are faster so than as h Wᵀ
-                    weight = self.output_weight
-                    logits = torch.mv(weight, last[0])[None] if len(last) == 1 else (weight @ last.T).T
+                    logits = product(last, self.output_weight, None)
                     if repetition_penalty != 1.0:
                         logits = penalise_repetition(logits, window, repetition_penalty)
                     token = sample(logits, temperature, top_k, top_p, generator)
