@@ -60,7 +60,7 @@ SELECTED = pytest.StashKey[dict[Case, list[str]]]()  # names of providers
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastattn")
-    group.addoption("--seconds", type=float, default=2.0, help="about how long each comparison may take (%(default)s)")
+    group.addoption("--seconds", type=float, default=1.5, help="about how long each comparison may take (%(default)s)")
     group.addoption("--threads", type=int, default=os.cpu_count(), help="CPU threads (%(default)s)")
     group.addoption("--no-memory", action="store_true", help="do not measure memory")
 

@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all of them")
     parser.add_argument("--all", action="store_true", help="every size, and the providers that have to be compiled")
-    parser.add_argument("--seconds", type=float, default=2.0, help="about how long a comparison may take (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=1.5, help="about how long a comparison may take (%(default)s)")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     parser.add_argument("--out", type=Path, help="folder for the results; default: bench/results/<machine>")
