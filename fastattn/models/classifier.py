@@ -195,12 +195,12 @@ class Classifier(Pretrained):
             tokens = tokens.masked_fill(~mask, 0)  # so that the pair at the end does not depend on the padding
         x = self.token_embedding(tokens)
         if config.bigram_buckets:
-            following = F.pad(tokens[:, 1:], (0, 1))
+            following = F.pad(tokens, (0, 1))[:, 1:]
             x = x + self.bigram_embedding((tokens * 1_000_003 + following * 7_919) % config.bigram_buckets)
         if config.positions == "sinusoidal":
             x = x * math.sqrt(config.d_model)
         if config.pooling == "cls":
-            x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)
+            x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)
             mask = None if mask is None else F.pad(mask, (1, 0), value=True)
         table = self.position_embedding.weight if config.positions == "learned" else self.sinusoids
         return self.dropout(x + table[: x.shape[1]]), mask
