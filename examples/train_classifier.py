@@ -1,7 +1,7 @@
 """Train a transformer to tell texts apart: positive from negative reviews, or whatever your file says.
 
     python examples/train_classifier.py                            IMDb reviews, preset "quick": under 5 minutes on two cores
-    python examples/train_classifier.py --preset best              pre-trained on the texts first: the most accurate here
+    python examples/train_classifier.py --preset best              reads 512 words instead of 256: the most accurate here
     python examples/train_classifier.py --preset original          the plain transformer of many tutorials, 10 epochs
     python examples/train_classifier.py --data mine.csv            your own .csv or .jsonl with the fields text and label
 

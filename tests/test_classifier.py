@@ -153,6 +153,7 @@ def test_saved_and_loaded(tmp_path) -> None:
         ({"positions": "sinusoidal", "d_model": 15, "num_heads": 1}, "d_model must be even"),
         ({"bigram_buckets": -1}, "bigram_buckets must be at least 0"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\)"),
+        ({"vote_share": 1.5}, r"vote_share must be in \[0, 1\]"),
         ({"ngram_votes": -1}, "ngram_votes must be at least 0"),
         ({"attention_dropout": 1.0}, r"attention_dropout must be in \[0, 1\)"),
     ],
@@ -181,7 +182,7 @@ def ngrams_of(row: list[int]) -> set[tuple[int, ...]]:
 
 def test_votes_of_ngrams(tmp_path: Path) -> None:
     """Against counting by hand: which n-grams are known, how they vote, beside the encoder, saved and loaded."""
-    config = ClassifierConfig(**SIZES | {"vocab_size": 6}, ngram_votes=60)
+    config = ClassifierConfig(**SIZES | {"vocab_size": 6}, ngram_votes=60, vote_share=0.7)
     model = make(config)
     lengths = torch.tensor([12, 5, 1, 9, 2, 12])
     tokens, mask = torch.randint(6, (6, 12)), torch.arange(12) < lengths[:, None]
@@ -204,7 +205,7 @@ def test_votes_of_ngrams(tmp_path: Path) -> None:
     encoder.load_state_dict(model.state_dict(), strict=False)
     apart = encoder(tokens, mask, labels), model.votes(tokens, mask)
     logits, loss = model(tokens, mask, labels)
-    torch.testing.assert_close(logits, (apart[0][0] + apart[1]) / 2)
+    torch.testing.assert_close(logits, 0.3 * apart[0][0] + 0.7 * apart[1])
     torch.testing.assert_close(loss, (apart[0][1] + F.cross_entropy(apart[1], labels)) / 2)
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(Classifier.from_pretrained(tmp_path)(tokens, mask)[0], logits, rtol=0, atol=0)

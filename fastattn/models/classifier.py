@@ -2,7 +2,7 @@
 
 x = token_embedding[tokens] + positions (+ bigram_embedding[hash of each token and the next])
 x = block(x) for every block, padding masked
-logits = pool(x) · Wᵀ + b (the mean of these and the votes of n-grams)
+logits = pool(x) · Wᵀ + b (with votes of n-grams: (1 - vote_share) of these + vote_share of the votes)
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class ClassifierConfig:
         pooling: "mean" over the tokens, "cls" (a learned first token) or "attention" (a learned weighted mean).
         bigram_buckets: size of the hashed embedding of neighbouring pairs (Joulin et al., 2016,
             https://arxiv.org/abs/1607.01759), or 0 for none.
-        label_smoothing: share of the label's probability that the loss gives to all classes alike; it keeps the encoder
-            from being so sure of the texts that it learnt by heart that it outvotes everything.
+        label_smoothing: share of the label's probability that the encoder's loss gives to all classes alike.
         ngram_votes: how many words, pairs and triples vote for the classes, beside the encoder and trained by a loss of
             their own, see `models.ngrams.NgramVotes`; or 0 for none. They know nothing before `votes.learn_ngrams`.
+        vote_share: their share of the logits, in [0, 1].
 
     Raises:
         ValueError: a value out of its range, naming it.
@@ -65,6 +65,7 @@ class ClassifierConfig:
     bigram_buckets: int = 0
     label_smoothing: float = 0.0
     ngram_votes: int = 0
+    vote_share: float = 0.8
 
     def __post_init__(self) -> None:
         if self.d_ff is None:
@@ -77,6 +78,8 @@ class ClassifierConfig:
             raise ValueError(f"d_model must be even for sinusoidal positions, got {self.d_model}")
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        if not 0.0 <= self.vote_share <= 1.0:
+            raise ValueError(f"vote_share must be in [0, 1], got {self.vote_share}")
         for name in ("bigram_buckets", "ngram_votes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -162,15 +165,16 @@ class Classifier(Pretrained):
         """
         x, grown = self.hidden(tokens, mask)
         logits = self.output(self.dropout(self._pool(x, grown)))
-        parts = [logits.float()]
+        smoothing, share = self.config.label_smoothing, self.config.vote_share
+        loss = None if targets is None else F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
         if self.config.ngram_votes:
-            parts.append(self.votes(tokens, mask))
-            logits = torch.stack(parts).mean(dim=0)
-        if targets is None:
-            return logits, None
-        # A loss for each part: each learns all that it can, and not what the other leaves over.
-        smoothing = self.config.label_smoothing
-        return logits, torch.stack([F.cross_entropy(p, targets, label_smoothing=smoothing) for p in parts]).mean()
+            votes = self.votes(tokens, mask)
+            logits = (1 - share) * logits.float() + share * votes
+            if (
+                loss is not None and targets is not None
+            ):  # a loss of its own: it learns all that it can, whatever the encoder knows
+                loss = (loss + F.cross_entropy(votes, targets)) / 2
+        return logits, loss
 
     def hidden(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The normalised hidden state of each token, (B, T, d_model), and its mask; with "cls" pooling T grows by one.
@@ -191,12 +195,12 @@ class Classifier(Pretrained):
             tokens = tokens.masked_fill(~mask, 0)  # so that the pair at the end does not depend on the padding
         x = self.token_embedding(tokens)
         if config.bigram_buckets:
-            following = F.pad(tokens[:, 1:], (0, 1))
+            following = F.pad(tokens, (0, 1))[:, 1:]
             x = x + self.bigram_embedding((tokens * 1_000_003 + following * 7_919) % config.bigram_buckets)
         if config.positions == "sinusoidal":
             x = x * math.sqrt(config.d_model)
         if config.pooling == "cls":
-            x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)
+            x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)
             mask = None if mask is None else F.pad(mask, (1, 0), value=True)
         table = self.position_embedding.weight if config.positions == "learned" else self.sinusoids
         return self.dropout(x + table[: x.shape[1]]), mask

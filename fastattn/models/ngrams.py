@@ -20,10 +20,10 @@ _FACTORS = (-7046029254386353131, -4417276706812531889, 1609587929392839161)  # 
 
 
 def _hashes(tokens: Tensor) -> Iterator[Tensor]:
-    """int64 (B, T - n + 1) for n = 1, 2, 3: a number for each n-gram, the same only where the n-gram is."""
-    value = torch.zeros_like(tokens)
-    for n in range(min(LONGEST, tokens.shape[1])):
-        value = (value[:, : tokens.shape[1] - n] + tokens[:, n:] + 1) * _FACTORS[n]
+    """int64 (B, T) for n = 1, 2, 3: a number for the n-gram that starts at each token, the same only where the n-gram is."""
+    value, following = torch.zeros_like(tokens), F.pad(tokens, (0, LONGEST - 1))
+    for n in range(LONGEST):
+        value = (value + following[:, n : n + tokens.shape[1]] + 1) * _FACTORS[n]
         value = value ^ (value >> 29)
         yield value & UNUSED  # not negative
 
@@ -60,10 +60,11 @@ class NgramVotes(nn.Module):
         return votes.sum(dim=1) + self.bias.float()
 
     def ngrams(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """int64 (B, at most 3 T): the hashes of each text's n-grams, rising, ABSENT where one stands a second time."""
-        rows = []
-        for n, value in enumerate(_hashes(tokens)):
-            rows.append(value if mask is None else value.masked_fill(~mask[:, n:], ABSENT))
+        """int64 (B, 3 T): the hashes of each text's n-grams, rising, ABSENT where one stands again."""
+        inside = F.pad(torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask, (0, LONGEST - 1))
+        length, rows = tokens.shape[1], []
+        for n, value in enumerate(_hashes(tokens)):  # with its last token past the text's end, it is none
+            rows.append(value.masked_fill(~inside[:, n : n + length], ABSENT))
         found = torch.cat(rows, dim=1).sort(dim=1).values
         again = F.pad(found[:, 1:] == found[:, :-1], (1, 0))
         return found.masked_fill(again, ABSENT)
