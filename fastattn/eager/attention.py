@@ -31,7 +31,7 @@ _FUSED_ROWS_16BIT_BACKWARD = 768  # from here on PyTorch's backward has larger t
 _BLOCK_SCORES = 1 << 20  # scores of one block of matrix products: 4 MiB of fp32
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 @dataclass(frozen=True)
@@ -401,7 +401,7 @@ def backward(
         lse = lse.masked_fill(lse == float("-inf"), 0.0 if fused else float("inf"))
     if fused and len(blocks) == 1 and len(blocks[0].columns) == key.shape[2]:
         additive = _fused_mask(blocks[0], is_causal, query)
-        dq, dk, dv = _fused_backward(
+        dq, dk, dv = fused_backward(
             grad_out, query, key, value, out, lse, 0.0, is_causal, attn_mask=additive, scale=scale
         )
         dk, dv = _as_stored(blocks, dk, dv)
@@ -412,7 +412,7 @@ def backward(
         q, k, v = block.of_rows(query), block.of_columns(key), block.of_columns(value)
         do, o, row_lse = block.of_rows(grad_out), block.of_rows(out), block.of_rows(lse)
         if fused:
-            dq_part, dk_part, dv_part = _fused_backward(
+            dq_part, dk_part, dv_part = fused_backward(
                 do, q, k, v, o, row_lse, 0.0, is_causal, attn_mask=_fused_mask(block, is_causal, query), scale=scale
             )
         else:

@@ -61,7 +61,9 @@ def forward(
     h, added = input.reshape(rows, columns), None if residual is None else residual.reshape(rows, columns)
     keeps = residual is not None or seed is not None
     hidden = input.new_empty(input.shape if keeps else 0, dtype=hidden_dtype)
-    if keeps:
+    if added is not None and seed is None and hidden_dtype == torch.promote_types(h.dtype, added.dtype):
+        h = torch.add(h, added, out=hidden.view(rows, columns))
+    elif keeps:
         for block in _blocks(rows, columns):
             x = drop(h[block], seed, dropout_p, range(block.start, block.stop), columns)
             hidden.view(rows, columns)[block] = x if added is None else x + added[block]
