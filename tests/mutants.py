@@ -87,7 +87,14 @@ MUTANTS = (
         "b, h, kv_h = batch, head",
         ("tests/test_large_offsets.py",),
     ),
-    Mutant("scale dropped in dQ", BACKWARD, "(dq * scale).to(", "dq.to(", ATTENTION),
+    Mutant("scale dropped in dQ", BACKWARD, "dq, scale, rows", "dq, 1.0, rows", ATTENTION),
+    Mutant(
+        "a chunk of a wide head left out of the scores",
+        "kernels/chunks.py",
+        "tl.trans(b[index])",
+        "tl.trans(b[0])",
+        ATTENTION,
+    ),
     Mutant("delta dropped", "kernels/recompute.py", "ds = p * (dp - delta)", "ds = p * dp", ATTENTION),
     Mutant("gradient of the LSE has the wrong sign", BACKWARD, "delta -= tl.load(", "delta += tl.load(", ATTENTION),
     Mutant(

@@ -232,18 +232,20 @@ def _attention_cases() -> Iterator[Case]:
     for dtype in ("bfloat16", "float16", "float32"):
         for head_dim in (16, 64, 80, 128, 256):
             for name, flags in {"full": [], "causal": ["causal"], "everything": everything}.items():
-                yield case(f"{dtype} D{head_dim} {name}", dtype=dtype, head_dim=head_dim, flags=flags)
+                core = (dtype, head_dim, name) == ("float32", 256, "causal")
+                yield case(f"{dtype} D{head_dim} {name}", core, dtype=dtype, head_dim=head_dim, flags=flags)
     for flag in everything:
         yield case(f"bf16 D64 {flag}", flags=[flag])
         yield case(f"bf16 D128 {flag}", head_dim=128, flags=[flag])
     for head_dim in (64, 128, 256):
         yield case(f"bf16 D{head_dim} blocks", core=head_dim == 128, head_dim=head_dim, flags=["blocks"])
-        if head_dim <= 128:  # wider: fp32's known spill
-            yield case(f"fp32 D{head_dim} blocks", dtype="float32", head_dim=head_dim, flags=["blocks"])
+        yield case(f"fp32 D{head_dim} blocks", dtype="float32", head_dim=head_dim, flags=["blocks"])
         yield case(
             f"fp16 D{head_dim} blocks everything", dtype="float16", head_dim=head_dim, flags=["blocks", *everything[2:]]
         )
     yield case("bf16 D192 Dv128", head_dim=192, value_dim=128, flags=["causal"])
+    yield case("fp32 D192 Dv80 everything", core=True, dtype="float32", head_dim=192, value_dim=80, flags=everything)
+    yield case("bf16 D192 everything", head_dim=192, flags=everything)
 
 
 def _normalization_cases() -> Iterator[Case]:
@@ -285,6 +287,12 @@ def _other_cases() -> Iterator[Case]:
     flags = ["window", "alibi", "softcap", "dropout"]
     yield Case("varlen fp16 D80 everything", "varlen_attention", {"dtype": "float16", "head_dim": 80, "flags": flags})
     yield Case("varlen fp32 D64", "varlen_attention", {"dtype": "float32", "flags": []})
+    for dtype in ("bfloat16", "float32"):
+        for head_dim in (192, 256):
+            for name, chosen in {"causal": ["causal"], "everything": flags}.items():
+                arguments = {"dtype": dtype, "head_dim": head_dim, "flags": chosen}
+                core = (dtype, head_dim, name) == ("float32", 256, "everything")
+                yield Case(f"varlen {dtype} D{head_dim} {name}", "varlen_attention", arguments, core)
     yield Case("rotary bf16 D128", "rotary", {}, core=True)
     partial = {"dtype": "float32", "head_dim": 80, "rotary_dim": 32, "interleaved": True, "offsets": True}
     yield Case("rotary fp32 D80 partial interleaved", "rotary", partial, core=True)
@@ -312,8 +320,6 @@ def _other_cases() -> Iterator[Case]:
     yield Case("cross entropy bf16 of 50304", "cross_entropy", {"classes": 50304}, core=True)
     weighted = {"dtype": "float32", "weighted": True, **everything}
     yield Case("cross entropy fp32 weighted everything", "cross_entropy", weighted, core=True)
-    widest = {"dtype": "float32", "head_dim": 256, "flags": ["causal"], "backward": False}
-    yield Case("attention fp32 D256 forward", "attention", widest, core=True)
 
 
 CASES = [*_attention_cases(), *_normalization_cases(), *_feed_forward_cases(), *_other_cases()]

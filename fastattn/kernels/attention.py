@@ -274,7 +274,7 @@ def forward(
     launch(
         _attention_forward, (batch * heads * triton.cdiv(num_queries, config.block_m),), *arguments,
         D=head_dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        PLAIN=plain, PRECISION=precision, HOIST=config.hoist, num_warps=config.num_warps, num_stages=config.num_stages,
+        PLAIN=plain, PRECISION=precision, HOIST=config.hoist, num_warps=config.num_warps, num_stages=config.num_stages, max_registers=config.max_registers,
     )  # fmt: skip
     return out, lse
 

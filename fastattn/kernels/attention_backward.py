@@ -18,6 +18,7 @@ import triton.language as tl
 
 from fastattn.block_mask import Blocks
 from fastattn.kernels.attention_bias import attention_backward_bias
+from fastattn.kernels.chunks import dot_add, dot_transposed, load_chunks, row_products, store_chunks, zero_chunks
 from fastattn.kernels.config import (
     AttentionConfig,
     attention_backward_bias_config,
@@ -59,13 +60,13 @@ if TYPE_CHECKING:
 def _walk_keys(
     dq, q, do, lse, delta, k_ptr, k_stride, v_ptr, v_stride, mask_ptr, mask_stride, lists, bias_ptr, bias_stride, slope, seed,
     low, high, batch, head, offs_m, rows, num_keys, shift, left, right, scale, softcap, threshold, keep_scale,
-    columns_qk, columns_v, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_N: tl.constexpr,
     PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys [low, high), or the blocks at these positions of a block mask's list, to dQ / scale of a block of rows."""
     offs_n = tl.arange(0, BLOCK_N)
-    k_offsets = offs_n[:, None] * k_stride + tl.arange(0, BLOCK_D)[None, :]
-    v_offsets = offs_n[:, None] * v_stride + tl.arange(0, BLOCK_DV)[None, :]
+    k_offsets = offs_n[:, None] * k_stride + tl.arange(0, CHUNK)[None, :]
+    v_offsets = offs_n[:, None] * v_stride + tl.arange(0, CHUNK_V)[None, :]
     if lists is not None:
         bits = (offs_m - lists[2])[:, None] * BLOCK + offs_n[None, :]
     for position in tl.range(low, high, BLOCK_N, disable_licm=not HOIST):
@@ -85,10 +86,10 @@ def _walk_keys(
             keys_ok = in_bounds[:, None]
         columns = (start + offs_n)[None, :]
         at = tl.cast(start, tl.int64)
-        # [BLOCK_N, BLOCK_D]
-        k = load_tile(k_ptr + at * k_stride + k_offsets, keys_ok, columns_qk)
-        # [BLOCK_N, BLOCK_DV]
-        v = load_tile(v_ptr + at * v_stride + v_offsets, keys_ok, columns_v)
+        # [BLOCK_N, D]
+        k = load_chunks(k_ptr + at * k_stride + k_offsets, keys_ok, D, CHUNK)
+        # [BLOCK_N, DV]
+        v = load_chunks(v_ptr + at * v_stride + v_offsets, keys_ok, DV, CHUNK_V)
         # [BLOCK_M, BLOCK_N] each
         if mask_ptr is not None:
             mask_ptrs = pair_pointers(mask_ptr, mask_stride, offs_m[:, None], columns)
@@ -98,7 +99,7 @@ def _walk_keys(
         bias = None
         if bias_ptr is not None:
             bias = load_pair(bias_ptr, bias_stride, offs_m[:, None], columns, rows, columns_ok).to(tl.float32)
-        product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        product = dot_transposed(q, k, PRECISION)
         distance = (offs_m + shift)[:, None] - columns
         p, capped = probability(
             product, lse[:, None], mask, bias, slope, distance, visible, scale, softcap, PLAIN
@@ -106,9 +107,9 @@ def _walk_keys(
         kept = None
         if seed is not None:
             kept = keep(seed, batch, head, offs_m[:, None], columns, threshold)
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        dp = dot_transposed(do, v, PRECISION)
         _ds, dx = score_gradient(p, dp, delta[:, None], capped, kept, keep_scale, softcap)
-        dq = tl.dot(dx.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = dot_add(dx, k, dq, PRECISION)
     return dq
 
 
@@ -128,7 +129,7 @@ def _attention_backward_query(
     statistics_ptr,  # fp32 (B, Hq, 2, Nq padded): base-2 LSE, +inf where a row sees nothing, and delta
     dq_ptr, dq_strides,  # (B, Hq, Nq, D)
     score_scale, scale, softcap, threshold, keep_scale, num_heads, group, num_queries, num_keys, left, right,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
     STATISTICS: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
@@ -158,26 +159,24 @@ def _attention_backward_query(
         if dlse_ptr is not None:
             dlse_ptr += first_q
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_d = tl.arange(0, CHUNK)
+    offs_dv = tl.arange(0, CHUNK_V)
     in_bounds = offs_m < num_queries
     rows = in_bounds[:, None]
-    columns_qk = None if D == BLOCK_D else (offs_d < D)[None, :]
-    columns_v = None if DV == BLOCK_DV else (offs_dv < DV)[None, :]
     shift = num_keys - num_queries
     m = start_m.to(tl.int64)
     local = tl.arange(0, BLOCK_M)[:, None]
 
-    # [BLOCK_M, BLOCK_D]
+    # [BLOCK_M, D]
     q_ptr += b * q_strides[0] + h * q_strides[1] + m * q_strides[2]
-    q = load_tile(q_ptr + local * q_strides[2] + offs_d[None, :], rows, columns_qk)
-    # [BLOCK_M, BLOCK_DV]
+    q = load_chunks(q_ptr + local * q_strides[2] + offs_d[None, :], rows, D, CHUNK)
+    # [BLOCK_M, DV]
     out_ptr += b * out_strides[0] + h * out_strides[1] + m * out_strides[2]
-    o = load_tile(out_ptr + local * out_strides[2] + offs_dv[None, :], rows, columns_v)
+    o = load_chunks(out_ptr + local * out_strides[2] + offs_dv[None, :], rows, DV, CHUNK_V)
     do_ptr += b * do_strides[0] + h * do_strides[1] + m * do_strides[2]
-    do = load_tile(do_ptr + local * do_strides[2] + offs_dv[None, :], rows, columns_v)
+    do = load_chunks(do_ptr + local * do_strides[2] + offs_dv[None, :], rows, DV, CHUNK_V)
     row_offsets = b * lse_strides[0] + h * lse_strides[1] + offs_m
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    delta = row_products(o, do)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + row_offsets, mask=in_bounds, other=0.0)
     lse = tl.load(lse_ptr + row_offsets, mask=in_bounds, other=float("inf"))
@@ -198,7 +197,7 @@ def _attention_backward_query(
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dq = zero_chunks(BLOCK_M, D, CHUNK)
     low, full_low, full_high, high = visible_range(start_m, num_queries, num_keys, shift, left, right, BLOCK_M, BLOCK_N)
     lists = None
     if mask_blocks is not None:  # without a left or right bound, full_low is 0
@@ -207,38 +206,37 @@ def _attention_backward_query(
         dq = _walk_keys(
             dq, q, do, lse, delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr,
             bias_strides, slope, seed, low, tl.minimum(full_low, high), batch, head, offs_m, rows, num_keys, shift, left,
-            right, score_scale, softcap, threshold, keep_scale, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN,
+            right, score_scale, softcap, threshold, keep_scale, D, DV, CHUNK, CHUNK_V, BLOCK_N, PLAIN,
             True, PRECISION, HOIST,
         )  # fmt: skip
     dq = _walk_keys(
         dq, q, do, lse, delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr,
         bias_strides, slope, seed, full_low, full_high, batch, head, offs_m, rows, num_keys, shift, left,
-        right, score_scale, softcap, threshold, keep_scale, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN,
+        right, score_scale, softcap, threshold, keep_scale, D, DV, CHUNK, CHUNK_V, BLOCK_N, PLAIN,
         False, PRECISION, HOIST,
     )  # fmt: skip
     dq = _walk_keys(
         dq, q, do, lse, delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr,
         bias_strides, slope, seed, full_high, high, batch, head, offs_m, rows, num_keys, shift, left,
-        right, score_scale, softcap, threshold, keep_scale, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN,
+        right, score_scale, softcap, threshold, keep_scale, D, DV, CHUNK, CHUNK_V, BLOCK_N, PLAIN,
         True, PRECISION, HOIST,
     )  # fmt: skip
     dq_ptr += b * dq_strides[0] + h * dq_strides[1] + m * dq_strides[2]
-    dq_ptrs = dq_ptr + local * dq_strides[2] + offs_d[None, :]
-    tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=rows & (offs_d < D)[None, :])
+    store_chunks(dq_ptr + local * dq_strides[2] + offs_d[None, :], dq, scale, rows, D, CHUNK)
 
 
 @triton.jit
 def _walk_queries(
     dk, dv, k, v, q_ptr, q_stride, do_ptr, do_stride, lse_ptr, delta_ptr, mask_ptr, mask_stride, lists, bias_ptr, bias_stride,
     slope, seed, low, high, batch, head, offs_n, columns_ok, num_queries, shift, left, right, scale, softcap, threshold,
-    keep_scale, columns_qk, columns_v, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    keep_scale, D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_M: tl.constexpr,
     PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """Adds the query rows [low, high), or the blocks at these positions of a block mask's list, to dK / scale and dV of one
     block of keys, as transposed tiles (K Qᵀ)."""
     offs_m = tl.arange(0, BLOCK_M)
-    q_offsets = offs_m[:, None] * q_stride + tl.arange(0, BLOCK_D)[None, :]
-    do_offsets = offs_m[:, None] * do_stride + tl.arange(0, BLOCK_DV)[None, :]
+    q_offsets = offs_m[:, None] * q_stride + tl.arange(0, CHUNK)[None, :]
+    do_offsets = offs_m[:, None] * do_stride + tl.arange(0, CHUNK_V)[None, :]
     if lists is not None:
         bits = (offs_n - lists[2])[:, None] + offs_m[None, :] * BLOCK
     for position in tl.range(low, high, BLOCK_M, disable_licm=not HOIST):
@@ -259,10 +257,10 @@ def _walk_queries(
             queries_ok = in_bounds[:, None]
         queries = (start + offs_m)[None, :]
         at = tl.cast(start, tl.int64)
-        # [BLOCK_M, BLOCK_D]
-        q = load_tile(q_ptr + at * q_stride + q_offsets, queries_ok, columns_qk)
-        # [BLOCK_M, BLOCK_DV]
-        do = load_tile(do_ptr + at * do_stride + do_offsets, queries_ok, columns_v)
+        # [BLOCK_M, D]
+        q = load_chunks(q_ptr + at * q_stride + q_offsets, queries_ok, D, CHUNK)
+        # [BLOCK_M, DV]
+        do = load_chunks(do_ptr + at * do_stride + do_offsets, queries_ok, DV, CHUNK_V)
         if EDGE:
             lse = tl.load(lse_ptr + at + offs_m, mask=in_bounds, other=float("inf"))
             delta = tl.load(delta_ptr + at + offs_m, mask=in_bounds, other=0.0)
@@ -278,7 +276,7 @@ def _walk_queries(
         bias = None
         if bias_ptr is not None:
             bias = load_pair(bias_ptr, bias_stride, queries, offs_n[:, None], rows, columns_ok).to(tl.float32)
-        product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        product = dot_transposed(k, q, PRECISION)
         distance = queries + shift - offs_n[:, None]
         p, capped = probability(
             product, lse[None, :], mask, bias, slope, distance, visible, scale, softcap, PLAIN
@@ -288,10 +286,10 @@ def _walk_queries(
         if seed is not None:
             kept = keep(seed, batch, head, queries, offs_n[:, None], threshold)
             p_kept = tl.where(kept, p * keep_scale, 0.0)
-        dv = tl.dot(p_kept.to(do.dtype), do, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        dv = dot_add(p_kept, do, dv, PRECISION)
+        dp = dot_transposed(v, do, PRECISION)
         _ds, dx = score_gradient(p, dp, delta[None, :], capped, kept, keep_scale, softcap)
-        dk = tl.dot(dx.to(q.dtype), q, dk, input_precision=PRECISION)
+        dk = dot_add(dx, q, dk, PRECISION)
     return dk, dv
 
 
@@ -311,7 +309,7 @@ def _attention_backward_key(
     dk_ptr, dk_strides,  # (B, Hkv, Nk, D)
     dv_ptr, dv_strides,  # (B, Hkv, Nk, DV)
     score_scale, scale, softcap, threshold, keep_scale, num_kv_heads, num_queries, num_keys, left, right,
-    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
     STATISTICS: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
@@ -337,23 +335,21 @@ def _attention_backward_key(
         dk_ptr += first_k * dk_strides[2]
         dv_ptr += first_k * dv_strides[2]
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_d = tl.arange(0, CHUNK)
+    offs_dv = tl.arange(0, CHUNK_V)
     columns_ok = (offs_n < num_keys)[:, None]
-    columns_qk = None if D == BLOCK_D else (offs_d < D)[None, :]
-    columns_v = None if DV == BLOCK_DV else (offs_dv < DV)[None, :]
     shift = num_keys - num_queries
     n = start_n.to(tl.int64)
     local = tl.arange(0, BLOCK_N)[:, None]
 
-    # [BLOCK_N, BLOCK_D]
+    # [BLOCK_N, D]
     k_ptr += b * k_strides[0] + kv_h * k_strides[1] + n * k_strides[2]
-    k = load_tile(k_ptr + local * k_strides[2] + offs_d[None, :], columns_ok, columns_qk)
-    # [BLOCK_N, BLOCK_DV]
+    k = load_chunks(k_ptr + local * k_strides[2] + offs_d[None, :], columns_ok, D, CHUNK)
+    # [BLOCK_N, DV]
     v_ptr += b * v_strides[0] + kv_h * v_strides[1] + n * v_strides[2]
-    v = load_tile(v_ptr + local * v_strides[2] + offs_dv[None, :], columns_ok, columns_v)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    v = load_chunks(v_ptr + local * v_strides[2] + offs_dv[None, :], columns_ok, DV, CHUNK_V)
+    dk = zero_chunks(BLOCK_N, D, CHUNK)
+    dv = zero_chunks(BLOCK_N, DV, CHUNK_V)
     seed = None
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
@@ -383,31 +379,35 @@ def _attention_backward_key(
                 dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_head, delta_head,
                 mask_head, mask_strides, lists, bias_head, bias_strides, slope, seed, low, tl.minimum(full_low, high), batch, head,
                 offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
-                columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_M, PLAIN, True, PRECISION, HOIST,
+                D, DV, CHUNK, CHUNK_V, BLOCK_M, PLAIN, True, PRECISION, HOIST,
             )  # fmt: skip
         dk, dv = _walk_queries(
             dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_head, delta_head,
             mask_head, mask_strides, lists, bias_head, bias_strides, slope, seed, full_low, full_high, batch, head,
             offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
-            columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_M, PLAIN, False, PRECISION, HOIST,
+            D, DV, CHUNK, CHUNK_V, BLOCK_M, PLAIN, False, PRECISION, HOIST,
         )  # fmt: skip
         dk, dv = _walk_queries(
             dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_head, delta_head,
             mask_head, mask_strides, lists, bias_head, bias_strides, slope, seed, full_high, high, batch, head,
             offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
-            columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_M, PLAIN, True, PRECISION, HOIST,
+            D, DV, CHUNK, CHUNK_V, BLOCK_M, PLAIN, True, PRECISION, HOIST,
         )  # fmt: skip
     dk_ptr += b * dk_strides[0] + kv_h * dk_strides[1] + n * dk_strides[2]
     dv_ptr += b * dv_strides[0] + kv_h * dv_strides[1] + n * dv_strides[2]
     dk_ptrs = dk_ptr + local * dk_strides[2] + offs_d[None, :]
     dv_ptrs = dv_ptr + local * dv_strides[2] + offs_dv[None, :]
-    tl.store(dk_ptrs, (dk * scale).to(dk_ptr.dtype.element_ty), mask=columns_ok & (offs_d < D)[None, :])
-    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=columns_ok & (offs_dv < DV)[None, :])
+    store_chunks(dk_ptrs, dk, scale, columns_ok, D, CHUNK)
+    store_chunks(dv_ptrs, dv, 1.0, columns_ok, DV, CHUNK_V)
 
 
-def _blocks(config: AttentionConfig) -> dict[str, int]:
+def _blocks(config: AttentionConfig) -> dict[str, Any]:
     return dict(
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        max_registers=config.max_registers,
     )
 
 
@@ -449,18 +449,19 @@ def backward(
     constants: dict[str, Any] = dict(
         D=head_dim,
         DV=value_dim,
-        BLOCK_D=block_d,
-        BLOCK_DV=block_dv,
         PLAIN=plain,
         PRECISION=precision,
         STATISTICS=STATISTICS,
     )
 
+    def chunks(config: AttentionConfig) -> dict[str, int]:
+        return dict(CHUNK=min(config.chunk, block_d), CHUNK_V=min(config.chunk, block_dv))
+
     config = attention_backward_query_config(target, width, query.element_size(), heavy, blocks is not None)
     launch(
         _attention_backward_query, (batch * heads * triton.cdiv(num_queries, config.block_m),), *inputs(launch_lists(blocks)), *sequences, out,
         strides(out), grad_out, strides(grad_out), lse, grad_lse, lse.stride(), statistics, grad_query, strides(grad_query),
-        *scalars, heads, group, *lengths, HOIST=config.hoist, **constants, **_blocks(config),
+        *scalars, heads, group, *lengths, **chunks(config), HOIST=config.hoist, **constants, **_blocks(config),
     )  # fmt: skip
     if bias is not None and grad_bias is not None:
         config = attention_backward_bias_config(target, width, query.element_size())
@@ -472,7 +473,7 @@ def backward(
             (bias_batch * bias_heads, 1 if sum_rows else row_blocks, 1 if sum_columns else column_blocks), *inputs(block_kinds(blocks)),
             grad_out, strides(grad_out), statistics, grad_bias, pair_strides(grad_bias), *scalars, heads, group, *lengths,
             bias_heads, batch // bias_batch, heads // bias_heads, row_blocks if sum_rows else 1,
-            column_blocks if sum_columns else 1, SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, **constants, **_blocks(config),
+            column_blocks if sum_columns else 1, SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, BLOCK_D=block_d, BLOCK_DV=block_dv, **constants, **_blocks(config),
         )  # fmt: skip
     config = attention_backward_key_config(
         target, width, query.element_size(), heavy, packing is not None, blocks is not None
@@ -480,7 +481,7 @@ def backward(
     launch(
         _attention_backward_key, (batch * kv_heads * triton.cdiv(num_keys, config.block_n),), *inputs(launch_lists(blocks, by_column=True)), *sequences, grad_out,
         strides(grad_out), statistics, grad_key, strides(grad_key), grad_value, strides(grad_value), *scalars, kv_heads,
-        *lengths, GROUP=group, HOIST=config.hoist, **constants, **_blocks(config),
+        *lengths, GROUP=group, **chunks(config), HOIST=config.hoist, **constants, **_blocks(config),
     )  # fmt: skip
     if sinks is not None and need_sinks:
         # the sink's probability exp(sink - LSE), 0 for a row that sees nothing, times -delta

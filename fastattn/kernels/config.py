@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 
 from fastattn.kernels.launch import Target
 
+MAX_HEAD = 256
+
 
 @dataclass(frozen=True)
 class AttentionConfig:
@@ -19,6 +21,9 @@ class AttentionConfig:
 
     Attributes:
         hoist: whether the compiler may move address arithmetic out of the loop; off where registers are short.
+        chunk: the most columns of a head that one product takes (backward only, see `kernels.chunks`).
+        max_registers: of a thread, on NVIDIA. None leaves it to ptxas, which prefers a spill of a few bytes to one block
+            less on a multiprocessor.
     """
 
     block_m: int
@@ -26,6 +31,8 @@ class AttentionConfig:
     num_warps: int
     num_stages: int
     hoist: bool = True
+    chunk: int = MAX_HEAD
+    max_registers: int | None = None
 
 
 _Table: TypeAlias = dict[int, tuple[Any, ...]]
@@ -54,10 +61,11 @@ _BACKWARD_KEY: dict[str, _Table] = {
     "small": {64: (32, 64, 4, 2), 128: (32, 64, 8, 1), 256: (16, 64, 8, 1)},
     "amd": {64: (32, 128, 4, 1), 128: (32, 64, 4, 1), 256: (16, 32, 4, 1)},
 }
-# fp32 products at IEEE precision run on the FMA units, from registers: 8 warps share a small tile. (The dQ pass of heads
-# wider than 128 still spills in fp32, 168 bytes on sm_80 and 184 on sm_90, where the dK and dV pass spills 8: every tile
-# size that was tried does.)
-#
+# fp32 products at IEEE precision run on the FMA units, from registers: 8 warps share a small tile, and the backward takes
+# heads wider than 128 in chunks (whole, the dQ pass spills 168 bytes on sm_80 and 184 on sm_90 at every tile size; in
+# chunks of 64 it needs 128 and 164 registers, in chunks of 128 it needs 199 and 174).
+_CHUNK = 64
+
 # With a mask, bias, ALiBi, softcap or dropout each score needs more registers, and with dropout its ten rounds of
 # integer products outweigh the tensor cores anyway: small tiles.
 _FORWARD_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 4, 1)}
@@ -92,7 +100,7 @@ def attention_forward_config(
     if itemsize == 4 and blocks and head_dim > 64:
         return AttentionConfig(16, 32, 8, 1) if head_dim <= 128 else AttentionConfig(16, 16, 4, 1)
     if itemsize == 4:
-        return AttentionConfig(32, 32, 8, 1) if head_dim <= 128 else AttentionConfig(16, 16, 8, 1)
+        return AttentionConfig(32, 32, 8, 1) if head_dim <= 128 else AttentionConfig(16, 16, 8, 1, max_registers=255)
     family = _family(target)
     if blocks and family != "amd":
         return _from_table(_FORWARD_BLOCKS, head_dim)
@@ -105,7 +113,9 @@ def attention_backward_query_config(
 ) -> AttentionConfig:
     """For dQ: block_m query rows stay in registers, block_n key columns pass by."""
     if target.backend == "interpreter":
-        return AttentionConfig(32, 32, 4, 1)
+        return AttentionConfig(32, 32, 4, 1, chunk=_CHUNK)
+    if itemsize == 4 and head_dim > 128:
+        return AttentionConfig(16, 16, 4 if target.backend == "hip" else 8, 1, False, _CHUNK, max_registers=255)
     if itemsize == 4:
         return AttentionConfig(32, 32, 8, 1) if head_dim <= 64 else AttentionConfig(16, 16, 8, 1)
     family = _family(target)
@@ -121,10 +131,12 @@ def attention_backward_key_config(
 ) -> AttentionConfig:
     """For dK and dV: block_n key columns stay in registers, block_m query rows pass by."""
     if target.backend == "interpreter":
-        return AttentionConfig(32, 32, 4, 1)
+        return AttentionConfig(32, 32, 4, 1, chunk=_CHUNK)
+    if itemsize == 4 and head_dim > 128:
+        block_n, warps = (16, 4) if target.backend == "hip" else (16 if heavy else 32, 8)
+        return AttentionConfig(16, block_n, warps, 1, not heavy, _CHUNK, max_registers=255)
     if itemsize == 4 and blocks:
-        warps = 4 if target.backend == "hip" and head_dim > 128 else 8
-        return AttentionConfig(16, 32 if head_dim <= 128 else 16, warps, 1)
+        return AttentionConfig(16, 32, 8, 1)
     if itemsize == 4:
         return AttentionConfig(32 if head_dim <= 64 else 16, 32, 4 if head_dim <= 32 else 8, 1)
     family = _family(target)

@@ -46,7 +46,13 @@ def current_target() -> Target:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 1, **constexprs: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    num_warps: int = 4,
+    num_stages: int = 1,
+    max_registers: int | None = None,
+    **constexprs: Any,
 ) -> None:
     """`kernel[grid](*args, **constexprs)`, unless the grid is empty.
 
@@ -54,4 +60,6 @@ def launch(
     """
     if 0 in grid:
         return
+    if max_registers is not None and current_target().backend == "cuda":
+        constexprs["maxnreg"] = max_registers
     kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)

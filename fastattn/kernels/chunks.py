@@ -1,0 +1,64 @@
+"""Tiles as wide as a head, held as a tuple of chunks of their columns.
+
+A head is one chunk, unless its products are fp32 at IEEE precision: those run on the FMA units, and Triton keeps what one
+dot contracts over in the registers of each thread. Over 256 columns that does not fit; over 64 at a time it does.
+"""
+
+import triton
+import triton.language as tl
+
+from fastattn.kernels.masks import load_tile
+
+
+@triton.jit
+def load_chunks(pointers, rows, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """The first WIDTH columns of a tile, as [rows, CHUNK] each; `pointers` are those of the first. The rest of the last is 0."""
+    tiles = ()
+    for first in tl.static_range(0, WIDTH, CHUNK):
+        columns = None if first + CHUNK <= WIDTH else (first + tl.arange(0, CHUNK) < WIDTH)[None, :]
+        tiles += (load_tile(pointers + first, rows, columns),)  # type: ignore[assignment]
+    return tiles
+
+
+@triton.jit
+def zero_chunks(ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """Accumulators of a tile."""
+    tiles = ()
+    for _ in tl.static_range(0, WIDTH, CHUNK):
+        tiles += (tl.zeros([ROWS, CHUNK], tl.float32),)  # type: ignore[assignment]
+    return tiles
+
+
+@triton.jit
+def store_chunks(pointers, tiles, scale, rows, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """Stores the tile times `scale`."""
+    for index in tl.static_range(len(tiles)):
+        inside = rows & (index * CHUNK + tl.arange(0, CHUNK) < WIDTH)[None, :]
+        tl.store(pointers + index * CHUNK, (tiles[index] * scale).to(pointers.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def row_products(a, b):
+    """rowsum(A ∘ B) in fp32."""
+    total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
+    for index in tl.static_range(1, len(a)):
+        total += tl.sum(a[index].to(tl.float32) * b[index].to(tl.float32), 1)
+    return total
+
+
+@triton.jit
+def dot_transposed(a, b, PRECISION: tl.constexpr):
+    """A Bᵀ, the sum over the chunks of both."""
+    product = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
+    for index in tl.static_range(1, len(a)):
+        product = tl.dot(a[index], tl.trans(b[index]), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def dot_add(a, b, total, PRECISION: tl.constexpr):
+    """total + A B, chunk by chunk of B."""
+    tiles = ()
+    for index in tl.static_range(len(b)):
+        tiles += (tl.dot(a.to(b[index].dtype), b[index], total[index], input_precision=PRECISION),)  # type: ignore[assignment]
+    return tiles
