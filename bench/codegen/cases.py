@@ -145,14 +145,16 @@ def rotary(
 def normalization(
     dtype: str = "bfloat16", width: int = 768, rows: int = 64, op: str = "layer_norm", flags: tuple[str, ...] = ()
 ) -> None:
-    """Forward and backward of layer or RMS norm; flags: "plain" (no weight), "residual", "modulation"."""
+    """Forward and backward of layer or RMS norm; flags: "plain" (no weight), "residual" (in fp32), "modulation", "dropout"."""
     kind = getattr(torch, dtype)
     row = torch.zeros(rows, width, dtype=kind, requires_grad=True)
-    weights = {} if "plain" in flags else {"weight": torch.ones(width, requires_grad=True)}
+    weights: dict[str, Any] = {} if "plain" in flags else {"weight": torch.ones(width, requires_grad=True)}
     if weights and op == "layer_norm":
         weights["bias"] = torch.zeros(width, requires_grad=True)
     if "residual" in flags:
         weights["residual"] = torch.zeros(rows, width, requires_grad=True)
+    if "dropout" in flags:
+        weights["dropout_p"] = 0.1
     if "modulation" in flags:
         weights["scale"] = torch.zeros(width, dtype=kind, requires_grad=True)
         weights["shift"] = torch.zeros(width, dtype=kind, requires_grad=True)
@@ -255,6 +257,10 @@ def _normalization_cases() -> Iterator[Case]:
     yield case("bf16 768", core=True)
     yield case("fp32 100 residual modulation", core=True, dtype="float32", width=100, flags=["residual", "modulation"])
     yield case("bf16 8192", core=True, width=8192)
+    yield case(
+        "fp32 8192 everything", core=True, dtype="float32", width=8192, flags=["residual", "modulation", "dropout"]
+    )
+    yield case("bf16 8192 everything", core=True, width=8192, flags=["residual", "modulation", "dropout"])
     yield case("fp16 20000", core=True, dtype="float16", width=20000)
     yield case("bf16 4096 rms residual", core=True, width=4096, op="rms_norm", flags=["residual"])
     for width in (64, 256, 1024, 2048, 4096, 16384, 65536):

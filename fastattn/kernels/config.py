@@ -199,8 +199,7 @@ def decode_splits(target: Target, programs: int, key_blocks: int) -> int:
 
 
 # Normalisation. A program keeps 16 numbers of a tile per thread in the forward, and 8 in the backward, where five such
-# tiles are alive. Wider rows than MAX_COLUMNS, which would spill, are taken in blocks of WIDE_COLUMNS. (At 8,192 columns
-# the backward with both a residual and a scale spills up to 24 bytes a thread, which costs less than a second reading.)
+# tiles are alive. Wider rows than MAX_COLUMNS, which would spill, are taken in blocks of WIDE_COLUMNS.
 MAX_COLUMNS = 8_192
 WIDE_COLUMNS = 4_096
 PARTIAL_TILE = (16, 128)
@@ -244,9 +243,13 @@ def norm_forward_config(columns: int) -> NormConfig:
 
 
 @cache
-def norm_backward_config(target: Target, columns: int) -> NormConfig:
-    """The backward: as many programs as run at once, fewer for wider rows, since each writes two rows of partials."""
-    if columns > MAX_COLUMNS:
+def norm_backward_config(target: Target, columns: int, itemsize: int, mixed_residual: bool) -> NormConfig:
+    """The backward: as many programs as run at once, fewer for wider rows, since each writes two rows of partials.
+
+    itemsize: of the input and its gradient. mixed_residual: the stream has a dtype of its own, so that a program holds five
+    tiles of two kinds: from 4,096 columns on they spill 8 to 88 bytes a thread, whatever the number of warps.
+    """
+    if columns > (MAX_COLUMNS // 2 if mixed_residual else MAX_COLUMNS):
         rows, partial_columns = PARTIAL_TILE
         programs = max(1, 4 * target.processors * partial_columns // columns)
         return NormConfig(True, rows, WIDE_COLUMNS, 8, programs, partial_columns)
@@ -254,7 +257,9 @@ def norm_backward_config(target: Target, columns: int) -> NormConfig:
     rows = max(1, min(16, 2_048 // block))
     per_processor = {256: 16, 1_024: 8, 2_048: 4, 4_096: 2, 8_192: 1}
     programs = target.processors * next(n for limit, n in per_processor.items() if columns <= limit)
-    return NormConfig(False, rows, block, min(16, max(4, rows * block // 256)), programs)
+    # fp32 rows of 8,192 with dropout and a residual spill 96 bytes with 16 warps, and none with 32; AMD's are twice as wide
+    most = 32 if itemsize == 4 and target.backend == "cuda" else 16
+    return NormConfig(False, rows, block, min(most, max(4, rows * block // 256)), programs)
 
 
 # Feed-forward: numbers per program of an elementwise kernel (8 per thread of 4 warps).

@@ -519,4 +519,6 @@ def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[st
     given = inspect.signature(function).bind(*args, **options).arguments
     shape = given["normalized_shape"]
     columns = shape if isinstance(shape, int) else math.prod(shape)
-    return implementation("normalization", given["input"].device).explain(columns)
+    kind, residual = given["input"].dtype, given.get("residual")
+    mixed = residual is not None and (given.get("residual_dtype") or residual.dtype) != kind
+    return implementation("normalization", given["input"].device).explain(columns, kind.itemsize, mixed)
