@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastattn
+from tests.compare import assert_close
 from tests.tiny_models import CAUSAL, OTHERS, build, inputs, transformers
 
 from fastattn.integrations.transformers import attention_forward, register  # isort: skip
@@ -38,11 +39,16 @@ def test_outputs_and_gradients_are_eagers(name, side):
     rows = (
         batch["attention_mask"].bool() if "attention_mask" in batch else None
     )  # what padding attends to has no meaning
-    results = [values_and_gradients(model, batch, rows) for model in pair(name)]
-    for expected, got in zip(*results):
-        assert (expected is None) == (got is None)
-        if got is not None:
-            torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+    eager, ours = pair(name)
+    expected, got = (values_and_gradients(model, batch, rows) for model in (eager, ours))
+    assert [x is None for x in got] == [x is None for x in expected]
+    if name == "gpt_oss_sinks" or side == "left":  # no fp64: its experts; eager's mask in rows that see nothing
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+        return
+    truth = values_and_gradients(eager.double(), batch, rows)
+    for i, (x, true, plain) in enumerate(zip(got, truth, expected)):
+        if x is not None:
+            assert_close(f"result {i}", x, true, plain)
 
 
 @pytest.mark.parametrize("name", ["gemma2_softcap_window", "gpt_oss_sinks", "bert"])
