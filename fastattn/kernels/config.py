@@ -140,7 +140,8 @@ def attention_backward_key_config(
     if itemsize == 4:
         return AttentionConfig(32 if head_dim <= 64 else 16, 32, 4 if head_dim <= 32 else 8, 1)
     family = _family(target)
-    if packed and not heavy and family in ("sm_80", "small"):
+    wide_on_sm_100 = family == "sm_100" and head_dim > 128  # else one more tile than tensor memory holds
+    if packed and not heavy and (family in ("sm_80", "small") or wide_on_sm_100):
         return _from_table(_BACKWARD_KEY_PACKED, head_dim)
     heavy_table = _BACKWARD_HEAVY_AMD if family == "amd" else _BACKWARD_KEY_HEAVY
     return _from_table(heavy_table if heavy else _BACKWARD_KEY[family], head_dim)
