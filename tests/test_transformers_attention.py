@@ -36,9 +36,8 @@ def test_outputs_and_gradients_are_eagers(name, side):
     batch = inputs(name, side or "right")
     if side is None:
         batch.pop("attention_mask", None)
-    rows = (
-        batch["attention_mask"].bool() if "attention_mask" in batch else None
-    )  # what padding attends to has no meaning
+    # what padding attends to has no meaning
+    rows = batch["attention_mask"].bool() if "attention_mask" in batch else None
     eager, ours = pair(name)
     expected, got = (values_and_gradients(model, batch, rows) for model in (eager, ours))
     assert [x is None for x in got] == [x is None for x in expected]

@@ -271,7 +271,8 @@ def _fused_blocks(
         # (PyTorch's own causal mask multiplies -inf by the scale, which must therefore be positive)
         if plain and whole.window_right == 0 and whole.shift == 0 and whole.scale > 0.0:
             return [whole], True
-    whole = replace(whole, mirrored=whole.mask is None and whole.bias is None, floor=_floor(query, key, whole))
+    if whole.mask is None and whole.bias is None:
+        whole = replace(whole, mirrored=True, floor=_floor(query, key, whole))
     if whole.mirrored and whole.window_left is None and whole.window_right is None:
         return [whole], False
     large = backward and query.dtype != torch.float32 and whole.window_left is None

@@ -170,9 +170,8 @@ class Classifier(Pretrained):
         if self.config.ngram_votes:
             votes = self.votes(tokens, mask)
             logits = (1 - share) * logits.float() + share * votes
-            if (
-                loss is not None and targets is not None
-            ):  # a loss of its own: it learns all that it can, whatever the encoder knows
+            if loss is not None and targets is not None:
+                # a loss of its own: it learns all that it can, whatever the encoder knows
                 loss = (loss + F.cross_entropy(votes, targets)) / 2
         return logits, loss
 
