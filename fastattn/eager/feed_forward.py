@@ -37,6 +37,12 @@ _GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "tanh": lambda dy, z: aten.tanh_backward(dy, torch.tanh(z)),
     "identity": lambda dy, z: dy,
 }
+# The same, written over dY.
+_INPLACE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu": lambda dy, z: aten.gelu_backward(dy, z, grad_input=dy),
+    "gelu_tanh": lambda dy, z: aten.gelu_backward(dy, z, approximate="tanh", grad_input=dy),
+    "silu": lambda dy, z: aten.silu_backward(dy, z, grad_input=dy),
+}
 
 
 def definition(
@@ -114,7 +120,7 @@ def hidden_backward(
     d_hidden, empty = grad_output @ weight, z.new_empty(0)
     if not gated:
         hidden = ACTIVATIONS[activation](z) if need_hidden else empty
-        return _GRADIENTS[activation](d_hidden, z), empty, hidden
+        return _INPLACE.get(activation, _GRADIENTS[activation])(d_hidden, z), empty, hidden
     activated = ACTIVATIONS[activation](g)
     dg = _GRADIENTS[activation](d_hidden * z, g)
     return d_hidden * activated, dg, activated * z if need_hidden else empty

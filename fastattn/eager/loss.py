@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_NUMBERS = 1 << 20  # logits of a block of rows: 4 MB of fp32, few enough parallel regions where cores are shared
-CHUNK_NUMBERS = 1 << 23  # logits of a chunk: 32 MB of fp32, enough rows to keep the matrix products busy
+CHUNK_ROWS = 256  # rows of a chunk: enough to keep the matrix products busy, if the chunk's logits are
+CHUNK_NUMBERS = range(1 << 21, (1 << 23) + 1)  # at least 8 and at most 32 MB of fp32
 
 
 def definition(
@@ -37,7 +38,8 @@ def definition(
 
 def chunk_rows(classes: int) -> int:
     """How many rows of logits `linear_cross_entropy` computes at a time."""
-    return max(16, CHUNK_NUMBERS // max(classes, 1))
+    fewest, most = CHUNK_NUMBERS[0] // max(classes, 1), CHUNK_NUMBERS[-1] // max(classes, 1)
+    return max(16, min(max(CHUNK_ROWS, fewest), most))
 
 
 def losses_and_gradient(
