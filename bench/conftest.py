@@ -20,8 +20,8 @@ from bench import machine
 from bench.cases import DTYPES, Case, Unavailable
 from bench.contest import Run, Times, race
 from bench.memory import peak_growth
+from bench.table import OURS, text
 
-OURS = "fastattn"
 Providers = Mapping[str, Callable[[Any], Any]]
 
 
@@ -147,8 +147,6 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    from bench.table import text
-
     found = {case.name: comparison.figures for case, comparison in config.stash[RESULTS].items() if comparison.figures}
     if found:
         terminalreporter.section("time relative to fastattn's, from rounds in turn: above 1 is slower than fastattn")

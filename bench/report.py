@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.contest import Estimate, fast_ratio
-from bench.table import text
+from bench.table import OURS, text
 
 SUITES = ("attention", "varlen", "decode", "normalization", "feed_forward", "rotary", "loss", "modules", "models")
-OURS = "fastattn"
 FLAGGED = 1.05  # a change that may be smaller gets no verdict
 
 Rows = list[dict[str, Any]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+OURS = "fastattn"
 COLUMNS = (
     "case",
     "provider",
@@ -16,6 +17,7 @@ COLUMNS = (
     "GB/s",
     "share of limit",
     "memory MiB",
+    "memory / ours",
 )
 
 
@@ -23,8 +25,11 @@ def text(comparisons: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """{case: {provider: figures}} as an aligned table."""
     rows = [COLUMNS]
     for case, providers in comparisons.items():
+        ours = providers.get(OURS, {}).get("memory_MiB")
         for provider, figures in providers.items():
-            rows.append((case if provider == next(iter(providers)) else "", provider, *_cells(figures)))
+            memory = figures.get("memory_MiB")
+            ratio = f"{memory / ours:.2f}" if memory is not None and ours else ""
+            rows.append((case if provider == next(iter(providers)) else "", provider, *_cells(figures), ratio))
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
