@@ -71,7 +71,10 @@ _CHUNK = 64
 # at 168 registers on sm_90 and spills 32 bytes (forward, packed sequences; on sm_100 the limit makes the spill); dK and dV in
 # one chunk spill 64 on sm_80 (packed), in chunks of 64 none, with a tenth fewer instructions at a width of 192.
 _FORWARD_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 4, 1)}
-_FORWARD_HEAVY_SM_90: _Table = {**_FORWARD_HEAVY, 256: (32, 16, 4, 1, True, MAX_HEAD, 255)}
+# Left alone, ptxas stops at 128 (80) registers on sm_80 (sm_100) and spills 16 (8) bytes of a softcapped score, D128.
+_HEAVY_128: _Table = {**_FORWARD_HEAVY, 128: (64, 32, 8, 1, True, MAX_HEAD, 255)}
+_HEAVY_256: _Table = {**_FORWARD_HEAVY, 256: (32, 16, 4, 1, True, MAX_HEAD, 255)}
+_FORWARD_HEAVY_LIMITED: dict[str, _Table] = {"sm_80": _HEAVY_128, "sm_90": _HEAVY_256, "sm_100": _HEAVY_128}
 _BACKWARD_QUERY_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)}
 _BACKWARD_KEY_HEAVY: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1, True, _CHUNK)}
 _BACKWARD_HEAVY_AMD: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1)}
@@ -107,7 +110,7 @@ def attention_forward_config(
     family = _family(target)
     if blocks and family != "amd":
         return _from_table(_FORWARD_BLOCKS, head_dim)
-    heavy_table = _FORWARD_HEAVY_SM_90 if family == "sm_90" else _FORWARD_HEAVY
+    heavy_table = _FORWARD_HEAVY_LIMITED.get(family, _FORWARD_HEAVY)
     return _from_table(heavy_table if heavy else _FORWARD[family], head_dim)
 
 
