@@ -23,6 +23,7 @@ COPIED = ("fastattn", "tests", "bench", "pyproject.toml")
 
 FORWARD, BACKWARD = "kernels/attention.py", "kernels/attention_backward*.py"
 ATTENTION = ("tests/test_attention.py", "-k", "triton")
+BUDGETS = ("tests/test_budgets.py", "-k")
 BLOCK_MASK = ("tests/test_block_mask.py", "-k", "triton")
 DECODE = ("tests/test_decode.py", "-k", "triton")
 EAGER_ATTENTION = ("tests/test_attention.py", "-k", "eager")
@@ -94,6 +95,20 @@ MUTANTS = (
         "tl.trans(b[index])",
         "tl.trans(b[0])",
         ATTENTION,
+    ),
+    Mutant(
+        "the limit on registers never reaches the compiler",
+        "kernels/launch.py",
+        'constexprs["maxnreg"] = max_registers',
+        "pass",
+        (*BUDGETS, "sm_90 and everything"),
+    ),
+    Mutant(
+        "packed wide heads take more tensor memory than there is",
+        "kernels/config.py",
+        'family == "sm_100" and head_dim > 128',
+        'family == "sm_100" and head_dim > 256',
+        (*BUDGETS, "sm_100 and D256 and causal"),
     ),
     Mutant("delta dropped", "kernels/recompute.py", "ds = p * (dp - delta)", "ds = p * dp", ATTENTION),
     Mutant("gradient of the LSE has the wrong sign", BACKWARD, "delta -= tl.load(", "delta += tl.load(", ATTENTION),

@@ -1,7 +1,8 @@
 """Tiles as wide as a head, held as a tuple of chunks of their columns.
 
-A head is one chunk, unless its products are fp32 at IEEE precision: those run on the FMA units, and Triton keeps what one
-dot contracts over in the registers of each thread. Over 256 columns that does not fit; over 64 at a time it does.
+A head is one chunk, unless registers are short. Products of fp32 at IEEE precision run on the FMA units, and Triton keeps
+what one dot contracts over in the registers of each thread: over 256 columns that does not fit, over 64 at a time it does.
+In 16 bits, dK and dV of wide heads with every feature on need it, too.
 """
 
 import triton

@@ -67,10 +67,16 @@ _BACKWARD_KEY: dict[str, _Table] = {
 _CHUNK = 64
 
 # With a mask, bias, ALiBi, softcap or dropout each score needs more registers, and with dropout its ten rounds of
-# integer products outweigh the tensor cores anyway: small tiles.
+# integer products outweigh the tensor cores anyway: small tiles. Heads wider than 128 need more: without a limit ptxas stops
+# at 168 registers on sm_90 and spills 32 bytes (forward, packed sequences; on sm_100 the limit makes the spill); dK and dV in
+# one chunk spill 64 on sm_80 (packed), in chunks of 64 none, with a tenth fewer instructions at a width of 192.
 _FORWARD_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 4, 1)}
+# Left alone, ptxas stops at 128 (80) registers on sm_80 (sm_100) and spills 16 (8) bytes of a softcapped score, D128.
+_HEAVY_128: _Table = {**_FORWARD_HEAVY, 128: (64, 32, 8, 1, True, MAX_HEAD, 255)}
+_HEAVY_256: _Table = {**_FORWARD_HEAVY, 256: (32, 16, 4, 1, True, MAX_HEAD, 255)}
+_FORWARD_HEAVY_LIMITED: dict[str, _Table] = {"sm_80": _HEAVY_128, "sm_90": _HEAVY_256, "sm_100": _HEAVY_128}
 _BACKWARD_QUERY_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)}
-_BACKWARD_KEY_HEAVY: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1, False)}
+_BACKWARD_KEY_HEAVY: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1, True, _CHUNK)}
 _BACKWARD_HEAVY_AMD: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1)}
 # A block mask's lists put addresses into the loop that depend on what was loaded: small tiles, too.
 _FORWARD_BLOCKS: _Table = {64: (64, 32, 8, 1), 128: (64, 32, 8, 1, False), 256: (32, 32, 8, 1)}
@@ -104,7 +110,8 @@ def attention_forward_config(
     family = _family(target)
     if blocks and family != "amd":
         return _from_table(_FORWARD_BLOCKS, head_dim)
-    return _from_table(_FORWARD_HEAVY if heavy else _FORWARD[family], head_dim)
+    heavy_table = _FORWARD_HEAVY_LIMITED.get(family, _FORWARD_HEAVY)
+    return _from_table(heavy_table if heavy else _FORWARD[family], head_dim)
 
 
 @cache
