@@ -315,10 +315,12 @@ def matmul_config(target: Target, columns: int, depth: int, itemsize: int, heavy
 CHUNK_LOGITS = 1 << 27
 
 
-def cross_entropy_config(classes: int, itemsize: int) -> tuple[int, int, int]:
-    """(lanes, classes of a lane, warps): a lane is 16 bytes, and a thread has 16 numbers."""
+@cache
+def cross_entropy_config(target: Target, classes: int, itemsize: int) -> tuple[int, int, int, int]:
+    """(groups, lanes, classes of a lane, warps): a lane of a group is 16 bytes of one thread, which has 16 numbers."""
     block = min(4_096, max(512, _power_of_2(classes)))
-    return block * itemsize // 16, 16 // itemsize, max(1, block // 512)
+    threads = block // 16
+    return itemsize, threads, 16 // itemsize, max(1, threads // (64 if target.backend == "hip" else 32))
 
 
 @cache
