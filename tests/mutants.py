@@ -169,8 +169,20 @@ MUTANTS = (
         "dh -= 0.0",
         NORM,
     ),
-    Mutant("sum of exponentials is not rescaled", "kernels/loss.py", "l = l * tl.exp(m - larger) +", "l = l +", LOSS),
-    Mutant("z-loss has no gradient", "kernels/loss.py", "(factor + 2.0 * z_loss * lse)", "factor", LOSS),
+    Mutant(
+        "sum of exponentials is not rescaled",
+        "kernels/loss.py",
+        "l = l * tl.exp2(m * LOG2E - reference) +",
+        "l = l +",
+        LOSS,
+    ),
+    Mutant(
+        "z-loss has no gradient",
+        "kernels/loss.py",
+        "scale = tl.where(valid, tl.load(TOKEN_WEIGHT + row).to(tl.float32), 0.0)\n        factor += 2.0 * z_loss * lse",
+        "scale = tl.where(valid, tl.load(TOKEN_WEIGHT + row).to(tl.float32), 0.0)",
+        LOSS,
+    ),
     Mutant(
         "ragged end of a row reads the next row",
         "kernels/loss.py",

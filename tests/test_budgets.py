@@ -34,6 +34,23 @@ def test_every_budget_is_free_of_spills():
     assert [key for key, budget in RECORDED["budgets"].items() if budget["spill_bytes"]] == []
 
 
+MEMORY_BOUND = {
+    key: budget for key, budget in RECORDED["budgets"].items() if budget.get("pipe_per_dram") and "kv cache" not in key
+}
+
+
+@pytest.mark.parametrize("key", MEMORY_BOUND)
+def test_memory_bound_kernels_wait_for_memory_alone(key):
+    """Their instructions keep up with DRAM, which they read and write 16 bytes a thread at a time."""
+    budget = MEMORY_BOUND[key]
+    assert budget["pipe_per_dram"] < 1.0
+    assert budget["wide_share"] >= 0.85, "besides statistics and targets, one number a row"
+
+
+def test_cross_entropy_leaves_half_of_the_pipes_idle():
+    assert RECORDED["budgets"]["cross entropy bf16 of 50304 | sm_90 | cross_entropy_kernel"]["pipe_per_dram"] <= 0.5
+
+
 def test_budgets_were_recorded_with_the_tested_compiler():
     assert RECORDED["triton"] == triton.__version__
 

@@ -99,7 +99,9 @@ def _small_chunks(monkeypatch):
     for module in (eager, kernels):
         monkeypatch.setattr(module, "chunk_rows", lambda classes: 18)
     monkeypatch.setattr(eager, "BLOCK_NUMBERS", 3 * 33)
-    monkeypatch.setattr(kernels, "cross_entropy_config", lambda classes, itemsize: (16, 16 // itemsize, 1))
+    monkeypatch.setattr(
+        kernels, "cross_entropy_config", lambda target, classes, itemsize: (itemsize, 8, 16 // itemsize, 1)
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

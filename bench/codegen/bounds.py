@@ -69,6 +69,13 @@ class LoopReport:
         accesses = sum(self.global_widths.values())
         return sum(size * count for size, count in self.global_widths.items()) / accesses if accesses else None
 
+    @property
+    def wide_share(self) -> float | None:
+        """Of the bytes of global accesses, those in accesses of 16 bytes (or more) a lane."""
+        total = sum(size * count for size, count in self.global_widths.items())
+        wide = sum(size * count for size, count in self.global_widths.items() if size >= 16)
+        return wide / total if total else None
+
     def _share(self, cycles: float) -> float | None:
         return self.ideal_tensor_cycles / cycles if self.ideal_tensor_cycles else None
 
@@ -85,6 +92,7 @@ class LoopReport:
             "serial": self.serial,
             "pipe_per_dram": self.pipe_per_dram,
             "bytes_per_global_access": self.bytes_per_global_access,
+            "wide_share": self.wide_share,
             "global_widths": {str(size): count for size, count in sorted(self.global_widths.items())},
         }
 

@@ -12,14 +12,15 @@ from fastattn.kernels.targets import find_target
 Row = dict[str, Any]  # {"case": ..., **KernelReport.as_json()}
 HEADER = (
     "case", "kernel", "registers", "spills", "shared KB", "blocks/SM", "warps", "limit", "loop", "busiest pipe",
-    "alternating", "overlapped", "pipe/DRAM", "B/access",
+    "alternating", "overlapped", "pipe/DRAM", "of DRAM", "least KB", "B/access", "16 B",
 )  # fmt: skip
 LEGEND = """\
 spills: bytes per thread. shared KB: of the device's limit. blocks/SM, warps: resident, and what limits them. loop:
 instructions of the hottest loop (* the whole kernel: it has no loop). alternating, overlapped: predicted share of the
 tensor cores' peak when tensor and other work take turns, and when everything overlaps. pipe/DRAM: for kernels without
-tensor work, busiest pipe ÷ cycles of the DRAM traffic; below 1 the code can keep up with memory. B/access: bytes per
-lane of a global load or store. These are predictions from machine code, not measurements."""
+tensor work, busiest pipe ÷ cycles of the DRAM traffic; below 1 the code can keep up with memory. of DRAM: the share of its
+bandwidth that this allows. least KB: of all tensors, each element touched once (at the small shapes that are compiled).
+B/access: bytes per lane of a global load or store; 16 B: the share of the bytes that go 16 at a time. These are predictions from machine code, not measurements."""
 
 
 def cells(row: Row) -> list[str]:
@@ -48,7 +49,10 @@ def cells(row: Row) -> list[str]:
         percent(loop["alternating"]) if loop else "",
         percent(loop["overlapped"]) if loop else "",
         number(loop["pipe_per_dram"], 2) if loop else "",
+        percent(min(1.0, 1.0 / loop["pipe_per_dram"]) if loop["pipe_per_dram"] else None) if loop else "",
+        f"{row['minimum_bytes'] / 1024:.0f}",
         number(loop["bytes_per_global_access"], 1) if loop else "",
+        percent(loop["wide_share"]) if loop else "",
     ]
 
 

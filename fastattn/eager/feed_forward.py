@@ -145,6 +145,6 @@ def activation_backward(grad_output: Tensor, z: Tensor, activation: str) -> Tens
     return _GRADIENTS[activation](grad_output, z)
 
 
-def explain(columns: int, depth: int, itemsize: int, heavy: bool) -> str:
+def explain(columns: int, depth: int, itemsize: int, gated: bool) -> str:
     """How a product with a (columns, depth) weight is done, in words."""
     return "PyTorch's linear and activation, one after the other"

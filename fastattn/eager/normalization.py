@@ -194,7 +194,7 @@ def _sums(sums: list[Tensor], rstd: Tensor, dtype: torch.dtype | None) -> tuple[
     return (rstd.new_empty(0), rstd.new_empty(0)) if dtype is None else (sums[0].to(dtype), sums[1].to(dtype))
 
 
-def explain(columns: int, itemsize: int, mixed_residual: bool) -> list[str]:
+def explain(columns: int, itemsize: int, mixed_residual: bool, heavy: bool) -> list[str]:
     """How rows of this width are done, in words."""
     rows = max(1, BLOCK_NUMBERS // max(1, columns))
     return [f"PyTorch's layer norm kernel where it does the job in fp32; all else in fp32, {rows} rows at a time"]

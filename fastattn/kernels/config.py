@@ -251,16 +251,21 @@ def norm_forward_config(columns: int) -> NormConfig:
 
 
 @cache
-def norm_backward_config(target: Target, columns: int, itemsize: int, mixed_residual: bool) -> NormConfig:
+def norm_backward_config(target: Target, columns: int, itemsize: int, mixed_residual: bool, heavy: bool) -> NormConfig:
     """The backward: as many programs as run at once, fewer for wider rows, since each writes two rows of partials.
 
-    itemsize: of the input and its gradient. mixed_residual: the stream has a dtype of its own, so that a program holds five
-    tiles of two kinds: from 4,096 columns on they spill 8 to 88 bytes a thread, whatever the number of warps.
+    itemsize: of the input and its gradient. mixed_residual: the stream has a dtype of its own. heavy: there is dropout or
+    adaptive scaling. With both, a program holds six tiles of two kinds, which from 4,097 columns on spill 16 to 88 bytes a
+    thread, whatever the number of warps (so they do without the second on sm_120, and at widths that 16 does not divide). Such rows are taken as wide ones: 22
+    bytes move for a number of bf16 input and fp32 stream, since the sums over rows read two tensors once more, of at least 16.
     """
-    if columns > (MAX_COLUMNS // 2 if mixed_residual else MAX_COLUMNS):
+    spills = mixed_residual and (
+        heavy or columns % 16 != 0 or (target.backend == "cuda" and target.arch not in (80, 90, 100))
+    )
+    if columns > (MAX_COLUMNS // 2 if spills else MAX_COLUMNS):
         rows, partial_columns = PARTIAL_TILE
         programs = max(1, 4 * target.processors * partial_columns // columns)
-        return NormConfig(True, rows, WIDE_COLUMNS, 8, programs, partial_columns)
+        return NormConfig(True, rows, WIDE_COLUMNS, 16 if itemsize == 4 else 8, programs, partial_columns)
     block = _power_of_2(columns)
     rows = max(1, min(16, 2_048 // block))
     per_processor = {256: 16, 1_024: 8, 2_048: 4, 4_096: 2, 8_192: 1}
@@ -293,22 +298,31 @@ class MatmulConfig:
 
 
 @cache
-def matmul_config(target: Target, columns: int, depth: int, itemsize: int, heavy: bool) -> MatmulConfig:
-    """columns, depth: of the right operand; heavy: the kernel has a gate, or the derivative of an activation.
+def matmul_config(
+    target: Target, columns: int, depth: int, itemsize: int, products: int = 1, accumulators: int = 1
+) -> MatmulConfig:
+    """columns, depth: of the right operand; products: that a program computes, into so many accumulators.
 
-    The 16-bit configurations are the largest that compile without spills for every activation on their architecture.
+    The 16-bit configurations are the largest that compile without spills for every activation on their architecture:
+    blocks of 128 x 256, as large as those of a matrix product alone; two accumulators of that size fit sm_100's tensor
+    memory only (in registers they spill 1,024 bytes a thread on sm_90, and 2,720 on sm_80).
     """
     if target.backend == "interpreter":
         block = MatmulConfig(32, 64, 32, 4, 1, parts=2)
     elif itemsize == 4:
         ragged = columns % 16 or depth % 16
-        block = MatmulConfig(64, 32 if ragged else 64, 32, 4 if target.arch == 100 else 8, 2)
+        few = target.arch == 100 and not ragged  # 32 deep, Triton 3.9.0 spills 8 bytes there
+        block = MatmulConfig(64, 32 if ragged else 64, 16 if few else 32, 4 if target.arch == 100 else 8, 2)
     elif columns % 16 or depth % 16:  # element by element: the addresses need registers
         block = MatmulConfig(64, 64, 32, 4, 2, parts=2)
-    elif target.arch in (90, 100):
-        block = MatmulConfig(128, 128 if heavy else 256, 64, 8, 3, parts=2 if heavy else 4)
+    elif target.arch == 100:
+        block = MatmulConfig(128, 256, 64, 8, 3, parts=8)
+    elif target.arch == 90:
+        two = accumulators == 2
+        block = MatmulConfig(128, 128 if two else 256, 64, 8, 3, parts=2 if two else 8)
     elif target.arch == 80:
-        block = MatmulConfig(128, 128, 32, 8, 4, parts=2)
+        two = products == 2  # into one accumulator they spill 8 bytes
+        block = MatmulConfig(128, 128 if two else 256, 32, 8, 4, parts=2 if two else 8)
     else:
         block = MatmulConfig(128, 128, 64, 8, 2, parts=2)
     block_n = min(block.block_n, max(16, _power_of_2(columns)))
@@ -322,10 +336,12 @@ def matmul_config(target: Target, columns: int, depth: int, itemsize: int, heavy
 CHUNK_LOGITS = 1 << 27
 
 
-def cross_entropy_config(classes: int, itemsize: int) -> tuple[int, int, int]:
-    """(lanes, classes of a lane, warps): a lane is 16 bytes, and a thread has 16 numbers."""
+@cache
+def cross_entropy_config(target: Target, classes: int, itemsize: int) -> tuple[int, int, int, int]:
+    """(groups, lanes, classes of a lane, warps): a lane of a group is 16 bytes of one thread, which has 16 numbers."""
     block = min(4_096, max(512, _power_of_2(classes)))
-    return block * itemsize // 16, 16 // itemsize, max(1, block // 512)
+    threads = block // 16
+    return itemsize, threads, 16 // itemsize, max(1, threads // (64 if target.backend == "hip" else 32))
 
 
 @cache

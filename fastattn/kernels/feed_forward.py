@@ -260,7 +260,7 @@ def forward(
     shape = (x.shape[0], weight.shape[0])
     out, z = x.new_empty(shape), x.new_empty(shape if save else 0)
     g = x.new_empty(shape if save and gated else 0)
-    constants, grid = _blocks(*shape, x.shape[1], x.element_size(), gated, precision)
+    constants, grid = _blocks(*shape, x.shape[1], x.element_size(), precision, 1 + gated, 1 + gated)
     launch(
         linear_kernel,
         grid,
@@ -290,7 +290,7 @@ def hidden_backward(
     shape = (dy.shape[0], weight.shape[1])
     dz, hidden = dy.new_empty(shape), dy.new_empty(shape if need_hidden else 0)
     dg = dy.new_empty(shape if gated else 0)
-    constants, grid = _blocks(*shape, dy.shape[1], dy.element_size(), True, precision)
+    constants, grid = _blocks(*shape, dy.shape[1], dy.element_size(), precision)
     launch(
         hidden_backward_kernel,
         grid,
@@ -309,7 +309,9 @@ def input_backward(
     dz, dg = unit_rows(grad_z), None if grad_g is None else unit_rows(grad_g)
     shape = (dz.shape[0], weight.shape[1])
     dx = dz.new_empty(shape)
-    constants, grid = _blocks(*shape, dz.shape[1], dz.element_size(), False, precision)
+    constants, grid = _blocks(
+        *shape, dz.shape[1], dz.element_size(), precision, products=1 if gate_weight is None else 2
+    )
     launch(
         input_backward_kernel,
         grid,
@@ -352,10 +354,10 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def _blocks(
-    rows: int, columns: int, depth: int, itemsize: int, heavy: bool, precision: str
+    rows: int, columns: int, depth: int, itemsize: int, precision: str, products: int = 1, accumulators: int = 1
 ) -> tuple[dict[str, Any], tuple[int]]:
     """The constants of a matrix product's kernel, and its grid."""
-    config = matmul_config(current_target(), columns, depth, itemsize, heavy)
+    config = matmul_config(current_target(), columns, depth, itemsize, products, accumulators)
     constants = {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -370,7 +372,7 @@ def _blocks(
     return constants, (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)
 
 
-def explain(columns: int, depth: int, itemsize: int, heavy: bool) -> str:
+def explain(columns: int, depth: int, itemsize: int, gated: bool) -> str:
     """The tiles of a forward product with a (columns, depth) weight."""
-    c = matmul_config(current_target(), columns, depth, itemsize, heavy)
+    c = matmul_config(current_target(), columns, depth, itemsize, 1 + gated, 1 + gated)
     return f"{c.block_m} x {c.block_n} tiles, {c.block_k} deep, {c.num_warps} warps, {c.num_stages} stages; activation fused"

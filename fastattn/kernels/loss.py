@@ -7,8 +7,8 @@ weights w (or 1) with sum W, and z-loss λ:
     ∂ℓ/∂x_v = (1 - (z_v / c)²) · ((a + 2 λ lse) exp(z_v - lse) - (1 - ε) w_y [v = y] - (ε / V) w_v)
 
 A row whose target is `ignore_index` has ℓ = 0 and no gradient. One program takes a row and reads it once for the loss
-and once more for the gradient, if that is wanted at once. Groups of VECTOR classes, which one thread holds, each follow a
-maximum and a sum of exponentials of their own; only at the end do threads talk to each other.
+and once more for the gradient, if that is wanted at once. The classes that one thread holds follow a maximum and a sum of
+exponentials of their own; only at the end do threads talk to each other. Exponentials are powers of two of z log₂e.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels.config import CHUNK_LOGITS, cross_entropy_config
-from fastattn.kernels.launch import launch
-from fastattn.kernels.masks import LOWEST, capped_score, capped_score_derivative
+from fastattn.kernels.launch import current_target, launch
+from fastattn.kernels.masks import LN2, LOG2E, LOWEST, capped_score, capped_score_derivative
+
+START = tl.constexpr(LOWEST.value / 2)  # of a running maximum: times log₂e, still finite
 
 
 @triton.jit
@@ -73,64 +75,69 @@ def row_constants(TARGET, CLASS_WEIGHT, WEIGHT_SUM, row, classes, label_smoothin
 
 
 @triton.jit
+def block_columns(GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """[GROUPS, LANES, VECTOR]: a block's columns; a thread has VECTOR neighbours (16 bytes) of each group."""
+    group = tl.arange(0, GROUPS)[:, None, None] * (LANES * VECTOR)
+    return group + tl.arange(0, LANES)[None, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+
+
+@triton.jit
 def accumulate(
-    m, l, found, sums, LOGITS, CLASS_WEIGHT, low, high, shift, classes, label_smoothing, softcap,
-    LANES: tl.constexpr, VECTOR: tl.constexpr, EDGE: tl.constexpr,
+    m, l, found, sums, LOGITS, CLASS_WEIGHT, start, shift, classes, label_smoothing, softcap,
+    GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Adds blocks [low, high): each of LANES has its maximum m, Σ exp(z - m), the block that m was found in, and Σ w z."""
-    local = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    for start in range(low, high, LANES * VECTOR):
-        column = start - shift + local
-        z = load_logits(LOGITS + start + local, column, classes, softcap, EDGE)  # [LANES, VECTOR]
-        larger = tl.maximum(m, tl.max(z, 1))
-        found = tl.where(larger > m, start, found)
-        l = l * tl.exp(m - larger) + tl.sum(tl.exp(z - larger[:, None]), 1)
-        m = larger
-        if label_smoothing is not None:
-            weighted = z
-            if CLASS_WEIGHT is not None:
-                weighted = z * class_weights(CLASS_WEIGHT, column, classes)
-            if EDGE:
-                weighted = tl.where((column >= 0) & (column < classes), weighted, 0.0)
-            sums += tl.sum(weighted, 1)
-    return m, l, found, sums
+    """Adds a block: each of LANES has its maximum m, l = Σ 2^(z log₂e - m log₂e), the block m was found in, and Σ w z."""
+    local = block_columns(GROUPS, LANES, VECTOR)
+    column = start - shift + local
+    z = load_logits(LOGITS + start + local, column, classes, softcap, EDGE)
+    larger = tl.maximum(m, tl.max(tl.max(z, 2), 0))
+    found = tl.where(larger > m, start, found)
+    reference = larger * LOG2E
+    powers = tl.exp2(tl.fma(z, LOG2E, -reference[None, :, None]))
+    l = l * tl.exp2(m * LOG2E - reference) + tl.sum(tl.sum(powers, 2), 0)
+    if label_smoothing is not None:
+        weighted = z
+        if CLASS_WEIGHT is not None:
+            weighted = z * class_weights(CLASS_WEIGHT, column, classes)
+        if EDGE:
+            weighted = tl.where((column >= 0) & (column < classes), weighted, 0.0)
+        sums += tl.sum(tl.sum(weighted, 2), 0)
+    return larger, l, found, sums
 
 
 @triton.jit
 def write_gradient(
-    LOGITS, OUT, CLASS_WEIGHT, low, high, shift, target, lse, scale, w_target, factor, spread, classes, label_smoothing,
-    z_loss, softcap, LANES: tl.constexpr, VECTOR: tl.constexpr, EDGE: tl.constexpr,
+    LOGITS, OUT, CLASS_WEIGHT, start, shift, target, lse, scale, w_target, factor, spread, classes, label_smoothing,
+    softcap, GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """scale · ∂ℓ/∂x of the blocks [low, high); OUT may be LOGITS."""
-    local = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    factor = scale * (factor + 2.0 * z_loss * lse)
-    for start in range(low, high, LANES * VECTOR):
-        column = start - shift + local
-        z = load_logits(LOGITS + start + local, column, classes, softcap, EDGE)  # [LANES, VECTOR]
-        gradient = factor * tl.exp(z - lse)
-        if label_smoothing is not None:
-            if CLASS_WEIGHT is not None:
-                gradient -= scale * spread * class_weights(CLASS_WEIGHT, column, classes)
-            else:
-                gradient -= scale * spread
-        gradient = tl.where(column == target, gradient - scale * w_target, gradient)
-        if softcap is not None:
-            gradient *= capped_score_derivative(z, softcap)
-        gradient = gradient.to(OUT.dtype.element_ty)
-        if EDGE:
-            tl.store(OUT + start + local, gradient, mask=(column >= 0) & (column < classes))
+    """scale · ∂ℓ/∂x of one block, with factor = a + 2 λ lse; OUT may be LOGITS."""
+    local = block_columns(GROUPS, LANES, VECTOR)
+    column = start - shift + local
+    z = load_logits(LOGITS + start + local, column, classes, softcap, EDGE)
+    gradient = scale * factor * tl.exp2((z - lse) * LOG2E)
+    if label_smoothing is not None:
+        if CLASS_WEIGHT is not None:
+            gradient -= scale * spread * class_weights(CLASS_WEIGHT, column, classes)
         else:
-            tl.store(OUT + start + local, gradient)
+            gradient -= scale * spread
+    gradient = tl.where(local == target + shift - start, gradient - scale * w_target, gradient)
+    if softcap is not None:
+        gradient *= capped_score_derivative(z, softcap)
+    gradient = gradient.to(OUT.dtype.element_ty)
+    if EDGE:
+        tl.store(OUT + start + local, gradient, mask=(column >= 0) & (column < classes))
+    else:
+        tl.store(OUT + start + local, gradient)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def cross_entropy_kernel(
     LOGITS, TARGET, CLASS_WEIGHT, WEIGHT_SUM, TOKEN_WEIGHT, LOSSES, LSE, PREDICTIONS,
     stride_row, classes, ignore_index, label_smoothing, z_loss, softcap,
-    LANES: tl.constexpr, VECTOR: tl.constexpr,
+    GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One program: ℓ of a row; with TOKEN_WEIGHT, that times ∂ℓ/∂x is written over the logits."""
-    BLOCK: tl.constexpr = LANES * VECTOR
+    BLOCK: tl.constexpr = GROUPS * LANES * VECTOR
     row = tl.program_id(0).to(tl.int64)
     target, w_target, factor, spread = row_constants(TARGET, CLASS_WEIGHT, WEIGHT_SUM, row, classes, label_smoothing)
     valid, is_class = target != ignore_index, (target >= 0) & (target < classes)
@@ -141,18 +148,9 @@ def cross_entropy_kernel(
     offset, shift = aligned_start(row, stride_row, VECTOR)
     LOGITS += offset
     end = classes + shift
-    first, last = (
-        tl.minimum(end, BLOCK),
-        tl.maximum(end // BLOCK * BLOCK, BLOCK),
-    )  # the blocks before and after are edges
-    m, l = tl.full([LANES], LOWEST, tl.float32), tl.zeros([LANES], tl.float32)
+    last = tl.maximum(end // BLOCK * BLOCK, BLOCK)  # the first block and the one that starts here are edges
+    m, l = tl.full([LANES], START, tl.float32), tl.zeros([LANES], tl.float32)
     found, sums = tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.float32)
-    m, l, found, sums = accumulate(
-        m, l, found, sums, LOGITS, CLASS_WEIGHT, 0, first, shift, classes, label_smoothing, softcap, LANES, VECTOR, True
-    )
-    m, l, found, sums = accumulate(
-        m, l, found, sums, LOGITS, CLASS_WEIGHT, BLOCK, last, shift, classes, label_smoothing, softcap, LANES, VECTOR, False
-    )  # fmt: skip
     m, l, found, sums = accumulate(
         m,
         l,
@@ -160,67 +158,84 @@ def cross_entropy_kernel(
         sums,
         LOGITS,
         CLASS_WEIGHT,
-        last,
-        end,
+        0,
         shift,
         classes,
         label_smoothing,
         softcap,
+        GROUPS,
         LANES,
         VECTOR,
         True,
     )
+    for start in range(BLOCK, last, BLOCK):
+        m, l, found, sums = accumulate(
+            m, l, found, sums, LOGITS, CLASS_WEIGHT, start, shift, classes, label_smoothing, softcap,
+            GROUPS, LANES, VECTOR, False,
+        )  # fmt: skip
+    if last < end:
+        m, l, found, sums = accumulate(
+            m, l, found, sums, LOGITS, CLASS_WEIGHT, last, shift, classes, label_smoothing, softcap,
+            GROUPS, LANES, VECTOR, True,
+        )  # fmt: skip
     maximum = tl.max(m, 0)
-    lse = maximum + tl.log(tl.sum(l * tl.exp(m - maximum), 0))
+    reference = maximum * LOG2E
+    l = tl.sum(l * tl.exp2(m * LOG2E - reference), 0)
+    # l is relative to the rounded reference: what the rounding took is put back
+    lse = maximum + (tl.log2(l) - tl.fma(maximum, LOG2E, -reference)) * LN2
     loss = factor * lse + z_loss * lse * lse - w_target * z_target - spread * tl.sum(sums, 0)
     tl.store(LOSSES + row, tl.where(valid, loss, 0.0))
     if LSE is not None:
         tl.store(LSE + row, lse)
     if PREDICTIONS is not None:  # the first of the largest, in the first block that has it
         start = tl.min(tl.where(m == maximum, found, end), 0)
-        column = start - shift + tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-        z = load_logits(LOGITS + shift + column, column, classes, softcap, True)  # [LANES, VECTOR]
-        best = tl.min(tl.min(tl.where(z == maximum, column, classes - 1), 1), 0)
+        column = start - shift + block_columns(GROUPS, LANES, VECTOR)
+        z = load_logits(LOGITS + shift + column, column, classes, softcap, True)
+        best = tl.min(tl.min(tl.min(tl.where(z == maximum, column, classes - 1), 2), 0), 0)
         tl.store(PREDICTIONS + row, best.to(tl.int64))
     if TOKEN_WEIGHT is not None:
         scale = tl.where(valid, tl.load(TOKEN_WEIGHT + row).to(tl.float32), 0.0)
+        factor += 2.0 * z_loss * lse
         write_gradient(
-            LOGITS, LOGITS, CLASS_WEIGHT, 0, first, shift, target, lse, scale, w_target, factor, spread, classes,
-            label_smoothing, z_loss, softcap, LANES, VECTOR, True,
+            LOGITS, LOGITS, CLASS_WEIGHT, 0, shift, target.to(tl.int32), lse, scale, w_target, factor, spread, classes,
+            label_smoothing, softcap, GROUPS, LANES, VECTOR, True,
         )  # fmt: skip
-        write_gradient(
-            LOGITS, LOGITS, CLASS_WEIGHT, BLOCK, last, shift, target, lse, scale, w_target, factor, spread, classes,
-            label_smoothing, z_loss, softcap, LANES, VECTOR, False,
-        )  # fmt: skip
-        write_gradient(
-            LOGITS, LOGITS, CLASS_WEIGHT, last, end, shift, target, lse, scale, w_target, factor, spread, classes,
-            label_smoothing, z_loss, softcap, LANES, VECTOR, True,
-        )  # fmt: skip
+        for start in range(BLOCK, last, BLOCK):
+            write_gradient(
+                LOGITS, LOGITS, CLASS_WEIGHT, start, shift, target.to(tl.int32), lse, scale, w_target, factor, spread,
+                classes, label_smoothing, softcap, GROUPS, LANES, VECTOR, False,
+            )  # fmt: skip
+        if last < end:
+            write_gradient(
+                LOGITS, LOGITS, CLASS_WEIGHT, last, shift, target.to(tl.int32), lse, scale, w_target, factor, spread,
+                classes, label_smoothing, softcap, GROUPS, LANES, VECTOR, True,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def cross_entropy_backward_kernel(
     LOGITS, LSE, TARGET, CLASS_WEIGHT, WEIGHT_SUM, GRAD_LOSSES, GRADIENT,
     stride_row, classes, ignore_index, label_smoothing, z_loss, softcap,
-    LANES: tl.constexpr, VECTOR: tl.constexpr,
+    GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One program: ∂L/∂x of one block of a row; GRADIENT has the strides of LOGITS, and may be it."""
-    BLOCK: tl.constexpr = LANES * VECTOR
+    BLOCK: tl.constexpr = GROUPS * LANES * VECTOR
     row = tl.program_id(0).to(tl.int64)
     target, w_target, factor, spread = row_constants(TARGET, CLASS_WEIGHT, WEIGHT_SUM, row, classes, label_smoothing)
     scale = tl.where(target != ignore_index, tl.load(GRAD_LOSSES + row).to(tl.float32), 0.0)
     lse = tl.load(LSE + row)
+    factor += 2.0 * z_loss * lse
     offset, shift = aligned_start(row, stride_row, VECTOR)
     start = tl.program_id(1) * BLOCK
     if (start > 0) & (start + BLOCK <= classes + shift):
         write_gradient(
-            LOGITS + offset, GRADIENT + offset, CLASS_WEIGHT, start, start + BLOCK, shift, target, lse, scale, w_target,
-            factor, spread, classes, label_smoothing, z_loss, softcap, LANES, VECTOR, False,
+            LOGITS + offset, GRADIENT + offset, CLASS_WEIGHT, start, shift, target.to(tl.int32), lse, scale, w_target,
+            factor, spread, classes, label_smoothing, softcap, GROUPS, LANES, VECTOR, False,
         )  # fmt: skip
     else:
         write_gradient(
-            LOGITS + offset, GRADIENT + offset, CLASS_WEIGHT, start, start + BLOCK, shift, target, lse, scale, w_target,
-            factor, spread, classes, label_smoothing, z_loss, softcap, LANES, VECTOR, True,
+            LOGITS + offset, GRADIENT + offset, CLASS_WEIGHT, start, shift, target.to(tl.int32), lse, scale, w_target,
+            factor, spread, classes, label_smoothing, softcap, GROUPS, LANES, VECTOR, True,
         )  # fmt: skip
 
 
@@ -245,7 +260,7 @@ def _launch_forward(
     losses = logits.new_empty(rows, dtype=torch.float32)
     lse = logits.new_empty(rows if keep_lse else 0, dtype=torch.float32)
     predictions = logits.new_empty(rows if predict else 0, dtype=torch.int64)
-    lanes, vector, num_warps = cross_entropy_config(classes, logits.element_size())
+    groups, lanes, vector, num_warps = cross_entropy_config(current_target(), classes, logits.element_size())
     launch(
         cross_entropy_kernel,
         (rows,),
@@ -253,6 +268,7 @@ def _launch_forward(
         *(None if token_weight is None else token_weight.contiguous(), losses),
         *(lse if keep_lse else None, predictions if predict else None),
         *(logits.stride(0), classes, ignore_index, label_smoothing or None, z_loss, softcap or None),
+        GROUPS=groups,
         LANES=lanes,
         VECTOR=vector,
         num_warps=num_warps,
@@ -309,12 +325,13 @@ def backward(
     """∂L/∂x in the dtype of the logits, which are contiguous; it overwrites them if `inplace`."""
     rows, classes = logits.shape
     gradient = logits if inplace else logits.new_empty(rows, classes)
-    lanes, vector, num_warps = cross_entropy_config(classes, logits.element_size())
+    groups, lanes, vector, num_warps = cross_entropy_config(current_target(), classes, logits.element_size())
     launch(
         cross_entropy_backward_kernel,
-        (rows, triton.cdiv(classes + vector - 1, lanes * vector)),
+        (rows, triton.cdiv(classes + vector - 1, groups * lanes * vector)),
         *(logits, lse, target.contiguous(), class_weight, _sum(class_weight), grad_losses.contiguous(), gradient),
         *(classes, classes, ignore_index, label_smoothing or None, z_loss, softcap or None),
+        GROUPS=groups,
         LANES=lanes,
         VECTOR=vector,
         num_warps=num_warps,
@@ -328,8 +345,8 @@ def _sum(class_weight: Tensor | None) -> Tensor | None:
 
 def explain(classes: int) -> list[str]:
     """The chunks and blocks of logits over this many classes."""
-    lanes, vector, num_warps = cross_entropy_config(classes, 2)
+    groups, lanes, vector, num_warps = cross_entropy_config(current_target(), classes, 2)
     return [
-        f"a program takes a row, {lanes * vector} classes a step, {num_warps} warps",
+        f"a program takes a row, {groups * lanes * vector} classes a step, {num_warps} warps",
         f"linear_cross_entropy: {chunk_rows(classes)} rows of logits at a time",
     ]

@@ -184,7 +184,8 @@ def backward(
     grad_input = hidden.new_empty(hidden.shape if separate else 0, dtype=input_dtype)
     rows_per_group = rows // max(groups, 1)
     mixed_residual = has_residual and input_dtype != hidden.dtype
-    config = norm_backward_config(current_target(), columns, input_dtype.itemsize, mixed_residual)
+    heavy = seed is not None or scale is not None
+    config = norm_backward_config(current_target(), columns, input_dtype.itemsize, mixed_residual, heavy)
     programs = max(1, min(config.programs // max(groups, 1), triton.cdiv(rows_per_group, config.rows)))
     partials = None if sums_dtype is None else hidden.new_empty(2, groups * programs, columns, dtype=torch.float32)
     partial_a, partial_b = (None, None) if partials is None else (partials[0], partials[1])

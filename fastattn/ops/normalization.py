@@ -521,4 +521,5 @@ def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[st
     columns = shape if isinstance(shape, int) else math.prod(shape)
     kind, residual = given["input"].dtype, given.get("residual")
     mixed = residual is not None and (given.get("residual_dtype") or residual.dtype) != kind
-    return implementation("normalization", given["input"].device).explain(columns, kind.itemsize, mixed)
+    heavy = given.get("dropout_p", 0.0) > 0.0 or given.get("scale") is not None
+    return implementation("normalization", given["input"].device).explain(columns, kind.itemsize, mixed, heavy)
