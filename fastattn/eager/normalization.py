@@ -1,7 +1,7 @@
 """Layer norm and RMS norm in plain PyTorch: the differentiable definition, and the CPU backend.
 
-The launchers have the signatures of `fastattn/kernels/normalization.py`. Plain layer norm goes to PyTorch's own kernels.
-Everything else is computed in fp32 in blocks of rows, so that temporaries stay small.
+The launchers have the signatures of `fastattn/kernels/normalization.py`. Plain layer norm goes to PyTorch's own kernels, and so
+does the backward of plain RMS norm. Everything else is computed in fp32 in blocks of rows, so that temporaries stay small.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastattn.eager.random import drop
 
-BLOCK_NUMBERS = 1 << 16  # numbers in a block of rows: it stays in the cache
+BLOCK_NUMBERS = 1 << 18  # numbers in a block of rows: it stays in the cache
 
 
 def normalise(hidden: Tensor, dims: int, eps: float, centered: bool) -> Tensor:
@@ -73,6 +73,10 @@ def forward(
         y, mean, rstd = torch.native_layer_norm(h, (columns,), gain, added, eps)
         return y.view(input.shape), hidden, mean.view(rows), rstd.view(rows)
     output = input.new_empty(input.shape, dtype=output_dtype)
+    if not centered and scale is None and shift is None:
+        factor = None if weight is None and not weight_offset else _gain(weight, columns, weight_offset, h)
+        rstd = _rms(h, factor, None if bias is None else _flat(bias), eps, output.view(rows, columns))
+        return output, hidden, rstd.new_empty(0), rstd
     y, mean = output.view(rows, columns), input.new_empty(rows if centered else 0, dtype=torch.float32)
     rstd = input.new_empty(rows, dtype=torch.float32)
     flat_weight, flat_bias = (None if p is None else p.reshape(columns) for p in (weight, bias))
@@ -107,9 +111,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dh, dx where it differs from dh, A, B), as `fastattn.ops.normalization` describes them."""
     dy, h = grad_output.reshape(rows, columns), hidden.reshape(rows, columns)
-    gain, plain = _gain(weight, columns, weight_offset, h), mean.numel() > 0 and groups == 1 and scale is None
+    gain, plain = _gain(weight, columns, weight_offset, h), groups == 1 and scale is None
     whole = plain and seed is None and h.dtype == input_dtype and grad_hidden is None
-    if whole and sums_dtype in (None, h.dtype):
+    in_fp32 = h.dtype == torch.float32 or mean.numel() > 0
+    if whole and in_fp32 and sums_dtype in (None, h.dtype):
         grad, sums = fused_backward(dy.to(h.dtype), h, gain, mean, rstd, sums_dtype is not None)
         return grad.view(hidden.shape), hidden.new_empty(0), *_sums([s[None] for s in sums], rstd, sums_dtype)
     separate = seed is not None or input_dtype != hidden.dtype
@@ -120,7 +125,8 @@ def backward(
     for block in _blocks(rows, columns):
         dy_block, h_block = dy[block].float(), h[block].float()
         if plain:
-            dh, summands = fused_backward(dy_block, h_block, gain, mean[block], rstd[block], sums_dtype is not None)
+            means = mean[block] if mean.numel() else mean
+            dh, summands = fused_backward(dy_block, h_block, gain, means, rstd[block], sums_dtype is not None)
             for total, summand in zip(sums, summands):
                 total += summand
         else:
@@ -139,6 +145,25 @@ def backward(
             dx = drop(dh, seed, dropout_p, range(block.start, block.stop), columns)
             grad_input.view(rows, columns)[block] = dx
     return grad, grad_input, *_sums(sums, rstd, sums_dtype)
+
+
+def _rms(h: Tensor, gain: Tensor | None, bias: Tensor | None, eps: float, output: Tensor) -> Tensor:
+    """Writes y = gain · h · rstd + bias and returns rstd = 1 / sqrt(mean(h²) + eps): (rows,), fp32.
+
+    h, output: (rows, columns); gain, bias: (columns,), fp32. PyTorch's vector norm sums 16-bit rows in fp32, without a copy.
+    """
+    rows, columns = h.shape
+    norm = torch.linalg.vector_norm(h, dim=1, dtype=torch.float32)
+    rstd = norm.square_().div_(columns).add_(eps).rsqrt_()
+    in_place = output.dtype == h.dtype == torch.float32
+    for block in [slice(0, rows)] if in_place else _blocks(rows, columns):
+        x = h[block] if in_place else h[block].float()
+        y = torch.mul(x, rstd[block, None], out=output[block] if in_place else x)
+        y = y if gain is None else y.mul_(gain)
+        y = y if bias is None else y.add_(bias)
+        if not in_place:
+            output[block] = y
+    return rstd
 
 
 def _blocks(rows: int, columns: int) -> Iterator[slice]:
@@ -169,17 +194,20 @@ def fused_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """PyTorch's layer norm backward: dh in the rows' dtype, and where needed A and B in fp32.
 
-    dy, h: (rows, columns); gain: (columns,), fp32; mean, rstd: (rows,), fp32.
+    dy, h: (rows, columns); gain: (columns,), fp32; mean, rstd: (rows,), fp32. Without a mean, and in fp32, the rows' norm is
+    RMS norm: layer norm with mean 0, whose gradient lacks the term that the mean's own dependence on h brings in.
 
     Its own sums over 16-bit rows are 16-bit: 20,000 ones make 256. Its batch norm sums over rows as well, and in fp32: from
     x̂ (the batch norm in which each row is a channel, with the statistics known) it gets Σ dy · x̂ and Σ dy (the backward of
     one with mean 0 and deviation 1). x̂ is rounded to 16 bits on the way, as the result will be.
     """
-    of_fp32 = need_sums and h.dtype == torch.float32
-    which = [True, of_fp32, of_fp32]
+    of_fp32, centered = need_sums and h.dtype == torch.float32, mean.numel() > 0
+    which, means = [True, of_fp32, of_fp32], mean if centered else torch.zeros_like(rstd)
     dh, *sums = torch.ops.aten.native_layer_norm_backward(
-        dy, h, gain.shape, mean[:, None], rstd[:, None], gain, gain, which
+        dy, h, gain.shape, means[:, None], rstd[:, None], gain, gain, which
     )
+    if not centered:
+        dh += (torch.mv(dy, gain) * (rstd / len(gain)))[:, None]
     if need_sums and not of_fp32:
         x_hat = torch.native_batch_norm(h[None], None, None, mean, rstd.pow(-2), False, 0.0, 0.0)[0][0]
         deviation, which = torch.ones_like(gain), [False, True, True]
