@@ -28,6 +28,7 @@ BLOCK_MASK = ("tests/test_block_mask.py", "-k", "triton")
 DECODE = ("tests/test_decode.py", "-k", "triton")
 EAGER_ATTENTION = ("tests/test_attention.py", "-k", "eager")
 NORM = ("tests/test_precision.py", "tests/test_normalization.py", "-k", "triton")
+EAGER_NORM = ("tests/test_normalization.py", "-k", "eager")
 ROTARY = ("tests/test_rotary.py", "-k", "triton or kernel")
 LOSS = ("tests/test_loss.py", "-k", "triton")
 FEED_FORWARD = ("tests/test_precision.py", "tests/test_feed_forward.py", "-k", "triton")
@@ -177,11 +178,39 @@ MUTANTS = (
         LOSS,
     ),
     Mutant(
+        "z-loss has no gradient in place",
+        "kernels/loss.py",
+        "        factor += 2.0 * z_loss * lse",
+        "        factor += 0.0 * lse",
+        LOSS,
+    ),
+    Mutant(
         "z-loss has no gradient",
         "kernels/loss.py",
-        "scale = tl.where(valid, tl.load(TOKEN_WEIGHT + row).to(tl.float32), 0.0)\n        factor += 2.0 * z_loss * lse",
-        "scale = tl.where(valid, tl.load(TOKEN_WEIGHT + row).to(tl.float32), 0.0)",
+        "lse = tl.load(LSE + row)\n    factor += 2.0 * z_loss * lse",
+        "lse = tl.load(LSE + row)",
         LOSS,
+    ),
+    Mutant(
+        "RMS norm's gradient keeps layer norm's term of the mean",
+        "eager/normalization.py",
+        "dh += (torch.mv(dy, gain)",
+        "dh += 0.0 * (torch.mv(dy, gain)",
+        EAGER_NORM,
+    ),
+    Mutant(
+        "RMS norm over the sum of squares",
+        "eager/normalization.py",
+        "norm.square_().div_(columns)",
+        "norm.square_()",
+        EAGER_NORM,
+    ),
+    Mutant(
+        "RMS norm adds a sum where the mean belongs",
+        "eager/normalization.py",
+        "(rstd / len(gain))",
+        "rstd",
+        EAGER_NORM,
     ),
     Mutant(
         "ragged end of a row reads the next row",

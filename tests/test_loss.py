@@ -169,6 +169,16 @@ def test_large_logits_do_not_overflow(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sure_and_right_prediction_costs_nothing_however_large_its_logit(backend):
+    """Its log-sum-exp is the logit itself, to the last bit."""
+    largest = torch.linspace(1.0, 9_999.0, 64)
+    logits = torch.stack([largest, largest - 500.0, largest - 900.0], 1)
+    with fastattn.backend.use(backend):
+        losses = fastattn.cross_entropy(logits, torch.zeros(64, dtype=torch.int64), reduction="none")
+    assert torch.equal(losses, torch.zeros(64))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_predictions_are_the_first_of_the_largest_logits(softcap, backend):
     logits = torch.randint(-3, 4, (4, 5, 300)).float()

@@ -67,14 +67,16 @@ class LoopReport:
     @property
     def bytes_per_global_access(self) -> float | None:
         accesses = sum(self.global_widths.values())
-        return sum(size * count for size, count in self.global_widths.items()) / accesses if accesses else None
+        return self._global_bytes() / accesses if accesses else None
 
     @property
     def wide_share(self) -> float | None:
         """Of the bytes of global accesses, those in accesses of 16 bytes (or more) a lane."""
-        total = sum(size * count for size, count in self.global_widths.items())
-        wide = sum(size * count for size, count in self.global_widths.items() if size >= 16)
-        return wide / total if total else None
+        total = self._global_bytes()
+        return self._global_bytes(at_least=16) / total if total else None
+
+    def _global_bytes(self, at_least: int = 0) -> int:
+        return sum(size * count for size, count in self.global_widths.items() if size >= at_least)
 
     def _share(self, cycles: float) -> float | None:
         return self.ideal_tensor_cycles / cycles if self.ideal_tensor_cycles else None

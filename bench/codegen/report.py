@@ -20,7 +20,8 @@ instructions of the hottest loop (* the whole kernel: it has no loop). alternati
 tensor cores' peak when tensor and other work take turns, and when everything overlaps. pipe/DRAM: for kernels without
 tensor work, busiest pipe ÷ cycles of the DRAM traffic; below 1 the code can keep up with memory. of DRAM: the share of its
 bandwidth that this allows. least KB: of all tensors, each element touched once (at the small shapes that are compiled).
-B/access: bytes per lane of a global load or store; 16 B: the share of the bytes that go 16 at a time. These are predictions from machine code, not measurements."""
+B/access: bytes per lane of a global load or store; 16 B: the share of the bytes that go 16 at a time.
+These are predictions from machine code, not measurements."""
 
 
 def cells(row: Row) -> list[str]:

@@ -6,6 +6,7 @@ The launchers have the signatures of `fastattn/kernels/feed_forward.py`; the equ
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,22 +27,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,
 }
 
-# dY · act'(z), of dY and z.
-_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+# dY · act'(z), of dY and z; those in _INTO take an output tensor as well.
+_INTO = ("gelu", "gelu_tanh", "silu")
+_GRADIENTS: dict[str, Callable[..., Tensor]] = {
     "relu": lambda dy, z: aten.threshold_backward(dy, z, 0),
     "relu2": lambda dy, z: dy * 2 * F.relu(z),
-    "gelu": lambda dy, z: aten.gelu_backward(dy, z),
-    "gelu_tanh": lambda dy, z: aten.gelu_backward(dy, z, approximate="tanh"),
-    "silu": lambda dy, z: aten.silu_backward(dy, z),
+    "gelu": aten.gelu_backward,
+    "gelu_tanh": partial(aten.gelu_backward, approximate="tanh"),
+    "silu": aten.silu_backward,
     "sigmoid": lambda dy, z: aten.sigmoid_backward(dy, torch.sigmoid(z)),
     "tanh": lambda dy, z: aten.tanh_backward(dy, torch.tanh(z)),
     "identity": lambda dy, z: dy,
-}
-# The same, written over dY.
-_INPLACE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "gelu": lambda dy, z: aten.gelu_backward(dy, z, grad_input=dy),
-    "gelu_tanh": lambda dy, z: aten.gelu_backward(dy, z, approximate="tanh", grad_input=dy),
-    "silu": lambda dy, z: aten.silu_backward(dy, z, grad_input=dy),
 }
 
 
@@ -120,7 +116,8 @@ def hidden_backward(
     d_hidden, empty = grad_output @ weight, z.new_empty(0)
     if not gated:
         hidden = ACTIVATIONS[activation](z) if need_hidden else empty
-        return _INPLACE.get(activation, _GRADIENTS[activation])(d_hidden, z), empty, hidden
+        into = {"grad_input": d_hidden} if activation in _INTO else {}
+        return _GRADIENTS[activation](d_hidden, z, **into), empty, hidden
     activated = ACTIVATIONS[activation](g)
     dg = _GRADIENTS[activation](d_hidden * z, g)
     return d_hidden * activated, dg, activated * z if need_hidden else empty

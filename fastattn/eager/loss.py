@@ -15,7 +15,7 @@ from torch import Tensor
 
 BLOCK_NUMBERS = 1 << 20  # logits of a block of rows: 4 MB of fp32, few enough parallel regions where cores are shared
 CHUNK_ROWS = 256  # rows of a chunk: enough to keep the matrix products busy, if the chunk's logits are
-CHUNK_NUMBERS = range(1 << 21, (1 << 23) + 1)  # at least 8 and at most 32 MB of fp32
+LEAST_CHUNK, LARGEST_CHUNK = 1 << 21, 1 << 23  # logits of a chunk: 8 to 32 MB of fp32
 
 
 def definition(
@@ -38,8 +38,8 @@ def definition(
 
 def chunk_rows(classes: int) -> int:
     """How many rows of logits `linear_cross_entropy` computes at a time."""
-    fewest, most = CHUNK_NUMBERS[0] // max(classes, 1), CHUNK_NUMBERS[-1] // max(classes, 1)
-    return max(16, min(max(CHUNK_ROWS, fewest), most))
+    classes = max(classes, 1)
+    return max(16, min(max(CHUNK_ROWS, LEAST_CHUNK // classes), LARGEST_CHUNK // classes))
 
 
 def losses_and_gradient(

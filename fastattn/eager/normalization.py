@@ -113,8 +113,8 @@ def backward(
     dy, h = grad_output.reshape(rows, columns), hidden.reshape(rows, columns)
     gain, plain = _gain(weight, columns, weight_offset, h), groups == 1 and scale is None
     whole = plain and seed is None and h.dtype == input_dtype and grad_hidden is None
-    in_fp32 = h.dtype == torch.float32 or mean.numel() > 0
-    if whole and in_fp32 and sums_dtype in (None, h.dtype):
+    rounded_twice = mean.numel() == 0 and h.dtype != torch.float32  # RMS norm's: the kernel's, and with the term added
+    if whole and not rounded_twice and sums_dtype in (None, h.dtype):
         grad, sums = fused_backward(dy.to(h.dtype), h, gain, mean, rstd, sums_dtype is not None)
         return grad.view(hidden.shape), hidden.new_empty(0), *_sums([s[None] for s in sums], rstd, sums_dtype)
     separate = seed is not None or input_dtype != hidden.dtype

@@ -255,9 +255,10 @@ def norm_backward_config(target: Target, columns: int, itemsize: int, mixed_resi
     """The backward: as many programs as run at once, fewer for wider rows, since each writes two rows of partials.
 
     itemsize: of the input and its gradient. mixed_residual: the stream has a dtype of its own. heavy: there is dropout or
-    adaptive scaling. With both, a program holds six tiles of two kinds, which from 4,097 columns on spill 16 to 88 bytes a
-    thread, whatever the number of warps (so they do without the second on sm_120, and at widths that 16 does not divide). Such rows are taken as wide ones: 22
-    bytes move for a number of bf16 input and fp32 stream, since the sums over rows read two tensors once more, of at least 16.
+    adaptive scaling. With both, a program holds six tiles of two kinds, which from 4,097 columns on spill 16 to 88 bytes
+    a thread, whatever the number of warps (so they do without the second on sm_120, and at widths that 16 does not divide).
+    Such rows are taken as wide ones: 22 bytes move for a number of bf16 input and fp32 stream, since the sums over rows
+    read two tensors once more, of at least 16.
     """
     spills = mixed_residual and (
         heavy or columns % 16 != 0 or (target.backend == "cuda" and target.arch not in (80, 90, 100))

@@ -120,7 +120,7 @@ def write_gradient(
             gradient -= scale * spread * class_weights(CLASS_WEIGHT, column, classes)
         else:
             gradient -= scale * spread
-    gradient = tl.where(local == target + shift - start, gradient - scale * w_target, gradient)
+    gradient = tl.where(local == target.to(tl.int32) + shift - start, gradient - scale * w_target, gradient)
     if softcap is not None:
         gradient *= capped_score_derivative(z, softcap)
     gradient = gradient.to(OUT.dtype.element_ty)
@@ -152,22 +152,8 @@ def cross_entropy_kernel(
     m, l = tl.full([LANES], START, tl.float32), tl.zeros([LANES], tl.float32)
     found, sums = tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.float32)
     m, l, found, sums = accumulate(
-        m,
-        l,
-        found,
-        sums,
-        LOGITS,
-        CLASS_WEIGHT,
-        0,
-        shift,
-        classes,
-        label_smoothing,
-        softcap,
-        GROUPS,
-        LANES,
-        VECTOR,
-        True,
-    )
+        m, l, found, sums, LOGITS, CLASS_WEIGHT, 0, shift, classes, label_smoothing, softcap, GROUPS, LANES, VECTOR, True
+    )  # fmt: skip
     for start in range(BLOCK, last, BLOCK):
         m, l, found, sums = accumulate(
             m, l, found, sums, LOGITS, CLASS_WEIGHT, start, shift, classes, label_smoothing, softcap,
@@ -197,17 +183,17 @@ def cross_entropy_kernel(
         scale = tl.where(valid, tl.load(TOKEN_WEIGHT + row).to(tl.float32), 0.0)
         factor += 2.0 * z_loss * lse
         write_gradient(
-            LOGITS, LOGITS, CLASS_WEIGHT, 0, shift, target.to(tl.int32), lse, scale, w_target, factor, spread, classes,
+            LOGITS, LOGITS, CLASS_WEIGHT, 0, shift, target, lse, scale, w_target, factor, spread, classes,
             label_smoothing, softcap, GROUPS, LANES, VECTOR, True,
         )  # fmt: skip
         for start in range(BLOCK, last, BLOCK):
             write_gradient(
-                LOGITS, LOGITS, CLASS_WEIGHT, start, shift, target.to(tl.int32), lse, scale, w_target, factor, spread,
+                LOGITS, LOGITS, CLASS_WEIGHT, start, shift, target, lse, scale, w_target, factor, spread,
                 classes, label_smoothing, softcap, GROUPS, LANES, VECTOR, False,
             )  # fmt: skip
         if last < end:
             write_gradient(
-                LOGITS, LOGITS, CLASS_WEIGHT, last, shift, target.to(tl.int32), lse, scale, w_target, factor, spread,
+                LOGITS, LOGITS, CLASS_WEIGHT, last, shift, target, lse, scale, w_target, factor, spread,
                 classes, label_smoothing, softcap, GROUPS, LANES, VECTOR, True,
             )  # fmt: skip
 
@@ -229,12 +215,12 @@ def cross_entropy_backward_kernel(
     start = tl.program_id(1) * BLOCK
     if (start > 0) & (start + BLOCK <= classes + shift):
         write_gradient(
-            LOGITS + offset, GRADIENT + offset, CLASS_WEIGHT, start, shift, target.to(tl.int32), lse, scale, w_target,
+            LOGITS + offset, GRADIENT + offset, CLASS_WEIGHT, start, shift, target, lse, scale, w_target,
             factor, spread, classes, label_smoothing, softcap, GROUPS, LANES, VECTOR, False,
         )  # fmt: skip
     else:
         write_gradient(
-            LOGITS + offset, GRADIENT + offset, CLASS_WEIGHT, start, shift, target.to(tl.int32), lse, scale, w_target,
+            LOGITS + offset, GRADIENT + offset, CLASS_WEIGHT, start, shift, target, lse, scale, w_target,
             factor, spread, classes, label_smoothing, softcap, GROUPS, LANES, VECTOR, True,
         )  # fmt: skip
 
