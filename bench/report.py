@@ -106,7 +106,7 @@ def _plot_bars(rows: Rows, folder: Path) -> None:
         color = f"C{names.index(row['provider'])}"
         axes.barh(place, middle, color=color, xerr=[[middle - low], [high - middle]], error_kw={"elinewidth": 0.8})
     axes.set_yticks(range(len(peers)), [f"{case}, {row['provider']}" for case, row in peers], fontsize=6)
-    axes.invert_yaxis()
+    axes.set_ylim(len(peers) - 0.4, -0.6)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set(xscale="log", xlabel="time / time of fastattn (right of the line: fastattn is faster)")
     figure.savefig(folder / "peers.png", dpi=120)

@@ -60,7 +60,7 @@ class GPTConfig:
         qkv_bias: whether queries, keys and values have a bias; None means `bias`.
         window: how many tokens each sees, itself and those before it; None means all.
         recompute: what the feed-forward network's backward computes again, see `fastattn.feed_forward`: "activation"
-            saves a sixth of a training step's memory for 1 to 3 % of its time on a CPU.
+            saves memory in training for a few percent of its time on a CPU.
 
     Raises:
         ValueError: a number out of its range, naming it.
