@@ -171,6 +171,24 @@ def test_large_mean_and_tiny_variance(columns, backend):
     assert_close("output", got, truth, F.layer_norm(x, (columns,)))
 
 
+def test_a_bias_without_a_weight_has_second_gradients():
+    """PyTorch's layer norm raises there: "Expected a proper Tensor but got None"."""
+    x, bias = (torch.randn(shape, dtype=torch.float64) for shape in ((4, 20), (20,)))
+
+    def second(norm, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, bias)]
+        first = torch.autograd.grad(norm(*leaves).pow(3).sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(grad.pow(2).sum() for grad in first), leaves)
+
+    def definition(x, bias):
+        centered = x - x.mean(-1, keepdim=True)
+        return centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt() + bias
+
+    ours = second(lambda x, bias: fastattn.layer_norm(x, 20, None, bias), torch.float32)
+    for grad, expected in zip(ours, second(definition, torch.float64)):
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_constant_rows_give_the_bias(backend):
     bias = torch.randn(96)

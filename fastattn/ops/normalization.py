@@ -173,6 +173,8 @@ def _by_torch(
     dtype = input.dtype
     if (weight is not None and weight.dtype is not dtype) or (bias is not None and bias.dtype is not dtype):
         return None
+    if weight is None and bias is not None:  # PyTorch's gradient cannot be differentiated again
+        return None
     if choose(input.device)[0] != "eager":
         return None
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
