@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
-from fastattn.eager.feed_forward import ACTIVATIONS, product
+from fastattn.eager.activations import ACTIVATIONS, activate, gradient
+from fastattn.eager.feed_forward import product
 from tests import contract, reference
 from tests.compare import assert_close
 from tests.contract import BACKENDS, DTYPES, Op
@@ -287,3 +288,25 @@ def test_products_of_a_few_rows(rows, columns, has_bias, dtype):
     bias = bias if has_bias else None
     truth = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert_close("product", product(x, weight, bias), truth, F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu_tanh_of_many_numbers_in_blocks(dtype):
+    """The CPU's way beyond a few thousand numbers: the last block is a rest, and extreme values stay finite."""
+    z = (3.0 * torch.randn(3, 70_001, generator=torch.manual_seed(0))).to(dtype)
+    z[0, :4] = torch.tensor([-60000.0, 60000.0, -20.0, 20.0])
+    dy = torch.randn(z.shape, generator=torch.manual_seed(1)).to(dtype)
+
+    def of(x):
+        x = x.detach().requires_grad_()
+        y = F.gelu(x, approximate="tanh")
+        return y.detach(), torch.autograd.grad(y, x, dy.to(x.dtype))[0]
+
+    (truth, d_truth), (plain, d_plain) = of(z.double()), of(z)
+    kept = dy.clone()
+    for overwrite in (False, True):
+        dz, value = gradient(dy, z, "gelu_tanh", overwrite=overwrite, need_value=True)
+        assert torch.equal(dy, dz if overwrite else kept)
+        assert_close("dz", dz, d_truth, d_plain)
+        assert_close("value with gradient", value, truth, plain)
+    assert_close("value", activate(z, "gelu_tanh"), truth, plain)

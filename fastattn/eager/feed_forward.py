@@ -5,40 +5,12 @@ The launchers have the signatures of `fastattn/kernels/feed_forward.py`; the equ
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.eager.activations import ACTIVATIONS, activate, gradient
 from fastattn.eager.random import drop
-
-aten = torch.ops.aten
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "relu2": lambda z: F.relu(z).square(),
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "identity": lambda z: z,
-}
-
-# dY · act'(z), of dY and z; those in _INTO take an output tensor as well.
-_INTO = ("gelu", "gelu_tanh", "silu")
-_GRADIENTS: dict[str, Callable[..., Tensor]] = {
-    "relu": lambda dy, z: aten.threshold_backward(dy, z, 0),
-    "relu2": lambda dy, z: dy * 2 * F.relu(z),
-    "gelu": aten.gelu_backward,
-    "gelu_tanh": partial(aten.gelu_backward, approximate="tanh"),
-    "silu": aten.silu_backward,
-    "sigmoid": lambda dy, z: aten.sigmoid_backward(dy, torch.sigmoid(z)),
-    "tanh": lambda dy, z: aten.tanh_backward(dy, torch.tanh(z)),
-    "identity": lambda dy, z: dy,
-}
 
 
 def definition(
@@ -93,7 +65,7 @@ def forward(
     """(dropout(act(z) or act(g) · z) + residual, z, g); z and g are empty without `save`, g also without a gate."""
     z = product(input, weight, bias)
     g = input.new_empty(0) if gate_weight is None else product(input, gate_weight, gate_bias)
-    out = ACTIVATIONS[activation](z) if gate_weight is None else ACTIVATIONS[activation](g) * z
+    out = activate(z, activation) if gate_weight is None else activate(g, activation) * z
     if seed is not None:
         out = dropout_backward(out, seed, dropout_p)
     out = out if residual is None else out + residual
@@ -115,11 +87,10 @@ def hidden_backward(
     """(dz, dg, hidden) from dY (rows, out) and the second layer's weight (out, in); dg and hidden may be empty."""
     d_hidden, empty = grad_output @ weight, z.new_empty(0)
     if not gated:
-        hidden = ACTIVATIONS[activation](z) if need_hidden else empty
-        into = {"grad_input": d_hidden} if activation in _INTO else {}
-        return _GRADIENTS[activation](d_hidden, z, **into), empty, hidden
-    activated = ACTIVATIONS[activation](g)
-    dg = _GRADIENTS[activation](d_hidden * z, g)
+        dz, hidden = gradient(d_hidden, z, activation, overwrite=True, need_value=need_hidden)
+        return dz, empty, empty if hidden is None else hidden
+    dg, activated = gradient(d_hidden * z, g, activation, overwrite=True, need_value=True)
+    assert activated is not None
     return d_hidden * activated, dg, activated * z if need_hidden else empty
 
 
@@ -139,7 +110,7 @@ def dropout_backward(grad_output: Tensor, seed: Tensor, dropout_p: float) -> Ten
 
 def activation_backward(grad_output: Tensor, z: Tensor, activation: str) -> Tensor:
     """dz = dY · act'(z)."""
-    return _GRADIENTS[activation](grad_output, z)
+    return gradient(grad_output, z, activation)[0]
 
 
 def explain(columns: int, depth: int, itemsize: int, gated: bool) -> str:

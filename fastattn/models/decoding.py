@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastattn import backend
-from fastattn.eager.feed_forward import ACTIVATIONS, product
+from fastattn.eager.activations import ACTIVATIONS
+from fastattn.eager.feed_forward import product
 from fastattn.models.layers import Block, KVCache, SelfAttention
 from fastattn.nn import FeedForward, LayerNorm
 from fastattn.ops.library import observed

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastattn.backend import device_guard, implementation, input_precision
-from fastattn.eager.feed_forward import ACTIVATIONS, definition
+from fastattn.eager.activations import ACTIVATIONS
+from fastattn.eager.feed_forward import definition
 from fastattn.eager.random import drop
 from fastattn.ops import checks
 from fastattn.ops.library import call, define, differentiate, needs_composite
