@@ -28,6 +28,9 @@ BLOCK_MASK = ("tests/test_block_mask.py", "-k", "triton")
 DECODE = ("tests/test_decode.py", "-k", "triton")
 EAGER_ATTENTION = ("tests/test_attention.py", "-k", "eager")
 NORM = ("tests/test_precision.py", "tests/test_normalization.py", "-k", "triton")
+PRODUCTS = ("tests/test_attention_products.py",)
+EAGER_FEED_FORWARD = ("tests/test_feed_forward.py", "-k", "eager or blocks")
+EAGER_LOSS = ("tests/test_loss.py", "-k", "eager")
 EAGER_NORM = ("tests/test_normalization.py", "-k", "eager")
 ROTARY = ("tests/test_rotary.py", "-k", "triton or kernel")
 LOSS = ("tests/test_loss.py", "-k", "triton")
@@ -191,6 +194,24 @@ MUTANTS = (
         "lse = tl.load(LSE + row)",
         LOSS,
     ),
+    Mutant(
+        "delta has the scale of dS",
+        "eager/attention_products.py",
+        "    do *= scale\n",
+        "    do[..., :dim] *= scale\n",
+        PRODUCTS,
+    ),
+    Mutant("hidden keys count", "eager/attention_products.py", "_HIDDEN = -1e30", "_HIDDEN = -1.0", PRODUCTS),
+    Mutant("future keys count", "eager/attention_products.py", "columns).tril_()", "columns)", PRODUCTS),
+    Mutant(
+        "GELU's slope without the cubic term",
+        "eager/activations.py",
+        "alpha=2.0 * LINEAR / 3.0",
+        "alpha=2.0 * LINEAR",
+        EAGER_FEED_FORWARD,
+    ),
+    Mutant("z-loss of half the log-sum-exp", "eager/loss.py", "- p.amax(1).log_()", "+ p.amax(1).log_()", EAGER_LOSS),
+    Mutant("blocks of dW are added twice", "eager/loss.py", "part.view(-1)\n", "part.view(-1) * 2\n", EAGER_LOSS),
     Mutant(
         "RMS norm's gradient keeps layer norm's term of the mean",
         "eager/normalization.py",

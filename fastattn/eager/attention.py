@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastattn.block_mask import Blocks
+from fastattn.eager import attention_products
 from fastattn.eager.random import keep
 from fastattn.layout import as_gradient, as_output, new_gradient, new_output
 from fastattn.replay import replay
@@ -31,7 +32,22 @@ _FUSED_ROWS_16BIT_BACKWARD = 768  # from here on PyTorch's backward has larger t
 _BLOCK_SCORES = 1 << 20  # scores of one block of matrix products: 4 MiB of fp32
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def fused_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float,
+    additive: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv) of what PyTorch's fused kernel does, by its own backward or a faster one.
+
+    lse: fp32 (B, Hq, Nq), finite; additive: (B or 1, Hq or 1, Nq, Nk), or None.
+    """
+    by_key = additive is None or (additive.shape[1] == 1 and additive.stride(2) == 0)
+    if by_key and attention_products.fits(query, key, value):
+        key_bias = None if additive is None else additive[:, :, :1]
+        return attention_products.backward(grad_out, query, key, value, out, lse, is_causal, scale, key_bias)
+    return _fused_backward(grad_out, query, key, value, out, lse, 0.0, is_causal, attn_mask=additive, scale=scale)
 
 
 @dataclass(frozen=True)
@@ -402,9 +418,7 @@ def backward(
         lse = lse.masked_fill(lse == float("-inf"), 0.0 if fused else float("inf"))
     if fused and len(blocks) == 1 and len(blocks[0].columns) == key.shape[2]:
         additive = _fused_mask(blocks[0], is_causal, query)
-        dq, dk, dv = fused_backward(
-            grad_out, query, key, value, out, lse, 0.0, is_causal, attn_mask=additive, scale=scale
-        )
+        dq, dk, dv = fused_backward(grad_out, query, key, value, out, lse, is_causal, scale, additive)
         dk, dv = _as_stored(blocks, dk, dv)
         return as_gradient(dq), as_gradient(dk), as_gradient(dv), None, grad_sinks
     dq = new_gradient(query)
@@ -413,9 +427,8 @@ def backward(
         q, k, v = block.of_rows(query), block.of_columns(key), block.of_columns(value)
         do, o, row_lse = block.of_rows(grad_out), block.of_rows(out), block.of_rows(lse)
         if fused:
-            dq_part, dk_part, dv_part = fused_backward(
-                do, q, k, v, o, row_lse, 0.0, is_causal, attn_mask=_fused_mask(block, is_causal, query), scale=scale
-            )
+            additive = _fused_mask(block, is_causal, query)
+            dq_part, dk_part, dv_part = fused_backward(do, q, k, v, o, row_lse, is_causal, scale, additive)
         else:
             assert delta is not None
             dq_part, dk_part, dv_part, ds = _block_backward(

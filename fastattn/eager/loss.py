@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_NUMBERS = 1 << 20  # logits of a block of rows: 4 MB of fp32, few enough parallel regions where cores are shared
-CHUNK_ROWS = 256  # rows of a chunk: enough to keep the matrix products busy, if the chunk's logits are
+ADDED_NUMBERS = 1 << 18  # of a block of a sum: its copy stays in the cache
+CHUNK_ROWS = 512  # rows of a chunk: enough to keep the matrix products busy, if the chunk's logits are
 LEAST_CHUNK, LARGEST_CHUNK = 1 << 21, 1 << 23  # logits of a chunk: 8 to 32 MB of fp32
 
 
@@ -82,11 +83,12 @@ def _pass(
     predictions = logits.new_empty(rows if predict else 0, dtype=torch.int64)
     for block in _blocks(logits):
         z = _capped(logits[block].float(), softcap)
-        losses[block], lse[block] = _losses(z, target[block], *options[:-1])
+        p, of_rows = (None, torch.logsumexp(z, 1)) if token_weight is None else _softmax(z)
+        losses[block], lse[block] = _losses(z, of_rows, target[block], *options[:-1]), of_rows
         if predict:
             predictions[block] = z.argmax(1)
-        if token_weight is not None:
-            logits[block] = _gradient(token_weight[block], z, lse[block], target[block], *options)
+        if p is not None and token_weight is not None:
+            logits[block] = _gradient(token_weight[block], p, z, of_rows, target[block], *options)
     return losses, lse, predictions
 
 
@@ -107,7 +109,7 @@ def backward(
     gradient = logits if inplace else logits.new_empty(logits.shape)
     for rows in _blocks(logits):
         z = _capped(logits[rows].float(), softcap)
-        gradient[rows] = _gradient(grad_losses[rows], z, lse[rows], target[rows], *options)
+        gradient[rows] = _gradient(grad_losses[rows], z.softmax(1), z, lse[rows], target[rows], *options)
     return gradient
 
 
@@ -133,23 +135,36 @@ def _weights(
     return index, w_target, w_target + label_smoothing * class_weight.sum(dtype=torch.float32) / classes
 
 
+def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
+    """(P, lse) of a block of rows. PyTorch's softmax is one pass; the largest P of a row is 1 / Σ exp(z - max z)."""
+    p = z.softmax(1)
+    return p, z.amax(1) - p.amax(1).log_()
+
+
 def _losses(
-    z: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float
-) -> tuple[Tensor, Tensor]:
-    """(ℓ, lse) of a block of rows."""
+    z: Tensor,
+    lse: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    """ℓ of a block of rows."""
     index, w_target, a = _weights(target, class_weight, ignore_index, z.shape[1], label_smoothing)
-    lse = torch.logsumexp(z, 1, keepdim=True)
+    lse = lse[:, None]
     losses = a * lse - w_target * z.gather(1, index)
     if z_loss:
         losses += z_loss * lse.square()
     if label_smoothing:
         mean = z.mean(1, keepdim=True) if class_weight is None else (z @ class_weight.float())[:, None] / z.shape[1]
         losses -= label_smoothing * mean
-    return torch.where(target != ignore_index, losses[:, 0], 0.0), lse[:, 0]
+    return torch.where(target != ignore_index, losses[:, 0], 0.0)
 
 
 def _gradient(
     grad_losses: Tensor,
+    p: Tensor,
     z: Tensor,
     lse: Tensor,
     target: Tensor,
@@ -159,15 +174,27 @@ def _gradient(
     z_loss: float,
     softcap: float,
 ) -> Tensor:
-    """∂L/∂x of a block of rows in fp32."""
+    """∂L/∂x of a block of rows in fp32, over P."""
     index, w_target, a = _weights(target, class_weight, ignore_index, z.shape[1], label_smoothing)
     lse, scale = lse[:, None], torch.where(target != ignore_index, grad_losses, 0.0)[:, None]
-    gradient = (z - lse).exp_().mul_(scale * (a + 2.0 * z_loss * lse))
+    gradient = p.mul_(scale * (a + 2.0 * z_loss * lse))
     if label_smoothing:
         smooth = label_smoothing / z.shape[1]
         gradient -= scale * smooth if class_weight is None else scale * (smooth * class_weight.float())
     gradient.scatter_add_(1, index, -scale * w_target)
     return gradient.mul_(1.0 - (z / softcap).square_()) if softcap else gradient
+
+
+def add_to(total: Tensor, part: Tensor) -> None:
+    """total += part. PyTorch's sum of two dtypes makes a copy of the whole first."""
+    if part.dtype == total.dtype:
+        total += part
+        return
+    flat, flat_part = total.view(-1), part.view(-1)
+    room = flat.new_empty(min(ADDED_NUMBERS, len(flat)))
+    for start in range(0, len(flat), len(room)):
+        block = flat[start : start + len(room)]
+        block += room[: len(block)].copy_(flat_part[start : start + len(room)])
 
 
 def explain(classes: int) -> list[str]:

@@ -325,6 +325,11 @@ def backward(
     return gradient
 
 
+def add_to(total: Tensor, part: Tensor) -> None:
+    """total += part, one kernel of PyTorch's."""
+    total += part
+
+
 def _sum(class_weight: Tensor | None) -> Tensor | None:
     return None if class_weight is None else class_weight.sum(dtype=torch.float32)
 

@@ -305,7 +305,7 @@ class _Plain(torch.autograd.Function):
             tensors = (row_contiguous(grad_out), None, query, key, value, out, lse.contiguous())
             grads = call(attention_backward_op, *tensors, *rules)[:3]
         else:
-            grads = eager.fused_backward(grad_out, query, key, value, out, lse, 0.0, ctx.causal, scale=ctx.scale)
+            grads = eager.fused_backward(grad_out, query, key, value, out, lse, ctx.causal, ctx.scale)
         return *grads, None, None
 
 

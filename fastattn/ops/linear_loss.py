@@ -148,6 +148,7 @@ def _forward(
         step = min(launcher.chunk_rows(classes), rows)
         buffer = x.new_empty(step, -(-classes // ROW_MULTIPLE) * ROW_MULTIPLE)
         buffer[:, classes:].zero_()  # PyTorch's bf16 product on a CPU reads beyond such a row, and NaN · 0 is NaN
+        part = x.new_empty(grad_weight.shape) if dtype != torch.float32 else None
         for start in range(0, rows, max(step, 1)):
             chunk = slice(start, min(start + step, rows))
             logits = buffer[: chunk.stop - start, :classes]
@@ -161,7 +162,8 @@ def _forward(
             if needs[1] and dtype == torch.float32:
                 grad_weight.addmm_(logits.t(), x[chunk])
             elif needs[1]:
-                grad_weight += torch.mm(logits.t(), x[chunk])
+                part = torch.mm(logits.t(), x[chunk], out=part)
+                launcher.add_to(grad_weight, part)
             if needs[2]:
                 grad_bias += logits.sum(0, dtype=torch.float32)
     grad_bias = grad_bias if bias is None else grad_bias.to(bias.dtype)

@@ -1,0 +1,104 @@
+"""The backward of plain attention by matrix products, for 16-bit numbers on CPUs with tiles for them (AMX).
+
+PyTorch's fused backward takes 64 query rows at a time below a length of 768, too few for those tiles. Here the scores of some
+heads at a time exist as a whole, and what it rounds is rounded: P and dS to 16 bits before the three products that they are in,
+nothing else. Two sums cost no pass of their own, since they ride on the products as one more column of the factors:
+
+    S - LSE  = [scale·q, -lse, 1] [k, 1, b]ᵀ          b: what is added to all scores of a key, about -inf where it is hidden
+    scale·(dP - delta) = scale·[do, -delta] [v, 1]ᵀ   delta = Σ do·o
+    P = exp(S - LSE),  dS = P · scale · (dP - delta),  dv = Pᵀ do,  dq = dS k,  dk = dSᵀ q
+
+`python -m bench.report attention` compares the two.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fastattn.layout import new_gradient
+
+_LARGEST = 1 << 15  # length · head_dim up to which this is the faster way
+_SCORES = 1 << 20  # of the heads that are done together: with their copies they stay near the cores
+_HIDDEN = -1e30
+
+
+def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `backward` can do it, and faster."""
+    (_, heads, rows, dim), (_, kv_heads, columns, _) = query.shape, key.shape
+    small = max(rows, columns) * dim <= _LARGEST and heads // kv_heads * rows * columns <= 2 * _SCORES
+    return query.dtype == torch.bfloat16 and dim == value.shape[3] and small and _has_tiles()
+
+
+@cache
+def _has_tiles() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.cpu._is_amx_tile_supported())
+
+
+def backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float,
+    key_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv) in the layouts of query, key and value.
+
+    query, grad_out, out: (B, Hq, Nq, D); key, value: (B, Hkv, Nk, D); lse: fp32 (B, Hq, Nq), finite; key_bias: (B or 1, 1, 1, Nk)
+    added to the scores, or None; is_causal: row i sees the keys up to i.
+    """
+    dq, dk, dv = map(new_gradient, (query, key, value))
+    (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
+    group = heads // kv_heads
+    head_scores = group * rows * key.shape[2]
+    some_heads = max(1, min(kv_heads, _SCORES // head_scores))
+    samples = max(1, min(batch, _SCORES // (kv_heads * head_scores)))
+    room = torch.empty(2, samples * some_heads * head_scores)
+    low_room = room.new_empty(room.shape, dtype=query.dtype)
+    for first in range(0, batch, samples):
+        for head in range(0, kv_heads, some_heads):
+            part = slice(first, first + samples)
+            kv = part, slice(head, head + some_heads)
+            q = part, slice(head * group, (head + some_heads) * group)
+            bias = key_bias if key_bias is None or len(key_bias) == 1 else key_bias[part]
+            _of_heads(
+                grad_out[q], query[q], key[kv], value[kv], out[q], lse[q], dq[q], dk[kv], dv[kv],
+                room, low_room, is_causal, scale, bias,
+            )  # fmt: skip
+    return dq, dk, dv
+
+
+def _of_heads(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    room: Tensor, low_room: Tensor, is_causal: bool, scale: float, key_bias: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes dq, dk and dv of some heads of some samples."""
+    (batch, heads, rows, dim), (_, kv_heads, columns, _) = query.shape, key.shape
+    # the query heads of a key head stand one below the other
+    products, stacked = batch * kv_heads, heads // kv_heads * rows
+    extra = 1 if key_bias is None else 2
+    q, k, do, v = (
+        t.new_empty(*t.shape[:3], dim + more, dtype=torch.float32)
+        for t, more in ((query, extra), (key, extra), (grad_out, 1), (value, 1))
+    )
+    q[..., :dim], k[..., :dim], k[..., dim] = query, key, 1.0
+    q[..., :dim] *= scale
+    torch.neg(lse, out=q[..., dim])
+    if key_bias is not None:
+        q[..., dim + 1], k[..., dim + 1] = 1.0, key_bias[:, :, 0].clamp(min=_HIDDEN)
+    do[..., :dim], v[..., :dim], v[..., dim] = grad_out, value, 1.0
+    torch.neg((do[..., :dim] * out).sum(-1), out=do[..., dim])
+    do *= scale
+
+    # (products, stacked, columns)
+    size = products * stacked * columns
+    p, ds = (part[:size].view(products, stacked, columns) for part in room)
+    torch.bmm(q.view(products, stacked, -1), k.view(products, columns, -1).mT, out=p).exp_()
+    if is_causal:
+        p.view(-1, rows, columns).tril_()
+    torch.bmm(do.view(products, stacked, -1), v.view(products, columns, -1).mT, out=ds).mul_(p)
+    p, ds = (low[:size].view(p.shape).copy_(part) for low, part in zip(low_room, (p, ds)))
+
+    q, do = (t.reshape(products, stacked, dim) for t in (query, grad_out))
+    dq.copy_(torch.bmm(ds, key.reshape(products, columns, dim)).view(query.shape))
+    dk.copy_(torch.bmm(ds.mT, q).view(key.shape))
+    dv.copy_(torch.bmm(p.mT, do).view(value.shape))
