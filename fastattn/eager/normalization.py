@@ -7,6 +7,7 @@ does the backward of plain RMS norm. Everything else is computed in fp32 in bloc
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -196,25 +197,36 @@ def fused_backward(
 
     dy, h: (rows, columns); gain: (columns,), fp32; mean, rstd: (rows,), fp32. Without a mean, and in fp32, the rows' norm is
     RMS norm: layer norm with mean 0, whose gradient lacks the term that the mean's own dependence on h brings in.
-
-    Its own sums over 16-bit rows are 16-bit: 20,000 ones make 256. Its batch norm sums over rows as well, and in fp32: from
-    x̂ (the batch norm in which each row is a channel, with the statistics known) it gets Σ dy · x̂ and Σ dy (the backward of
-    one with mean 0 and deviation 1). x̂ is rounded to 16 bits on the way, as the result will be.
     """
     of_fp32, centered = need_sums and h.dtype == torch.float32, mean.numel() > 0
     which, means = [True, of_fp32, of_fp32], mean if centered else torch.zeros_like(rstd)
-    dh, *sums = torch.ops.aten.native_layer_norm_backward(
+    dh, *sums = torch.ops.aten.native_layer_norm_backward.default(
         dy, h, gain.shape, means[:, None], rstd[:, None], gain, gain, which
     )
     if not centered:
         dh += (torch.mv(dy, gain) * (rstd / len(gain)))[:, None]
-    if need_sums and not of_fp32:
-        x_hat = torch.native_batch_norm(h[None], None, None, mean, rstd.pow(-2), False, 0.0, 0.0)[0][0]
-        deviation, which = torch.ones_like(gain), [False, True, True]
-        _, *sums = torch.ops.aten.native_batch_norm_backward(
-            dy, x_hat, None, None, None, torch.zeros_like(gain), deviation, True, 0.0, which
-        )
-    return dh, sums if need_sums else []
+    return dh, sums if of_fp32 or not need_sums else sums_over_rows(dy, h, mean, rstd)
+
+
+def sums_over_rows(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor) -> list[Tensor]:
+    """[A, B] = [Σ dy · x̂, Σ dy] of 16-bit rows in fp32.
+
+    PyTorch's layer norm sums them in 16 bits: 20,000 ones make 256. Its batch norm sums over rows as well, and in fp32: from
+    x̂ (the batch norm in which each row is a channel, with the statistics known) it gets A and B (the backward of
+    one with mean 0 and deviation 1). x̂ is rounded to 16 bits on the way, as the result will be.
+    """
+    x_hat = torch.native_batch_norm(h[None], None, None, mean, rstd.pow(-2), False, 0.0, 0.0)[0][0]
+    zeros, ones = _constants(h.shape[1], h.device)
+    return torch.ops.aten.native_batch_norm_backward.default(  # type: ignore[no-any-return]
+        dy, x_hat, None, None, None, zeros, ones, True, 0.0, [False, True, True]
+    )[1:]
+
+
+@lru_cache(maxsize=64)
+def _constants(columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Zeros and ones, fp32 (columns,)."""
+    with torch.inference_mode(False):
+        return torch.zeros(columns, device=device), torch.ones(columns, device=device)
 
 
 def _sums(sums: list[Tensor], rstd: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:

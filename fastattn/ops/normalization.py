@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backend import choose, device_guard, implementation
-from fastattn.eager.normalization import fused_backward, modulate, normalise
+from fastattn.eager.normalization import modulate, normalise, sums_over_rows
 from fastattn.eager.random import drop
 from fastattn.ops import checks
 from fastattn.ops.library import call, define, differentiate, needs_composite, observed
@@ -195,26 +195,42 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        output, mean, rstd = torch.native_layer_norm(input, shape, weight.float(), bias.float(), eps)
+        gain = weight.float()  # fp32 parameters make PyTorch keep fp32 statistics
+        output, mean, rstd = torch.native_layer_norm(input, shape, gain, bias.float(), eps)
         ctx.save_for_backward(input, weight, bias, mean, rstd)
-        ctx.eps = eps
+        ctx.gain, ctx.eps = gain, eps
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         input, weight, bias, mean, rstd = ctx.saved_tensors
-        mean, rstd = mean.view(-1), rstd.view(-1)
         if torch.is_grad_enabled():  # the gradient is going to be differentiated
             grad, _, grad_weight, grad_bias, _, _ = call(
                 NORM_BACKWARD,
-                *(grad_output, None, input, None, weight, bias, None, None, mean, rstd, weight.dim(), ctx.eps),
+                *(
+                    grad_output,
+                    None,
+                    input,
+                    None,
+                    weight,
+                    bias,
+                    None,
+                    None,
+                    mean.view(-1),
+                    rstd.view(-1),
+                    weight.dim(),
+                    ctx.eps,
+                ),
                 *(0.0, 0.0, False, input.dtype, True),
             )
             return grad, None, grad_weight, grad_bias, None
-        rows, gain = (len(rstd), weight.numel()), weight.float().view(-1)
-        grad, (a, b) = fused_backward(grad_output.reshape(rows), input.reshape(rows), gain, mean, rstd, True)
-        dtype, shape = weight.dtype, weight.shape
-        return grad.view(input.shape), None, a.to(dtype).view(shape), b.to(dtype).view(shape), None
+        gain = ctx.gain
+        grad, _, _ = torch.ops.aten.native_layer_norm_backward.default(
+            grad_output, input, gain.shape, mean, rstd, gain, gain, [True, False, False]
+        )
+        rows = rstd.numel(), gain.numel()
+        a, b = sums_over_rows(grad_output.reshape(rows), input.reshape(rows), mean.view(-1), rstd.view(-1))
+        return grad, None, a.to(weight.dtype).view(gain.shape), b.to(weight.dtype).view(gain.shape), None
 
 
 def _norm(
