@@ -205,7 +205,9 @@ def fused_backward(
     )
     if not centered:
         dh += (torch.mv(dy, gain) * (rstd / len(gain)))[:, None]
-    return dh, sums if of_fp32 or not need_sums else sums_over_rows(dy, h, mean, rstd)
+    if need_sums and not of_fp32:
+        sums = sums_over_rows(dy, h, mean, rstd)
+    return dh, sums if need_sums else []
 
 
 def sums_over_rows(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor) -> list[Tensor]:
@@ -217,7 +219,7 @@ def sums_over_rows(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor) -> list[Te
     """
     x_hat = torch.native_batch_norm(h[None], None, None, mean, rstd.pow(-2), False, 0.0, 0.0)[0][0]
     zeros, ones = _constants(h.shape[1], h.device)
-    return torch.ops.aten.native_batch_norm_backward.default(  # type: ignore[no-any-return]
+    return torch.ops.aten.native_batch_norm_backward.default(
         dy, x_hat, None, None, None, zeros, ones, True, 0.0, [False, True, True]
     )[1:]
 
