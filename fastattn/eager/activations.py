@@ -41,6 +41,17 @@ _GRADIENTS: dict[str, Callable[..., Tensor]] = {
     "identity": lambda dy, z: dy,
 }
 
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "relu2": lambda z: torch.relu_(z).square_(),
+    "gelu": aten.gelu_,
+    "gelu_tanh": partial(aten.gelu_, approximate="tanh"),
+    "silu": partial(F.silu, inplace=True),
+    "sigmoid": torch.sigmoid_,
+    "tanh": torch.tanh_,
+    "identity": lambda z: z,
+}
+
 # GELU's tanh form is z · σ(w) with w = z (LINEAR + CUBIC z²).
 LINEAR = 2.0 * math.sqrt(2.0 / math.pi)
 CUBIC = 0.044715 * LINEAR
@@ -48,13 +59,13 @@ _BLOCK = 3 << 16  # numbers of a block: with two more of fp32 it stays in the ca
 _FEW = 1 << 14  # numbers that are not worth more than one call
 
 
-def activate(z: Tensor, activation: str) -> Tensor:
-    """act(z)."""
+def activate(z: Tensor, activation: str, *, overwrite: bool = False) -> Tensor:
+    """act(z), written over z where that is allowed: a new tensor of this size costs the CPU as much as the activation."""
     if not _in_blocks(z, activation):
-        return ACTIVATIONS[activation](z)
-    value = torch.empty_like(z)
+        return (_IN_PLACE if overwrite else ACTIVATIONS)[activation](z)
+    value = z if overwrite else torch.empty_like(z)
     for x, s, y in _blocks(z, 1, value):
-        s = y if y.dtype == x.dtype else s
+        s = y if y.dtype == x.dtype and not overwrite else s
         _gelu_sigmoid(x, s, s).mul_(x)
         if s is not y:
             y.copy_(s)

@@ -5,6 +5,9 @@ The launchers have the signatures of `fastattn/kernels/feed_forward.py`; the equ
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,13 +35,15 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """X Wᵀ + b of (rows, in).
 
     A few rows are done in an order of loops for which PyTorch has faster CPU kernels: in bf16 as (W Xᵀ + b)ᵀ; in fp32 as
-    a batch of products with 64 rows of W each.
+    a batch of products with 64 rows of W each. With many rows in bf16, oneDNN adds the bias where PyTorch copies it first.
     """
     rows = x.shape[0]
     if x.is_cpu and x.dtype == torch.bfloat16 and 1 <= rows <= 16:
         if rows == 1:
             return (torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0]))[None]
         return (weight @ x.t() if bias is None else torch.addmm(bias[:, None], weight, x.t())).t().contiguous()
+    if rows > 16 and _fuses(x, weight):
+        return _fused(x, weight, bias, "none", [], None)
     whole = weight.shape[0] // 64 * 64
     if not x.is_cpu or x.dtype != torch.float32 or not 3 <= rows <= 8 or not whole or not weight.is_contiguous():
         return F.linear(x, weight, bias)
@@ -47,6 +52,38 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if whole < weight.shape[0]:
         y = torch.cat([y, F.linear(x, weight[whole:])], 1)
     return y if bias is None else y.add_(bias)
+
+
+# the names of activations that oneDNN computes on the way out of a product, with their variant
+_EPILOGUES = {
+    "relu": ("relu", None),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "silu": ("swish", None),
+    "sigmoid": ("sigmoid", None),
+    "tanh": ("tanh", None),
+}
+_fused: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+@cache
+def _has_fused() -> bool:
+    known = _fused is not None and torch.backends.mkldnn.is_available()
+    return known and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _fuses(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's product with bias and activation does the job, faster than PyTorch's calls one after the other."""
+    plain = x.dtype == torch.bfloat16 and x.is_cpu and x.is_contiguous() and weight.is_contiguous()
+    return plain and 0 not in weight.shape and _has_fused()
+
+
+def _activated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """act(X Wᵀ + b), for who does not need X Wᵀ + b."""
+    if activation in _EPILOGUES and x.shape[0] > 16 and _fuses(x, weight):
+        name, variant = _EPILOGUES[activation]
+        return _fused(x, weight, bias, name, [], variant)
+    return activate(product(x, weight, bias), activation, overwrite=True)
 
 
 def forward(
@@ -63,15 +100,20 @@ def forward(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dropout(act(z) or act(g) · z) + residual, z, g); z and g are empty without `save`, g also without a gate."""
-    z = product(input, weight, bias)
-    g = input.new_empty(0) if gate_weight is None else product(input, gate_weight, gate_bias)
-    out = activate(z, activation) if gate_weight is None else activate(g, activation) * z
+    z, g = input.new_empty(0), input.new_empty(0)
+    if save:
+        z = product(input, weight, bias)
+        g = g if gate_weight is None else product(input, gate_weight, gate_bias)
+        out = activate(z if gate_weight is None else g, activation)
+        out = out.clone() if out is z or out is g else out
+        out = out if gate_weight is None else out.mul_(z)
+    elif gate_weight is None:
+        out = _activated(input, weight, bias, activation)
+    else:
+        out = _activated(input, gate_weight, gate_bias, activation).mul_(product(input, weight, bias))
     if seed is not None:
         out = dropout_backward(out, seed, dropout_p)
-    out = out if residual is None else out + residual
-    if save:
-        return (out.clone() if out is z else out), z, g
-    return out, input.new_empty(0), input.new_empty(0)
+    return (out if residual is None else out.add_(residual)), z, g
 
 
 def hidden_backward(
