@@ -56,7 +56,7 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 LINEAR = 2.0 * math.sqrt(2.0 / math.pi)
 CUBIC = 0.044715 * LINEAR
 _BLOCK = 3 << 16  # numbers of a block: with two more of fp32 it stays in the cache of a core or two
-_FEW = 1 << 14  # numbers that are not worth more than one call
+_FEW = 1 << 13  # numbers that are not worth more than one call
 
 
 def activate(z: Tensor, activation: str, *, overwrite: bool = False) -> Tensor:

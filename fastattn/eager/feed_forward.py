@@ -34,18 +34,21 @@ def definition(
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """X Wᵀ + b of (rows, in).
 
-    A few rows are done in an order of loops for which PyTorch has faster CPU kernels: in bf16 as (W Xᵀ + b)ᵀ; in fp32 as
+    A few rows are done in an order of loops for which PyTorch has faster CPU kernels: in bf16 as (W Xᵀ)ᵀ + b; in fp32 as
     a batch of products with 64 rows of W each. With many rows in bf16, oneDNN adds the bias where PyTorch copies it first.
     """
-    rows = x.shape[0]
-    if x.is_cpu and x.dtype == torch.bfloat16 and 1 <= rows <= 16:
+    rows, dtype = x.shape[0], x.dtype
+    if dtype == torch.bfloat16 and x.is_cpu:
         if rows == 1:
             return (torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0]))[None]
-        return (weight @ x.t() if bias is None else torch.addmm(bias[:, None], weight, x.t())).t().contiguous()
-    if rows > 16 and _fuses(x, weight):
-        return _fused(x, weight, bias, "none", [], None)
-    whole = weight.shape[0] // 64 * 64
-    if not x.is_cpu or x.dtype != torch.float32 or not 3 <= rows <= 8 or not whole or not weight.is_contiguous():
+        if 2 <= rows <= 8:
+            y = torch.mm(weight, x.t()).t().contiguous()
+            return y if bias is None else y.add_(bias)
+        if rows > 16 and _fuses(x, weight):
+            return _fused(x, weight, bias, "none", [], None)
+    few = 3 <= rows <= 8 and dtype == torch.float32 and x.is_cpu and weight.is_contiguous()
+    whole = weight.shape[0] // 64 * 64 if few else 0
+    if not whole:
         return F.linear(x, weight, bias)
     parts = weight[:whole].view(whole // 64, 64, weight.shape[1]).transpose(1, 2)
     y = torch.bmm(x.expand(whole // 64, -1, -1), parts).transpose(0, 1).reshape(rows, whole)
