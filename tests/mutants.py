@@ -202,7 +202,7 @@ MUTANTS = (
         PRODUCTS,
     ),
     Mutant("hidden keys count", "eager/attention_products.py", "_HIDDEN = -1e30", "_HIDDEN = -1.0", PRODUCTS),
-    Mutant("future keys count", "eager/attention_products.py", "columns).tril_()", "columns)", PRODUCTS),
+    Mutant("future keys count", "eager/attention_products.py", ".tril_(block.start)", ".tril_()", PRODUCTS),
     Mutant(
         "GELU's slope without the cubic term",
         "eager/activations.py",

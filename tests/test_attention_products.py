@@ -11,6 +11,7 @@ CASES = {
     # heads, kv_heads, rows, columns, dim, causal, keys hidden
     "plain": (2, 2, 40, 40, 16, False, False),
     "causal": (3, 3, 33, 33, 24, True, False),
+    "causal_in_halves": (2, 1, 131, 131, 8, True, False),
     "one_row": (2, 2, 1, 1, 8, True, False),
     "grouped_and_causal": (6, 2, 20, 20, 16, True, False),
     "padded_keys": (2, 2, 30, 50, 16, False, True),
@@ -56,7 +57,7 @@ def test_gradients(name, scores, monkeypatch):
 def test_where_it_is_used(monkeypatch):
     monkeypatch.setattr(attention_products, "_has_tiles", lambda: True)
 
-    def fits(heads=2, kv_heads=2, length=256, dim=128, value_dim=128, dtype=torch.bfloat16):
+    def fits(heads=2, kv_heads=2, length=128, dim=128, value_dim=128, dtype=torch.bfloat16):
         q, k, v = (
             torch.empty(1, h, length, d, dtype=dtype)
             for h, d in zip((heads, kv_heads, kv_heads), (dim, dim, value_dim))
@@ -66,5 +67,5 @@ def test_where_it_is_used(monkeypatch):
     assert fits()
     assert not fits(dtype=torch.float32)
     assert not fits(value_dim=64)
-    assert not fits(length=257)
-    assert not fits(length=512, dim=32, value_dim=32, heads=64, kv_heads=1)  # memory stays linear in the length
+    assert not fits(length=129)
+    assert not fits(length=256, dim=32, value_dim=32, heads=64, kv_heads=1)  # memory stays linear in the length

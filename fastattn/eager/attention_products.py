@@ -13,6 +13,7 @@ nothing else. Two sums cost no pass of their own, since they ride on the product
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from fastattn.layout import new_gradient
 
-_LARGEST = 1 << 15  # length · head_dim up to which this is the faster way
+_LARGEST = 1 << 14  # length · head_dim up to which this is the faster way
 _SCORES = 1 << 20  # of the heads that are done together: with their copies they stay near the cores
 _HIDDEN = -1e30
+_HALVED = 128  # rows from which on the half of the rows that sees half of the keys is done by itself
 
 
 def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -75,29 +77,37 @@ def _of_heads(
     (batch, heads, rows, dim), (_, kv_heads, columns, _) = query.shape, key.shape
     # the query heads of a key head stand one below the other
     products, stacked = batch * kv_heads, heads // kv_heads * rows
-    extra = 1 if key_bias is None else 2
-    q, k, do, v = (
-        t.new_empty(*t.shape[:3], dim + more, dtype=torch.float32)
-        for t, more in ((query, extra), (key, extra), (grad_out, 1), (value, 1))
-    )
-    q[..., :dim], k[..., :dim], k[..., dim] = query, key, 1.0
-    q[..., :dim] *= scale
-    torch.neg(lse, out=q[..., dim])
+    k, v = (t.new_ones(*t.shape[:3], dim + 1, dtype=torch.float32) for t in (key, value))
+    k[..., :dim], v[..., :dim] = key, value
     if key_bias is not None:
-        q[..., dim + 1], k[..., dim + 1] = 1.0, key_bias[:, :, 0].clamp(min=_HIDDEN)
-    do[..., :dim], v[..., :dim], v[..., dim] = grad_out, value, 1.0
-    torch.neg((do[..., :dim] * out).sum(-1), out=do[..., dim])
-    do *= scale
+        k = torch.cat([k, key_bias.mT.float().clamp(min=_HIDDEN).expand(batch, kv_heads, columns, 1)], 3)
+    k, v = (t.view(products, columns, -1).mT for t in (k, v))
 
-    # (products, stacked, columns)
     size = products * stacked * columns
-    p, ds = (part[:size].view(products, stacked, columns) for part in room)
-    torch.bmm(q.view(products, stacked, -1), k.view(products, columns, -1).mT, out=p).exp_()
-    if is_causal:
-        p.view(-1, rows, columns).tril_()
-    torch.bmm(do.view(products, stacked, -1), v.view(products, columns, -1).mT, out=ds).mul_(p)
-    p, ds = (low[:size].view(p.shape).copy_(part) for low, part in zip(low_room, (p, ds)))
+    p_low, ds_low = (part[:size].view(batch, heads, rows, columns) for part in low_room)
+    half = rows // 2 if is_causal and rows >= _HALVED else 0
+    for block in (slice(0, half), slice(half, rows)) if half else (slice(0, rows),):
+        seen = block.stop if is_causal else columns
+        q = query.new_ones(batch, heads, block.stop - block.start, k.shape[1], dtype=torch.float32)
+        q[..., :dim] = query[:, :, block]
+        q[..., :dim] *= scale
+        torch.neg(lse[:, :, block], out=q[..., dim])
+        do = torch.empty_like(q[..., : dim + 1], memory_format=torch.contiguous_format)
+        do[..., :dim] = grad_out[:, :, block]
+        torch.neg((do[..., :dim] * out[:, :, block]).sum(-1), out=do[..., dim])
+        do *= scale
+        shape = products, q[..., 0].numel() // products, seen
+        p, ds = (part[: math.prod(shape)].view(shape) for part in room)
+        torch.bmm(q.view(*shape[:2], -1), k[..., :seen], out=p).exp_()
+        of_rows = batch, heads, -1, seen
+        if is_causal:
+            p.view(of_rows).tril_(block.start)
+        torch.bmm(do.view(*shape[:2], -1), v[..., :seen], out=ds).mul_(p)
+        for low, part in ((p_low, p), (ds_low, ds)):
+            low[:, :, block, :seen] = part.view(of_rows)
+            low[:, :, block, seen:] = 0.0
 
+    p, ds = (low.view(products, stacked, columns) for low in (p_low, ds_low))
     q, do = (t.reshape(products, stacked, dim) for t in (query, grad_out))
     dq.copy_(torch.bmm(ds, key.reshape(products, columns, dim)).view(query.shape))
     dk.copy_(torch.bmm(ds.mT, q).view(key.shape))
