@@ -139,7 +139,8 @@ def _forward(
     losses = input.new_empty(rows, dtype=torch.float32)
     predictions = input.new_empty(rows if predict else 0, dtype=torch.int64)
     grad_input = input.new_empty(input.shape if needs[0] else 0)
-    grad_weight = weight.new_zeros(weight.shape if needs[1] else 0, dtype=torch.float32)
+    new = weight.new_empty if rows else weight.new_zeros  # the first chunk overwrites
+    grad_weight = new(weight.shape if needs[1] else 0, dtype=torch.float32)
     grad_bias = weight.new_zeros(classes if needs[2] else 0, dtype=torch.float32)
     options = (contiguous(class_weight), ignore_index, label_smoothing, z_loss, softcap, predict)
     x, w, b = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -160,10 +161,10 @@ def _forward(
             if needs[0]:
                 grad_input[chunk] = torch.mm(logits, w)
             if needs[1] and dtype == torch.float32:
-                grad_weight.addmm_(logits.t(), x[chunk])
+                torch.addmm(grad_weight, logits.t(), x[chunk], beta=start > 0, out=grad_weight)
             elif needs[1]:
                 part = torch.mm(logits.t(), x[chunk], out=part)
-                launcher.add_to(grad_weight, part)
+                launcher.add_to(grad_weight, part) if start else grad_weight.copy_(part)
             if needs[2]:
                 grad_bias += logits.sum(0, dtype=torch.float32)
     grad_bias = grad_bias if bias is None else grad_bias.to(bias.dtype)
