@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastattn.block_mask import Blocks
 from fastattn.eager import attention_products
+from fastattn.eager.exponential import exp, exp_
 from fastattn.eager.random import keep
 from fastattn.layout import as_gradient, as_output, new_gradient, new_output
 from fastattn.replay import replay
@@ -162,6 +163,11 @@ class Block:
         i = torch.arange(self.rows.start, self.rows.stop, device=like.device)[:, None]
         return keep(self.seed, b, h, i, self.columns, self.dropout_p) / (1.0 - self.dropout_p)
 
+    @property
+    def far(self) -> bool:
+        """Whether many scores may lie so far below their row's largest that exp underflows."""
+        return not (self.mask is self.bias is self.alibi_slopes is None)
+
     def of_rows(self, tensor: Tensor) -> Tensor:
         """The block's rows of (B, H, Nq, ...)."""
         return tensor if tensor.shape[2] == len(self.rows) else tensor[:, :, self.rows.start : self.rows.stop]
@@ -212,7 +218,7 @@ def block_weights(q: Tensor, k: Tensor, block: Block) -> tuple[Tensor, Tensor, T
         sink = block.sinks.float()[:, None, None]
         m = torch.maximum(m, sink.detach())
     m = m.masked_fill(m == float("-inf"), 0.0)
-    p = torch.exp(s - m)
+    p = exp(s - m, block.far)
     l = p.sum(-1, keepdim=True)
     if block.sinks is not None:
         l = l + torch.exp(sink - m)
@@ -456,7 +462,7 @@ def _block_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dS) of one block, everything fp32; lse is +inf for rows that see nothing."""
     s, t = _logits(q, k, block)
-    p = (s - lse[..., None]).exp_()
+    p = exp_(s - lse[..., None], block.far)
     dp = (_grouped(do, v) @ v.transpose(-1, -2)).view(p.shape)
     z = block.dropout_factors(p)
     p_kept = p if z is None else p * z

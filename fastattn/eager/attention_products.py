@@ -4,7 +4,7 @@ PyTorch's fused backward takes 64 query rows at a time below a length of 768, to
 heads at a time exist as a whole, and what it rounds is rounded: P and dS to 16 bits before the three products that they are in,
 nothing else. Two sums cost no pass of their own, since they ride on the products as one more column of the factors:
 
-    S - LSE  = [scale·q, -lse, 1] [k, 1, b]ᵀ          b: what is added to all scores of a key, about -inf where it is hidden
+    S - LSE  = [scale·q, -lse, 1] [k, 1, b]ᵀ          b: what is added to all scores of a key
     scale·(dP - delta) = scale·[do, -delta] [v, 1]ᵀ   delta = Σ do·o
     P = exp(S - LSE),  dS = P · scale · (dP - delta),  dv = Pᵀ do,  dq = dS k,  dk = dSᵀ q
 
@@ -19,11 +19,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fastattn.eager.exponential import LEAST_EXPONENT
 from fastattn.layout import new_gradient
 
 _LARGEST = 1 << 14  # length · head_dim up to which this is the faster way
 _SCORES = 1 << 20  # of the heads that are done together: with their copies they stay near the cores
-_HIDDEN = -1e30
 _HALVED = 128  # rows from which on the half of the rows that sees half of the keys is done by itself
 
 
@@ -80,7 +80,9 @@ def _of_heads(
     k, v = (t.new_ones(*t.shape[:3], dim + 1, dtype=torch.float32) for t in (key, value))
     k[..., :dim], v[..., :dim] = key, value
     if key_bias is not None:
-        k = torch.cat([k, key_bias.mT.float().clamp(min=_HIDDEN).expand(batch, kv_heads, columns, 1)], 3)
+        visible = (key_bias > -math.inf).float()
+        added = key_bias.float().masked_fill(visible == 0.0, 0.0).mT.expand(batch, kv_heads, columns, 1)
+        k = torch.cat([k, added], 3)
     k, v = (t.view(products, columns, -1).mT for t in (k, v))
 
     size = products * stacked * columns
@@ -98,8 +100,11 @@ def _of_heads(
         do *= scale
         shape = products, q[..., 0].numel() // products, seen
         p, ds = (part[: math.prod(shape)].view(shape) for part in room)
-        torch.bmm(q.view(*shape[:2], -1), k[..., :seen], out=p).exp_()
+        torch.bmm(q.view(*shape[:2], -1), k[..., :seen], out=p)
+        p.clamp_(LEAST_EXPONENT, 1.0).exp_()  # (a hidden key may have any score)
         of_rows = batch, heads, -1, seen
+        if key_bias is not None:
+            p.view(of_rows).mul_(visible[..., :seen])
         if is_causal:
             p.view(of_rows).tril_(block.start)
         torch.bmm(do.view(*shape[:2], -1), v[..., :seen], out=ds).mul_(p)
