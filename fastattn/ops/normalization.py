@@ -228,9 +228,15 @@ class _Rounded(torch.autograd.Function):
         grad, _, _ = torch.ops.aten.native_layer_norm_backward.default(
             grad_output, input, gain.shape, mean, rstd, gain, gain, [True, False, False]
         )
-        rows = rstd.numel(), gain.numel()
-        a, b = sums_over_rows(grad_output.reshape(rows), input.reshape(rows), mean.view(-1), rstd.view(-1))
-        return grad, None, a.to(weight.dtype).view(gain.shape), b.to(weight.dtype).view(gain.shape), None
+        mean, rstd = mean.view(-1), rstd.view(-1)
+        if input.dim() == 2 and gain.dim() == 1:
+            a, b = sums_over_rows(grad_output, input, mean, rstd)
+        else:
+            rows = len(rstd), gain.numel()
+            a, b = (
+                x.view(gain.shape) for x in sums_over_rows(grad_output.reshape(rows), input.reshape(rows), mean, rstd)
+            )
+        return grad, None, a, b, None  # autograd casts them to the parameters' dtype, without the way through Python
 
 
 def _norm(
