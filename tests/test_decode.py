@@ -288,3 +288,28 @@ def test_explain_names_the_splits():
     with fastattn.backend.use("triton"):
         assert "in 2 splits on 2 programs each" in fastattn.explain(fastattn.attention_with_kv_cache, *arguments)
     assert "views of the cache" in fastattn.explain(fastattn.attention_with_kv_cache, *arguments)
+
+
+@pytest.mark.parametrize("heads", [2, 6], ids=["heads", "grouped"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_short_way_of_one_token_on_a_cpu(heads, dtype, monkeypatch):
+    """Against the fp64 definition, appended in place, and without the custom op."""
+
+    def long_way(*arguments):
+        raise AssertionError("the custom op was called")
+
+    monkeypatch.setattr("fastattn.ops.decode.call", long_way)
+    case = Case(lengths=45, heads=heads)
+    query, keys, values = case.tensors(dtype)
+    caches = [torch.full((6, *x.shape[1:]), torch.nan, dtype=dtype) for x in (keys, values)]
+    for cache, full in zip(caches, (keys, values)):
+        cache[:4, :, :45] = full[:, :, :45]
+    new = [x[:, :, 45:46] for x in (keys, values)]
+    got = fastattn.attention_with_kv_cache(query, *caches, 45, key=new[0], value=new[1])
+    seen = [x[:, :, :46] for x in (keys, values)]
+    for cache, full in zip(caches, seen):
+        assert torch.equal(cache[:4, :, :46], full)
+        assert cache[:4, :, 46:].isnan().all()
+        assert cache[4:].isnan().all()
+    truth, plain = (reference.attention(*(x.to(d) for x in (query, *seen)))[0] for d in (torch.float64, dtype))
+    assert_close("out", got, truth, plain)

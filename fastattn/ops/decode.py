@@ -12,8 +12,16 @@ from torch import Tensor
 from fastattn import backend
 from fastattn.layout import new_output
 from fastattn.ops.attention import MAX_HEAD_DIM, check_sinks, check_slopes, check_window, row_contiguous
-from fastattn.ops.checks import check_rank, check_same_device, check_shape, check_softcap, check_tensor, name_of
-from fastattn.ops.library import call, define
+from fastattn.ops.checks import (
+    FLOAT_DTYPES,
+    check_rank,
+    check_same_device,
+    check_shape,
+    check_softcap,
+    check_tensor,
+    name_of,
+)
+from fastattn.ops.library import call, define, observed
 from fastattn.ops.rotary import rotary
 
 
@@ -127,6 +135,44 @@ def _turned(
     return query, None if key is None else rotary(key, None, cos, sin, offset=lengths, interleaved=interleaved)[0]
 
 
+def _by_torch(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, length: Tensor | int, key: Tensor | None, value: Tensor | None,
+    scale: float | None,
+) -> Tensor | None:  # fmt: skip
+    """One new token of each sequence on the CPU, where it is two copies and one call of PyTorch's fused kernel; None where it
+    is not, or where the arguments are wrong. The query heads that share a key head are rows of it, which reads the cache once.
+    """
+    if torch.compiler.is_compiling() or type(length) is not int or key is None or value is None:
+        return None
+    tensors = (query, key_cache, value_cache, key, value)
+    if any(type(t) is not Tensor for t in tensors):
+        return None
+    dtype, shape = query.dtype, query.shape
+    if dtype not in FLOAT_DTYPES or any(t.dtype is not dtype or t.dim() != 4 or not t.is_cpu for t in tensors):
+        return None
+    batch, heads, num_queries, dim = shape
+    (places, kv_heads, capacity, _), new = key_cache.shape, key.shape[2]
+    fits = key_cache.shape == value_cache.shape and key.shape == value.shape == (batch, kv_heads, new, dim)
+    if not fits or num_queries != 1 or key_cache.shape[3] != dim or not 0 < dim <= MAX_HEAD_DIM or batch > places:
+        return None
+    end = length + new
+    if not 0 < end <= capacity or length < 0 or batch == 0 or kv_heads == 0 or heads == 0 or heads % kv_heads:
+        return None
+    if any(t.stride(3) != 1 for t in tensors) or observed((query,)) or torch._C._is_any_autocast_enabled():
+        return None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return None
+    if torch.autograd.forward_ad._current_level >= 0 or backend.choose(query.device)[0] != "eager":
+        return None
+    keys, values = key_cache[:batch, :, :end], value_cache[:batch, :, :end]
+    keys[:, :, length:].copy_(key)
+    values[:, :, length:].copy_(value)
+    rows = query if heads == kv_heads else query.reshape(batch, kv_heads, heads // kv_heads, dim)
+    factor = None if scale is None else float(scale)
+    out = torch._scaled_dot_product_flash_attention_for_cpu(rows, keys, values, 0.0, False, scale=factor)[0]
+    return out if heads == kv_heads else out.reshape(shape)
+
+
 @overload
 def attention_with_kv_cache(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, cache_seqlens: Tensor | int, *, key: Tensor | None = ...,
@@ -207,6 +253,10 @@ def attention_with_kv_cache(
         >>> fastattn.attention_with_kv_cache(q, keys, values, lengths, key=k, value=v).shape
         torch.Size([3, 8, 1, 64])
     """
+    if block_table is window is alibi_slopes is softcap is sinks is rotary_cos is rotary_sin is None and not return_lse:
+        plain = _by_torch(query, key_cache, value_cache, cache_seqlens, key, value, scale)
+        if plain is not None:
+            return plain
     _check_caches(query, key_cache, value_cache)
     if torch.is_grad_enabled():
         given = {
