@@ -28,6 +28,7 @@ BLOCK_MASK = ("tests/test_block_mask.py", "-k", "triton")
 DECODE = ("tests/test_decode.py", "-k", "triton")
 EAGER_ATTENTION = ("tests/test_attention.py", "-k", "eager")
 NORM = ("tests/test_precision.py", "tests/test_normalization.py", "-k", "triton")
+SHORT_DECODE = ("tests/test_decode.py", "-k", "short_way")
 PRODUCTS = ("tests/test_attention_products.py",)
 EAGER_FEED_FORWARD = ("tests/test_feed_forward.py", "-k", "eager or blocks")
 EAGER_LOSS = ("tests/test_loss.py", "-k", "eager")
@@ -193,6 +194,13 @@ MUTANTS = (
         "lse = tl.load(LSE + row)\n    factor += 2.0 * z_loss * lse",
         "lse = tl.load(LSE + row)",
         LOSS,
+    ),
+    Mutant(
+        "a new token is written one too early",
+        "ops/decode.py",
+        "keys[:, :, length:].copy_",
+        "keys[:, :, length - 1 : end - 1].copy_",
+        SHORT_DECODE,
     ),
     Mutant(
         "delta has the scale of dS",
