@@ -310,3 +310,24 @@ def test_gelu_tanh_of_many_numbers_in_blocks(dtype):
         assert_close("dz", dz, d_truth, d_plain)
         assert_close("value with gradient", value, truth, plain)
     assert_close("value", activate(z, "gelu_tanh"), truth, plain)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_bf16_layers_of_many_rows_without_gradients(act, gated):
+    """oneDNN's product with bias and activation inside, where the CPU has it."""
+    generator = torch.manual_seed(0)
+    shapes = {"input": (40, 24), "weight1": (70, 24), "bias1": (70,), "weight2": (16, 70), "bias2": (16,)}
+    shapes |= {"gate_weight": (70, 24), "gate_bias": (70,)} if gated else {}
+    tensors = {name: (torch.randn(shape, generator=generator) / 3.0).bfloat16() for name, shape in shapes.items()}
+    truth = reference.feed_forward(**{name: t.double() for name, t in tensors.items()}, act=act)
+    plain = reference.feed_forward(**tensors, act=act)
+    with torch.no_grad():
+        got = fastattn.feed_forward(**tensors, activation=act)
+    assert_close("output", got, truth, plain)
+    transposed = {
+        **tensors,
+        "weight1": tensors["weight1"].t().contiguous().t(),
+    }  # strides that oneDNN is not asked to take
+    with torch.no_grad():
+        assert_close("output", fastattn.feed_forward(**transposed, activation=act), truth, plain)
