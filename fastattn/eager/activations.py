@@ -55,7 +55,9 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 # GELU's tanh form is z · σ(w) with w = z (LINEAR + CUBIC z²).
 LINEAR = 2.0 * math.sqrt(2.0 / math.pi)
 CUBIC = 0.044715 * LINEAR
-_BLOCK = 3 << 16  # numbers of a block: with two more of fp32 it stays in the cache of a core or two
+_BLOCK = (
+    1 << 19
+)  # numbers of a block: few enough to stay near the cores, enough for few waits of one core for the other
 _FEW = 1 << 13  # numbers that are not worth more than one call
 
 

@@ -23,7 +23,7 @@ from fastattn.eager.exponential import LEAST_EXPONENT
 from fastattn.layout import new_gradient
 
 _LARGEST = 1 << 14  # length · head_dim up to which this is the faster way
-_SCORES = 1 << 20  # of the heads that are done together: with their copies they stay near the cores
+_SCORES = 1 << 21  # of the heads that are done together: with their copies they stay near the cores
 _HALVED = 128  # rows from which on the half of the rows that sees half of the keys is done by itself
 
 
