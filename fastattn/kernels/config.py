@@ -103,10 +103,10 @@ def attention_forward_config(
     blocks: there is a block mask (and then heavy is true)."""
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
-    if itemsize == 4 and blocks and head_dim > 64:
-        return AttentionConfig(16, 32, 8, 1) if head_dim <= 128 else AttentionConfig(16, 16, 4, 1)
+    if itemsize == 4 and head_dim > 128:
+        return AttentionConfig(16, 16, 4 if blocks else 8, 1, max_registers=None if blocks else 255)
     if itemsize == 4:
-        return AttentionConfig(32, 32, 8, 1) if head_dim <= 128 else AttentionConfig(16, 16, 8, 1, max_registers=255)
+        return AttentionConfig(32, 16, 8, 1, max_registers=255) if heavy else AttentionConfig(32, 32, 8, 1)
     family = _family(target)
     if blocks and family != "amd":
         return _from_table(_FORWARD_BLOCKS, head_dim)
@@ -124,7 +124,8 @@ def attention_backward_query_config(
     if itemsize == 4 and head_dim > 128:
         return AttentionConfig(16, 16, 4 if target.backend == "hip" else 8, 1, False, _CHUNK, max_registers=255)
     if itemsize == 4:
-        return AttentionConfig(32, 32, 8, 1) if head_dim <= 64 else AttentionConfig(16, 16, 8, 1)
+        block_m, block_n = (32, 16 if heavy else 32) if head_dim <= 64 else (16, 16)
+        return AttentionConfig(block_m, block_n, 8, 1, max_registers=255 if heavy else None)
     family = _family(target)
     if blocks and family != "amd":
         return _from_table(_BACKWARD_QUERY_BLOCKS, head_dim)
@@ -142,8 +143,8 @@ def attention_backward_key_config(
     if itemsize == 4 and head_dim > 128:
         block_n, warps = (16, 4) if target.backend == "hip" else (16 if heavy else 32, 8)
         return AttentionConfig(16, block_n, warps, 1, not heavy, _CHUNK, max_registers=255)
-    if itemsize == 4 and blocks:
-        return AttentionConfig(16, 32, 8, 1)
+    if itemsize == 4 and heavy:
+        return AttentionConfig(16, 32, 4 if target.backend == "hip" else 8, 1, max_registers=255)
     if itemsize == 4:
         return AttentionConfig(32 if head_dim <= 64 else 16, 32, 4 if head_dim <= 32 else 8, 1)
     family = _family(target)
@@ -159,7 +160,7 @@ def attention_backward_bias_config(target: Target, head_dim: int, itemsize: int)
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     block = 32 if (head_dim <= 128 and itemsize == 2) or head_dim <= 64 else 16
-    return AttentionConfig(block, block, 4, 1)
+    return AttentionConfig(block, block, 4, 1, max_registers=255 if itemsize == 4 and head_dim <= 32 else None)
 
 
 # Decoding reads the cache once, whatever the tile: the fewest rows that a dot takes, keys enough to keep loads in flight.
