@@ -118,7 +118,7 @@ def attention_forward_config(
         block_n = 16 if heavy or head_dim > 64 else 32
         return AttentionConfig(32, block_n, 8, 1, max_registers=255 if heavy else None)
     family = _family(target)
-    if ragged and heavy and head_dim <= 128 and family != "amd":
+    if ragged and heavy and head_dim <= 128:
         return _FORWARD_RAGGED
     if blocks and family != "amd":
         return _from_table(_FORWARD_BLOCKS, head_dim)
