@@ -41,6 +41,7 @@ from fastattn.kernels.random import keep
 from fastattn.kernels.tiles import (
     dropout_threshold,
     head_block,
+    is_ragged,
     launch_lists,
     pair_strides,
     score_class,
@@ -261,8 +262,9 @@ def forward(
         lse.fill_(float("-inf"))
     plain, heavy = score_class(given_mask, bias, alibi_slopes, seed, scale, softcap)
     config = attention_forward_config(
-        current_target(), max(block_d, block_dv), query.element_size(), heavy, blocks is not None
-    )
+        current_target(), max(block_d, block_dv), query.element_size(), heavy, blocks is not None,
+        is_ragged(head_dim, value_dim),
+    )  # fmt: skip
     arguments: tuple[Any, ...] = (
         query, strides(query), key, strides(key), value, strides(value), mask, pair_strides(mask),
         launch_lists(blocks), bias, pair_strides(bias),
@@ -294,7 +296,8 @@ def explain(
     }
     lines = [f"target {target.backend}" + (f" sm_{target.arch}" if target.arch else "")]
     for name, choose in configs.items():
-        config = choose(target, width, query.element_size(), heavy, blocks=isinstance(mask, Blocks))
+        ragged = is_ragged(query.shape[3], value.shape[3])
+        config = choose(target, width, query.element_size(), heavy, blocks=isinstance(mask, Blocks), ragged=ragged)
         tile = f"{config.block_m} rows x {config.block_n} keys"
         lines.append(f"{name}: {tile} a step, {config.num_warps} warps, {config.num_stages} stages")
     return lines

@@ -44,6 +44,7 @@ from fastattn.kernels.tiles import (
     block_kinds,
     dropout_threshold,
     head_block,
+    is_ragged,
     launch_lists,
     pair_strides,
     score_class,
@@ -423,7 +424,7 @@ def backward(
     num_keys, value_dim = value.shape[2:]
     kv_heads = key.shape[1]
     block_d, block_dv = head_block(head_dim), head_block(value_dim)
-    target, width = current_target(), max(block_d, block_dv)
+    target, width, ragged = current_target(), max(block_d, block_dv), is_ragged(head_dim, value_dim)
     plain, heavy = score_class(given_mask, bias, alibi_slopes, seed, scale, softcap)
     grad_query, grad_key, grad_value = map(new_gradient, (query, key, value))
     if packing is not None:  # rows behind the last sequence belong to no program
@@ -457,14 +458,14 @@ def backward(
     def chunks(config: AttentionConfig) -> dict[str, int]:
         return dict(CHUNK=min(config.chunk, block_d), CHUNK_V=min(config.chunk, block_dv))
 
-    config = attention_backward_query_config(target, width, query.element_size(), heavy, blocks is not None)
+    config = attention_backward_query_config(target, width, query.element_size(), heavy, blocks is not None, ragged)
     launch(
         _attention_backward_query, (batch * heads * triton.cdiv(num_queries, config.block_m),), *inputs(launch_lists(blocks)), *sequences, out,
         strides(out), grad_out, strides(grad_out), lse, grad_lse, lse.stride(), statistics, grad_query, strides(grad_query),
         *scalars, heads, group, *lengths, **chunks(config), HOIST=config.hoist, **constants, **_blocks(config),
     )  # fmt: skip
     if bias is not None and grad_bias is not None:
-        config = attention_backward_bias_config(target, width, query.element_size())
+        config = attention_backward_bias_config(target, width, query.element_size(), ragged)
         bias_batch, bias_heads, bias_rows, bias_columns = bias.shape
         row_blocks, column_blocks = triton.cdiv(num_queries, config.block_m), triton.cdiv(num_keys, config.block_n)
         sum_rows, sum_columns = bias_rows == 1, bias_columns == 1
@@ -476,7 +477,7 @@ def backward(
             column_blocks if sum_columns else 1, SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, BLOCK_D=block_d, BLOCK_DV=block_dv, **constants, **_blocks(config),
         )  # fmt: skip
     config = attention_backward_key_config(
-        target, width, query.element_size(), heavy, packing is not None, blocks is not None
+        target, width, query.element_size(), heavy, packing is not None, blocks is not None, ragged
     )
     launch(
         _attention_backward_key, (batch * kv_heads * triton.cdiv(num_keys, config.block_n),), *inputs(launch_lists(blocks, by_column=True)), *sequences, grad_out,

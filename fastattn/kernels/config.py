@@ -43,7 +43,7 @@ _Table: TypeAlias = dict[int, tuple[Any, ...]]
 _FORWARD: dict[str, _Table] = {
     "sm_80": {64: (128, 64, 4, 3), 128: (128, 32, 4, 2), 256: (64, 32, 8, 2)},
     "sm_90": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 32, 8, 2)},
-    "sm_100": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
+    "sm_100": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2, True, MAX_HEAD, 240)},
     "small": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
     "amd": {64: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (64, 32, 4, 1)},
 }
@@ -63,7 +63,10 @@ _BACKWARD_KEY: dict[str, _Table] = {
 }
 # fp32 products at IEEE precision run on the FMA units, from registers: 8 warps share a small tile, and the backward takes
 # heads wider than 128 in chunks (whole, the dQ pass spills 168 bytes on sm_80 and 184 on sm_90 at every tile size; in
-# chunks of 64 it needs 128 and 164 registers, in chunks of 128 it needs 199 and 174).
+# chunks of 64 it needs 128 and 164 registers, in chunks of 128 it needs 199 and 174). Tiles of 32 x 32 spill up to 264 bytes
+# in the forward of masked columns (a width of 80) or with every feature; of 32 x 16 they need 96 to 165 registers for a
+# tenth more instructions. A limit on registers keeps ptxas from spilling 8 to 24 bytes where it would stop at 80 or 128; in
+# dBias of heads wider than 64 it makes a spill.
 _CHUNK = 64
 
 # With a mask, bias, ALiBi, softcap or dropout each score needs more registers, and with dropout its ten rounds of
@@ -75,7 +78,7 @@ _FORWARD_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16,
 _HEAVY_128: _Table = {**_FORWARD_HEAVY, 128: (64, 32, 8, 1, True, MAX_HEAD, 255)}
 _HEAVY_256: _Table = {**_FORWARD_HEAVY, 256: (32, 16, 4, 1, True, MAX_HEAD, 255)}
 _FORWARD_HEAVY_LIMITED: dict[str, _Table] = {"sm_80": _HEAVY_128, "sm_90": _HEAVY_256, "sm_100": _HEAVY_128}
-_BACKWARD_QUERY_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)}
+_BACKWARD_QUERY_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (32, 32, 4, 1, True, MAX_HEAD, 255), 256: (32, 32, 8, 1)}
 _BACKWARD_KEY_HEAVY: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1, True, _CHUNK)}
 _BACKWARD_HEAVY_AMD: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1)}
 # A block mask's lists put addresses into the loop that depend on what was loaded: small tiles, too.
@@ -83,6 +86,11 @@ _FORWARD_BLOCKS: _Table = {64: (64, 32, 8, 1), 128: (64, 32, 8, 1, False), 256: 
 _BACKWARD_QUERY_BLOCKS: _Table = {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)}
 # Packed sequences keep a few more addresses alive: too many for dK and dV on sm_80 and the small GPUs.
 _BACKWARD_KEY_PACKED: _Table = {**_BACKWARD_KEY_HEAVY, 64: (32, 64, 4, 1)}
+
+# Ragged heads of up to 128 with every feature: with the tiles above they spill 8 to 256 bytes of addresses at a width of 72.
+_FORWARD_RAGGED = AttentionConfig(32, 16, 8, 1)
+_BACKWARD_QUERY_RAGGED = AttentionConfig(32, 32, 8, 1, chunk=_CHUNK)
+_BACKWARD_KEY_RAGGED = AttentionConfig(32, 32, 8, 1, hoist=False)
 
 
 def _family(target: Target) -> str:
@@ -97,17 +105,21 @@ def _from_table(table: _Table, head_dim: int) -> AttentionConfig:
 
 @cache
 def attention_forward_config(
-    target: Target, head_dim: int, itemsize: int, heavy: bool = False, blocks: bool = False
+    target: Target, head_dim: int, itemsize: int, heavy: bool = False, blocks: bool = False, ragged: bool = False
 ) -> AttentionConfig:
     """head_dim: the larger of Dq and Dv; itemsize: bytes per element; heavy: scores need more than a scale and a window;
-    blocks: there is a block mask (and then heavy is true)."""
+    blocks: there is a block mask (and then heavy is true); ragged: 16 does not divide a head, so that it is read element
+    by element."""
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
-    if itemsize == 4 and blocks and head_dim > 64:
-        return AttentionConfig(16, 32, 8, 1) if head_dim <= 128 else AttentionConfig(16, 16, 4, 1)
+    if itemsize == 4 and head_dim > 128:
+        return AttentionConfig(16, 16, 4 if blocks else 8, 1, max_registers=None if blocks else 255)
     if itemsize == 4:
-        return AttentionConfig(32, 32, 8, 1) if head_dim <= 128 else AttentionConfig(16, 16, 8, 1, max_registers=255)
+        block_n = 16 if heavy or head_dim > 64 else 32
+        return AttentionConfig(32, block_n, 8, 1, max_registers=255 if heavy else None)
     family = _family(target)
+    if ragged and heavy and head_dim <= 128:
+        return _FORWARD_RAGGED
     if blocks and family != "amd":
         return _from_table(_FORWARD_BLOCKS, head_dim)
     heavy_table = _FORWARD_HEAVY_LIMITED.get(family, _FORWARD_HEAVY)
@@ -116,7 +128,7 @@ def attention_forward_config(
 
 @cache
 def attention_backward_query_config(
-    target: Target, head_dim: int, itemsize: int, heavy: bool = False, blocks: bool = False
+    target: Target, head_dim: int, itemsize: int, heavy: bool = False, blocks: bool = False, ragged: bool = False
 ) -> AttentionConfig:
     """For dQ: block_m query rows stay in registers, block_n key columns pass by."""
     if target.backend == "interpreter":
@@ -124,8 +136,11 @@ def attention_backward_query_config(
     if itemsize == 4 and head_dim > 128:
         return AttentionConfig(16, 16, 4 if target.backend == "hip" else 8, 1, False, _CHUNK, max_registers=255)
     if itemsize == 4:
-        return AttentionConfig(32, 32, 8, 1) if head_dim <= 64 else AttentionConfig(16, 16, 8, 1)
+        block_m, block_n = (32, 16 if heavy else 32) if head_dim <= 64 else (16, 16)
+        return AttentionConfig(block_m, block_n, 8, 1, max_registers=255 if heavy else None)
     family = _family(target)
+    if ragged and heavy and head_dim <= 128 and family != "amd":
+        return _BACKWARD_QUERY_RAGGED
     if blocks and family != "amd":
         return _from_table(_BACKWARD_QUERY_BLOCKS, head_dim)
     heavy_table = _BACKWARD_HEAVY_AMD if family == "amd" else _BACKWARD_QUERY_HEAVY
@@ -134,7 +149,13 @@ def attention_backward_query_config(
 
 @cache
 def attention_backward_key_config(
-    target: Target, head_dim: int, itemsize: int, heavy: bool = False, packed: bool = False, blocks: bool = False
+    target: Target,
+    head_dim: int,
+    itemsize: int,
+    heavy: bool = False,
+    packed: bool = False,
+    blocks: bool = False,
+    ragged: bool = False,
 ) -> AttentionConfig:
     """For dK and dV: block_n key columns stay in registers, block_m query rows pass by."""
     if target.backend == "interpreter":
@@ -142,11 +163,13 @@ def attention_backward_key_config(
     if itemsize == 4 and head_dim > 128:
         block_n, warps = (16, 4) if target.backend == "hip" else (16 if heavy else 32, 8)
         return AttentionConfig(16, block_n, warps, 1, not heavy, _CHUNK, max_registers=255)
-    if itemsize == 4 and blocks:
-        return AttentionConfig(16, 32, 8, 1)
+    if itemsize == 4 and heavy:
+        return AttentionConfig(16, 32, 4 if target.backend == "hip" else 8, 1, max_registers=255)
     if itemsize == 4:
         return AttentionConfig(32 if head_dim <= 64 else 16, 32, 4 if head_dim <= 32 else 8, 1)
     family = _family(target)
+    if ragged and heavy and head_dim <= 128 and family != "amd":
+        return _BACKWARD_KEY_RAGGED
     wide_on_sm_100 = family == "sm_100" and head_dim > 128  # else one more tile than tensor memory holds
     if packed and not heavy and (family in ("sm_80", "small") or wide_on_sm_100):
         return _from_table(_BACKWARD_KEY_PACKED, head_dim)
@@ -154,12 +177,15 @@ def attention_backward_key_config(
     return _from_table(heavy_table if heavy else _BACKWARD_KEY[family], head_dim)
 
 
-def attention_backward_bias_config(target: Target, head_dim: int, itemsize: int) -> AttentionConfig:
+def attention_backward_bias_config(
+    target: Target, head_dim: int, itemsize: int, ragged: bool = False
+) -> AttentionConfig:
     """For dBias: a tile of the bias stays in registers, and Q, dO, K and V are read whole for each of its terms."""
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     block = 32 if (head_dim <= 128 and itemsize == 2) or head_dim <= 64 else 16
-    return AttentionConfig(block, block, 4, 1)
+    warps = 8 if ragged and itemsize == 2 and block == 32 and target.backend == "cuda" else 4
+    return AttentionConfig(block, block, warps, 1, max_registers=255 if itemsize == 4 and head_dim <= 32 else None)
 
 
 # Decoding reads the cache once, whatever the tile: the fewest rows that a dot takes, keys enough to keep loads in flight.

@@ -15,6 +15,11 @@ def head_block(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+def is_ragged(head_dim: int, value_dim: int) -> bool:
+    """Whether 16 does not divide a head: rows of contiguous tensors are then read element by element."""
+    return head_dim % 16 != 0 or value_dim % 16 != 0
+
+
 def strides(tensor: Tensor | None) -> tuple[int, ...] | None:
     """The strides that a kernel needs of (B, H, N, D): the last is 1. Of (B, H): both."""
     if tensor is None:
