@@ -127,6 +127,14 @@ def _walk_keys(
     return dq
 
 
+@triton.jit
+def _query_block(number, num_heads, num_queries, BLOCK_M: tl.constexpr):
+    """(batch, head, first row) of a program; under a causal mask the last rows see most: longest first."""
+    blocks = tl.cdiv(num_queries, BLOCK_M)
+    batch_head = number // blocks
+    return batch_head // num_heads, batch_head % num_heads, (blocks - 1 - number % blocks) * BLOCK_M
+
+
 @triton.jit(do_not_specialize=["num_heads", "group", "num_queries", "num_keys", "left", "right", "threshold"])
 def _attention_backward_query(
     q_ptr, q_strides,  # (B, Hq, Nq, D)
@@ -148,11 +156,9 @@ def _attention_backward_query(
     STATISTICS: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """dQ of one block of rows; stores the rows' statistics for the other passes."""
-    blocks = tl.cdiv(num_queries, BLOCK_M)
-    batch_head = tl.program_id(0) // blocks
-    start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
-    batch = batch_head // num_heads
-    head = batch_head % num_heads
+    batch, head, start_m = _query_block(tl.program_id(0), num_heads, num_queries, BLOCK_M)
+    batch_head = batch * num_heads + head
+    max_queries = num_queries
     b, h, kv_h = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
     lse_rows, delta_rows = row_statistics(statistics_ptr, batch_head, num_queries, STATISTICS)
     if slopes_ptr is not None:
@@ -168,7 +174,6 @@ def _attention_backward_query(
         v_ptr += first_k * v_strides[2]
         out_ptr += first_q * out_strides[2]
         do_ptr += first_q * do_strides[2]
-        dq_ptr += first_q * dq_strides[2]
         lse_ptr += first_q
         if dlse_ptr is not None:
             dlse_ptr += first_q
@@ -211,6 +216,7 @@ def _attention_backward_query(
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 
+    EDGE_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N > 32 else BLOCK_N
     dq = zero_chunks(BLOCK_M, D, CHUNK)
     low, full_low, full_high, high = visible_range(start_m, num_queries, num_keys, shift, left, right, BLOCK_M, BLOCK_N)
     lists = None
@@ -220,7 +226,7 @@ def _attention_backward_query(
         dq = _walk_keys(
             dq, q, do, minus_lse, minus_delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr,
             bias_strides, slope, seed, low, tl.minimum(full_low, high), batch, head, offs_m, rows, num_keys, shift, left,
-            right, score_scale, softcap, threshold, keep_scale, D, DV, CHUNK, CHUNK_V, BLOCK_N, PLAIN,
+            right, score_scale, softcap, threshold, keep_scale, D, DV, CHUNK, CHUNK_V, EDGE_N, PLAIN,
             True, PRECISION, HOIST,
         )  # fmt: skip
     dq = _walk_keys(
@@ -232,9 +238,15 @@ def _attention_backward_query(
     dq = _walk_keys(
         dq, q, do, minus_lse, minus_delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr,
         bias_strides, slope, seed, full_high, high, batch, head, offs_m, rows, num_keys, shift, left,
-        right, score_scale, softcap, threshold, keep_scale, D, DV, CHUNK, CHUNK_V, BLOCK_N, PLAIN,
+        right, score_scale, softcap, threshold, keep_scale, D, DV, CHUNK, CHUNK_V, EDGE_N, PLAIN,
         True, PRECISION, HOIST,
     )  # fmt: skip
+    batch, head, start_m = _query_block(tl.program_id(0) + hidden_zero(num_heads), num_heads, max_queries, BLOCK_M)
+    b, h, m = batch.to(tl.int64), head.to(tl.int64), start_m.to(tl.int64)
+    if cu_q_ptr is not None:
+        first_q, num_queries = sequence(cu_q_ptr, batch)
+        b = 0
+        m += first_q
     dq_ptr += b * dq_strides[0] + h * dq_strides[1] + m * dq_strides[2]
     again = tl.arange(0, BLOCK_M) + hidden_zero(num_heads)
     rows = (again < num_queries - start_m)[:, None]
