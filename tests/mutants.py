@@ -115,8 +115,25 @@ MUTANTS = (
         'family == "sm_100" and head_dim > 256',
         (*BUDGETS, "sm_100 and D256 and causal"),
     ),
-    Mutant("delta dropped", "kernels/recompute.py", "ds = p * (dp - delta)", "ds = p * dp", ATTENTION),
-    Mutant("gradient of the LSE has the wrong sign", BACKWARD, "delta -= tl.load(", "delta += tl.load(", ATTENTION),
+    Mutant("delta dropped", "kernels/recompute.py", "dp += minus_delta", "dp += 0.0", ATTENTION),
+    Mutant("dK's scores begin with 0", BACKWARD, "k, q, minus_lse if PLAIN else None", "k, q, None", ATTENTION),
+    Mutant(
+        "statistics in the wrong unit", BACKWARD, "minus_lse / score_scale if PLAIN", "minus_lse if PLAIN", ATTENTION
+    ),
+    Mutant(
+        "gradient of the LSE has the wrong sign",
+        BACKWARD,
+        "minus_delta += tl.load(",
+        "minus_delta -= tl.load(",
+        ATTENTION,
+    ),
+    Mutant(
+        "dK and dV of packed sequences end where unpacked ones would",
+        BACKWARD,
+        "n += first_k",
+        "n += 0",
+        ("tests/test_varlen.py", "-k", "triton"),
+    ),
     Mutant(
         "derivative of the softcap",
         "kernels/masks.py",

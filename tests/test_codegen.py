@@ -65,6 +65,13 @@ def test_bounds_of_a_loop_by_hand():
     assert (result.overlapped, result.alternating, result.serial) == (1.0, 0.5, 0.5)
 
 
+def test_what_is_never_executed_only_takes_its_turn():
+    never = parse(SASS.replace("  MUFU.EX2 R9, R8", "@!PT LDS RZ, [RZ]"))
+    (loop,) = [loop for loop in find_loops(never) if loop.is_innermost]
+    result = report_loop(never, loop.instructions, MULTIPROCESSORS["sm_80"], 4, is_whole_kernel=False)
+    assert result.cycles == {"tensor": 8.0, "issue": 3.0}
+
+
 @pytest.mark.parametrize(
     ("code", "size"),
     [("LDG.E.128", 16), ("LDG.E.64.CONSTANT", 8), ("STG.E", 4), ("LDG.E.U16", 2), ("LDS.U8", 1), ("LDSM.16.M88.4", 16)],

@@ -64,6 +64,8 @@ def cost(program: Program, index: int, processor: Multiprocessor, warps: int) ->
     """The cost of instruction `index`; an instruction that no pipe is charged for still takes its issue slot."""
     instruction = program.instructions[index]
     opcode = instruction.opcode
+    if instruction.predicate == "@!PT":
+        return Cost("other")  # never executed: ptxas puts such loads around the waits for asynchronous copies
     if opcode in _WARP_MMA:
         return _warp_mma(instruction, processor)
     if opcode in _WARPGROUP_MMA:

@@ -7,6 +7,7 @@ comparison, no bounds check), then those at the right edge. The backward pass is
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -289,10 +290,10 @@ def explain(
     """The tiles that the kernels of this call would use."""
     _, heavy = score_class(mask, bias, alibi_slopes, seed, scale, softcap)
     target, width = current_target(), max(head_block(query.shape[3]), head_block(value.shape[3]))
-    configs = {
+    configs: dict[str, Any] = {
         "forward": attention_forward_config,
         "backward, dQ": attention_backward_query_config,
-        "backward, dK and dV": attention_backward_key_config,
+        "backward, dK and dV": partial(attention_backward_key_config, grouped=query.shape[1] > key.shape[1]),
     }
     lines = [f"target {target.backend}" + (f" sm_{target.arch}" if target.arch else "")]
     for name, choose in configs.items():

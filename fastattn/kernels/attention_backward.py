@@ -6,7 +6,8 @@ With P = exp(S - LSE) recomputed tile by tile, dropout factors Z (1 / (1 - p) or
     dS = P ∘ (dP - delta)   dBias = dS              dX = dS ∘ cap'(X)         dQ = scale · dX K     dK = scale · dXᵀ Q
 
 (Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691, algorithm 2; X = scale·Q Kᵀ before the softcap.)
-Rows that see nothing have LSE = -inf; the dQ pass turns it into +inf, so that P = 0.
+The dQ pass stores -delta and -LSE, in base 2 or, where a logit is just scale·q·k, in units of q·k: the products of the dK and dV
+pass begin with them instead of 0. Rows that see nothing have LSE = -inf, and it stays -inf, so that P = 0.
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ import triton.language as tl
 
 from fastattn.block_mask import Blocks
 from fastattn.kernels.attention_bias import attention_backward_bias
-from fastattn.kernels.chunks import dot_add, dot_transposed, load_chunks, row_products, store_chunks, zero_chunks
+from fastattn.kernels.chunks import (
+    dot_add,
+    dot_transposed,
+    hidden_zero,
+    load_chunks,
+    row_products,
+    store_chunks,
+    tile_offsets,
+    zero_chunks,
+)
 from fastattn.kernels.config import (
     AttentionConfig,
     attention_backward_bias_config,
@@ -59,15 +69,15 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _walk_keys(
-    dq, q, do, lse, delta, k_ptr, k_stride, v_ptr, v_stride, mask_ptr, mask_stride, lists, bias_ptr, bias_stride, slope, seed,
+    dq, q, do, minus_lse, minus_delta, k_ptr, k_stride, v_ptr, v_stride, mask_ptr, mask_stride, lists, bias_ptr, bias_stride, slope, seed,
     low, high, batch, head, offs_m, rows, num_keys, shift, left, right, scale, softcap, threshold, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_N: tl.constexpr,
     PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys [low, high), or the blocks at these positions of a block mask's list, to dQ / scale of a block of rows."""
     offs_n = tl.arange(0, BLOCK_N)
-    k_offsets = offs_n[:, None] * k_stride + tl.arange(0, CHUNK)[None, :]
-    v_offsets = offs_n[:, None] * v_stride + tl.arange(0, CHUNK_V)[None, :]
+    k_offsets = tile_offsets(offs_n, k_stride, CHUNK)
+    v_offsets = tile_offsets(offs_n, v_stride, CHUNK_V)
     if lists is not None:
         bits = (offs_m - lists[2])[:, None] * BLOCK + offs_n[None, :]
     for position in tl.range(low, high, BLOCK_N, disable_licm=not HOIST):
@@ -78,6 +88,10 @@ def _walk_keys(
             if EDGE:
                 mask_ptrs = mixed_tile(lists, kind) + bits + start % BLOCK
         in_bounds = offs_n < num_keys - start
+        if not HOIST:
+            again = offs_n + hidden_zero(num_keys - start)
+            k_offsets = tile_offsets(again, k_stride, CHUNK)
+            v_offsets = tile_offsets(again, v_stride, CHUNK_V)
         visible = None
         columns_ok = None
         keys_ok = None
@@ -100,18 +114,26 @@ def _walk_keys(
         bias = None
         if bias_ptr is not None:
             bias = load_pair(bias_ptr, bias_stride, offs_m[:, None], columns, rows, columns_ok).to(tl.float32)
-        product = dot_transposed(q, k, PRECISION)
+        product = dot_transposed(q, k, None, PRECISION)
         distance = (offs_m + shift)[:, None] - columns
         p, capped = probability(
-            product, lse[:, None], mask, bias, slope, distance, visible, scale, softcap, PLAIN
+            product, minus_lse[:, None], mask, bias, slope, distance, visible, scale, softcap, PLAIN
         )  # fmt: skip
         kept = None
         if seed is not None:
             kept = keep(seed, batch, head, offs_m[:, None], columns, threshold)
-        dp = dot_transposed(do, v, PRECISION)
-        _ds, dx = score_gradient(p, dp, delta[:, None], capped, kept, keep_scale, softcap)
+        dp = dot_transposed(do, v, None, PRECISION)
+        _ds, dx = score_gradient(p, dp, minus_delta[:, None], capped, kept, keep_scale, softcap)
         dq = dot_add(dx, k, dq, PRECISION)
     return dq
+
+
+@triton.jit
+def _query_block(number, num_heads, num_queries, BLOCK_M: tl.constexpr):
+    """(batch, head, first row) of a program; under a causal mask the last rows see most: longest first."""
+    blocks = tl.cdiv(num_queries, BLOCK_M)
+    batch_head = number // blocks
+    return batch_head // num_heads, batch_head % num_heads, (blocks - 1 - number % blocks) * BLOCK_M
 
 
 @triton.jit(do_not_specialize=["num_heads", "group", "num_queries", "num_keys", "left", "right", "threshold"])
@@ -127,7 +149,7 @@ def _attention_backward_query(
     cu_q_ptr, cu_k_ptr,  # int32 (sequences + 1,): packed sequences, as in the forward; or None
     out_ptr, out_strides, do_ptr, do_strides,  # (B, Hq, Nq, DV)
     lse_ptr, dlse_ptr, lse_strides,  # fp32 (B, Hq, Nq); dlse may be None
-    statistics_ptr,  # fp32 (B, Hq, 2, Nq padded): base-2 LSE, +inf where a row sees nothing, and delta
+    statistics_ptr,  # fp32 (B, Hq, 2, Nq padded): minus the LSE, -inf where a row sees nothing, and minus delta
     dq_ptr, dq_strides,  # (B, Hq, Nq, D)
     score_scale, scale, softcap, threshold, keep_scale, num_heads, group, num_queries, num_keys, left, right,
     D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr,
@@ -135,11 +157,9 @@ def _attention_backward_query(
     STATISTICS: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """dQ of one block of rows; stores the rows' statistics for the other passes."""
-    blocks = tl.cdiv(num_queries, BLOCK_M)
-    batch_head = tl.program_id(0) // blocks
-    start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
-    batch = batch_head // num_heads
-    head = batch_head % num_heads
+    batch, head, start_m = _query_block(tl.program_id(0), num_heads, num_queries, BLOCK_M)
+    batch_head = batch * num_heads + head
+    max_queries = num_queries
     b, h, kv_h = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
     lse_rows, delta_rows = row_statistics(statistics_ptr, batch_head, num_queries, STATISTICS)
     if slopes_ptr is not None:
@@ -155,7 +175,6 @@ def _attention_backward_query(
         v_ptr += first_k * v_strides[2]
         out_ptr += first_q * out_strides[2]
         do_ptr += first_q * do_strides[2]
-        dq_ptr += first_q * dq_strides[2]
         lse_ptr += first_q
         if dlse_ptr is not None:
             dlse_ptr += first_q
@@ -177,13 +196,13 @@ def _attention_backward_query(
     do_ptr += b * do_strides[0] + h * do_strides[1] + m * do_strides[2]
     do = load_chunks(do_ptr + local * do_strides[2] + offs_dv[None, :], rows, DV, CHUNK_V)
     row_offsets = b * lse_strides[0] + h * lse_strides[1] + offs_m
-    delta = row_products(o, do)
+    minus_delta = -row_products(o, do)
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + row_offsets, mask=in_bounds, other=0.0)
-    lse = tl.load(lse_ptr + row_offsets, mask=in_bounds, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)  # a row that sees nothing: P = 0
-    tl.store(lse_rows + offs_m, lse, mask=in_bounds)
-    tl.store(delta_rows + offs_m, delta, mask=in_bounds)
+        minus_delta += tl.load(dlse_ptr + row_offsets, mask=in_bounds, other=0.0)
+    lse = tl.load(lse_ptr + row_offsets, mask=in_bounds, other=float("-inf"))
+    minus_lse = tl.where(lse == float("-inf"), lse, lse * -LOG2E)  # a row that sees nothing: P = 0
+    tl.store(lse_rows + offs_m, minus_lse / score_scale if PLAIN else minus_lse, mask=in_bounds)
+    tl.store(delta_rows + offs_m, minus_delta, mask=in_bounds)
 
     k_ptr += b * k_strides[0] + kv_h * k_strides[1]
     v_ptr += b * v_strides[0] + kv_h * v_strides[1]
@@ -198,6 +217,7 @@ def _attention_backward_query(
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 
+    EDGE_N: tl.constexpr = BLOCK_N // 2 if BLOCK_N > 32 else BLOCK_N
     dq = zero_chunks(BLOCK_M, D, CHUNK)
     low, full_low, full_high, high = visible_range(start_m, num_queries, num_keys, shift, left, right, BLOCK_M, BLOCK_N)
     lists = None
@@ -205,25 +225,33 @@ def _attention_backward_query(
         full_high, high, lists = block_list(mask_blocks, batch, head, start_m)
     if left is not None:
         dq = _walk_keys(
-            dq, q, do, lse, delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr,
+            dq, q, do, minus_lse, minus_delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr,
             bias_strides, slope, seed, low, tl.minimum(full_low, high), batch, head, offs_m, rows, num_keys, shift, left,
-            right, score_scale, softcap, threshold, keep_scale, D, DV, CHUNK, CHUNK_V, BLOCK_N, PLAIN,
+            right, score_scale, softcap, threshold, keep_scale, D, DV, CHUNK, CHUNK_V, EDGE_N, PLAIN,
             True, PRECISION, HOIST,
         )  # fmt: skip
     dq = _walk_keys(
-        dq, q, do, lse, delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr,
+        dq, q, do, minus_lse, minus_delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr,
         bias_strides, slope, seed, full_low, full_high, batch, head, offs_m, rows, num_keys, shift, left,
         right, score_scale, softcap, threshold, keep_scale, D, DV, CHUNK, CHUNK_V, BLOCK_N, PLAIN,
         False, PRECISION, HOIST,
     )  # fmt: skip
     dq = _walk_keys(
-        dq, q, do, lse, delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr,
+        dq, q, do, minus_lse, minus_delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr,
         bias_strides, slope, seed, full_high, high, batch, head, offs_m, rows, num_keys, shift, left,
-        right, score_scale, softcap, threshold, keep_scale, D, DV, CHUNK, CHUNK_V, BLOCK_N, PLAIN,
+        right, score_scale, softcap, threshold, keep_scale, D, DV, CHUNK, CHUNK_V, EDGE_N, PLAIN,
         True, PRECISION, HOIST,
     )  # fmt: skip
+    batch, head, start_m = _query_block(tl.program_id(0) + hidden_zero(num_heads), num_heads, max_queries, BLOCK_M)
+    b, h, m = batch.to(tl.int64), head.to(tl.int64), start_m.to(tl.int64)
+    if cu_q_ptr is not None:
+        first_q, num_queries = sequence(cu_q_ptr, batch)
+        b = 0
+        m += first_q
     dq_ptr += b * dq_strides[0] + h * dq_strides[1] + m * dq_strides[2]
-    store_chunks(dq_ptr + local * dq_strides[2] + offs_d[None, :], dq, scale, rows, D, CHUNK)
+    again = tl.arange(0, BLOCK_M) + hidden_zero(num_heads)
+    rows = (again < num_queries - start_m)[:, None]
+    store_chunks(dq_ptr + tile_offsets(again, dq_strides[2], CHUNK), dq, scale, rows, D, CHUNK)
 
 
 @triton.jit
@@ -236,8 +264,8 @@ def _walk_queries(
     """Adds the query rows [low, high), or the blocks at these positions of a block mask's list, to dK / scale and dV of one
     block of keys, as transposed tiles (K Qᵀ)."""
     offs_m = tl.arange(0, BLOCK_M)
-    q_offsets = offs_m[:, None] * q_stride + tl.arange(0, CHUNK)[None, :]
-    do_offsets = offs_m[:, None] * do_stride + tl.arange(0, CHUNK_V)[None, :]
+    q_offsets = tile_offsets(offs_m, q_stride, CHUNK)
+    do_offsets = tile_offsets(offs_m, do_stride, CHUNK_V)
     if lists is not None:
         bits = (offs_n - lists[2])[:, None] + offs_m[None, :] * BLOCK
     for position in tl.range(low, high, BLOCK_M, disable_licm=not HOIST):
@@ -248,6 +276,10 @@ def _walk_queries(
             if EDGE:
                 mask_ptrs = mixed_tile(lists, kind) + bits + start % BLOCK * BLOCK
         in_bounds = offs_m < num_queries - start
+        if not HOIST:
+            again = offs_m + hidden_zero(num_queries - start)
+            q_offsets = tile_offsets(again, q_stride, CHUNK)
+            do_offsets = tile_offsets(again, do_stride, CHUNK_V)
         visible = None
         rows = None
         queries_ok = None
@@ -263,11 +295,11 @@ def _walk_queries(
         # [BLOCK_M, DV]
         do = load_chunks(do_ptr + at * do_stride + do_offsets, queries_ok, DV, CHUNK_V)
         if EDGE:
-            lse = tl.load(lse_ptr + at + offs_m, mask=in_bounds, other=float("inf"))
-            delta = tl.load(delta_ptr + at + offs_m, mask=in_bounds, other=0.0)
+            minus_lse = tl.load(lse_ptr + at + offs_m, mask=in_bounds, other=float("-inf"))[None, :]
+            minus_delta = tl.load(delta_ptr + at + offs_m, mask=in_bounds, other=0.0)[None, :]
         else:
-            lse = tl.load(lse_ptr + at + offs_m)
-            delta = tl.load(delta_ptr + at + offs_m)
+            minus_lse = tl.load(lse_ptr + at + offs_m)[None, :]
+            minus_delta = tl.load(delta_ptr + at + offs_m)[None, :]
         # [BLOCK_N, BLOCK_M] each
         if mask_ptr is not None:
             mask_ptrs = pair_pointers(mask_ptr, mask_stride, queries, offs_n[:, None])
@@ -277,10 +309,10 @@ def _walk_queries(
         bias = None
         if bias_ptr is not None:
             bias = load_pair(bias_ptr, bias_stride, queries, offs_n[:, None], rows, columns_ok).to(tl.float32)
-        product = dot_transposed(k, q, PRECISION)
+        product = dot_transposed(k, q, minus_lse if PLAIN else None, PRECISION)
         distance = queries + shift - offs_n[:, None]
         p, capped = probability(
-            product, lse[None, :], mask, bias, slope, distance, visible, scale, softcap, PLAIN
+            product, None if PLAIN else minus_lse, mask, bias, slope, distance, visible, scale, softcap, PLAIN
         )  # fmt: skip
         kept = None
         p_kept = p
@@ -288,10 +320,19 @@ def _walk_queries(
             kept = keep(seed, batch, head, queries, offs_n[:, None], threshold)
             p_kept = tl.where(kept, p * keep_scale, 0.0)
         dv = dot_add(p_kept, do, dv, PRECISION)
-        dp = dot_transposed(v, do, PRECISION)
-        _ds, dx = score_gradient(p, dp, delta[None, :], capped, kept, keep_scale, softcap)
+        dp = dot_transposed(v, do, minus_delta if seed is None else None, PRECISION)
+        _ds, dx = score_gradient(p, dp, None if seed is None else minus_delta, capped, kept, keep_scale, softcap)
         dk = dot_add(dx, q, dk, PRECISION)
     return dk, dv
+
+
+@triton.jit
+def _key_block(number, num_kv_heads, num_keys, BLOCK_N: tl.constexpr):
+    """(batch, key head, first key) of a program."""
+    blocks = tl.cdiv(num_keys, BLOCK_N)
+    batch_head = number // blocks
+    # under a causal mask the first keys are seen most: longest first
+    return batch_head // num_kv_heads, batch_head % num_kv_heads, number % blocks * BLOCK_N
 
 
 @triton.jit(do_not_specialize=["num_kv_heads", "num_queries", "num_keys", "left", "right", "threshold"])
@@ -306,7 +347,7 @@ def _attention_backward_key(
     seed_ptr,  # int64 (1,), or None
     cu_q_ptr, cu_k_ptr,  # int32 (sequences + 1,), or None
     do_ptr, do_strides,  # (B, Hq, Nq, DV)
-    statistics_ptr,  # fp32 (B, Hq, 2, Nq padded): base-2 LSE and delta
+    statistics_ptr,  # fp32 (B, Hq, 2, Nq padded): minus the LSE, and minus delta
     dk_ptr, dk_strides,  # (B, Hkv, Nk, D)
     dv_ptr, dv_strides,  # (B, Hkv, Nk, DV)
     score_scale, scale, softcap, threshold, keep_scale, num_kv_heads, num_queries, num_keys, left, right,
@@ -315,14 +356,10 @@ def _attention_backward_key(
     STATISTICS: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of keys: the sum over the query heads that share it, in a fixed order."""
-    blocks = tl.cdiv(num_keys, BLOCK_N)
-    batch_head = tl.program_id(0) // blocks
-    start_n = tl.program_id(0) % blocks * BLOCK_N  # under a causal mask the first keys are seen most: longest first
-    batch = batch_head // num_kv_heads
-    kv_head = batch_head % num_kv_heads
+    batch, kv_head, start_n = _key_block(tl.program_id(0), num_kv_heads, num_keys, BLOCK_N)
     b, kv_h = batch.to(tl.int64), kv_head.to(tl.int64)
     num_heads = num_kv_heads * GROUP
-    max_queries = num_queries
+    max_queries, max_keys = num_queries, num_keys
     if cu_q_ptr is not None:
         first_q, num_queries = sequence(cu_q_ptr, batch)
         first_k, num_keys = sequence(cu_k_ptr, batch)
@@ -333,8 +370,6 @@ def _attention_backward_key(
         do_ptr += first_q * do_strides[2]
         k_ptr += first_k * k_strides[2]
         v_ptr += first_k * v_strides[2]
-        dk_ptr += first_k * dk_strides[2]
-        dv_ptr += first_k * dv_strides[2]
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, CHUNK)
     offs_dv = tl.arange(0, CHUNK_V)
@@ -349,17 +384,20 @@ def _attention_backward_key(
     # [BLOCK_N, DV]
     v_ptr += b * v_strides[0] + kv_h * v_strides[1] + n * v_strides[2]
     v = load_chunks(v_ptr + local * v_strides[2] + offs_dv[None, :], columns_ok, DV, CHUNK_V)
+    EDGE_M: tl.constexpr = BLOCK_M // 2 if BLOCK_M > 32 else BLOCK_M
     dk = zero_chunks(BLOCK_N, D, CHUNK)
     dv = zero_chunks(BLOCK_N, DV, CHUNK_V)
     seed = None
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    low, full_low, full_high, high = visible_range(
-        start_n, num_keys, num_queries, -shift, right, left, BLOCK_N, BLOCK_M
-    )
     for member in range(GROUP):
         head = kv_head * GROUP + member
         h = head.to(tl.int64)
+        first = start_n + hidden_zero(head)
+        offs_n = first + tl.arange(0, BLOCK_N)
+        low, full_low, full_high, high = visible_range(
+            first, num_keys, num_queries, -shift, right, left, BLOCK_N, BLOCK_M
+        )
         q_head = q_ptr + b * q_strides[0] + h * q_strides[1]
         do_head = do_ptr + b * do_strides[0] + h * do_strides[1]
         lse_head, delta_head = row_statistics(statistics_ptr, batch * num_heads + head, max_queries, STATISTICS)
@@ -380,7 +418,7 @@ def _attention_backward_key(
                 dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_head, delta_head,
                 mask_head, mask_strides, lists, bias_head, bias_strides, slope, seed, low, tl.minimum(full_low, high), batch, head,
                 offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
-                D, DV, CHUNK, CHUNK_V, BLOCK_M, PLAIN, True, PRECISION, HOIST,
+                D, DV, CHUNK, CHUNK_V, EDGE_M, PLAIN, True, PRECISION, HOIST,
             )  # fmt: skip
         dk, dv = _walk_queries(
             dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_head, delta_head,
@@ -392,14 +430,20 @@ def _attention_backward_key(
             dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_head, delta_head,
             mask_head, mask_strides, lists, bias_head, bias_strides, slope, seed, full_high, high, batch, head,
             offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
-            D, DV, CHUNK, CHUNK_V, BLOCK_M, PLAIN, True, PRECISION, HOIST,
+            D, DV, CHUNK, CHUNK_V, EDGE_M, PLAIN, True, PRECISION, HOIST,
         )  # fmt: skip
+    batch, kv_head, start_n = _key_block(tl.program_id(0) + hidden_zero(num_kv_heads), num_kv_heads, max_keys, BLOCK_N)
+    b, kv_h, n = batch.to(tl.int64), kv_head.to(tl.int64), start_n.to(tl.int64)
+    if cu_k_ptr is not None:
+        first_k, num_keys = sequence(cu_k_ptr, batch)
+        b = 0
+        n += first_k
     dk_ptr += b * dk_strides[0] + kv_h * dk_strides[1] + n * dk_strides[2]
     dv_ptr += b * dv_strides[0] + kv_h * dv_strides[1] + n * dv_strides[2]
-    dk_ptrs = dk_ptr + local * dk_strides[2] + offs_d[None, :]
-    dv_ptrs = dv_ptr + local * dv_strides[2] + offs_dv[None, :]
-    store_chunks(dk_ptrs, dk, scale, columns_ok, D, CHUNK)
-    store_chunks(dv_ptrs, dv, 1.0, columns_ok, DV, CHUNK_V)
+    again = tl.arange(0, BLOCK_N) + hidden_zero(num_kv_heads)
+    columns_ok = (again < num_keys - start_n)[:, None]
+    store_chunks(dk_ptr + tile_offsets(again, dk_strides[2], CHUNK), dk, scale, columns_ok, D, CHUNK)
+    store_chunks(dv_ptr + tile_offsets(again, dv_strides[2], CHUNK_V), dv, 1.0, columns_ok, DV, CHUNK_V)
 
 
 def _blocks(config: AttentionConfig) -> dict[str, Any]:
@@ -477,7 +521,7 @@ def backward(
             column_blocks if sum_columns else 1, SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, BLOCK_D=block_d, BLOCK_DV=block_dv, **constants, **_blocks(config),
         )  # fmt: skip
     config = attention_backward_key_config(
-        target, width, query.element_size(), heavy, packing is not None, blocks is not None, ragged
+        target, width, query.element_size(), heavy, packing is not None, blocks is not None, ragged, group > 1
     )
     launch(
         _attention_backward_key, (batch * kv_heads * triton.cdiv(num_keys, config.block_n),), *inputs(launch_lists(blocks, by_column=True)), *sequences, grad_out,
@@ -488,7 +532,7 @@ def backward(
         # the sink's probability exp(sink - LSE), 0 for a row that sees nothing, times -delta
         share = (sinks.float()[:, None] - lse).exp().masked_fill(lse == float("-inf"), 0.0)
         if packing is None:
-            delta = statistics[:, :, 1, :num_queries]
+            delta = -statistics[:, :, 1, :num_queries]
         else:
             delta = (grad_out.float() * out.float()).sum(-1) - (0.0 if grad_lse is None else grad_lse)
         grad_sinks = -(share * delta).sum((0, 2)).to(sinks.dtype)

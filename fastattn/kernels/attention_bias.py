@@ -69,8 +69,8 @@ def attention_backward_bias(
                 v_ptr + b * v_strides[0] + kv_h * v_strides[1] + n64 * v_strides[2] + offs_dv, keys_ok, columns_v
             )
             lse_head, delta_head = row_statistics(statistics_ptr, b * num_heads + h, num_queries, STATISTICS)
-            lse = tl.load(lse_head + offs_m, mask=offs_m < num_queries, other=float("inf"))
-            delta = tl.load(delta_head + offs_m, mask=offs_m < num_queries, other=0.0)
+            minus_lse = tl.load(lse_head + offs_m, mask=offs_m < num_queries, other=float("-inf"))
+            minus_delta = tl.load(delta_head + offs_m, mask=offs_m < num_queries, other=0.0)
             mask = None
             slope = None
             kept = None
@@ -89,12 +89,12 @@ def attention_backward_bias(
             distance = (offs_m + shift)[:, None] - offs_n[None, :]
             product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             p, capped = probability(
-                product, lse[:, None], mask, bias, slope, distance, visible, score_scale, softcap, PLAIN
+                product, minus_lse[:, None], mask, bias, slope, distance, visible, score_scale, softcap, PLAIN
             )  # fmt: skip
             if seed_ptr is not None:
                 kept = keep(seed, batch, head, offs_m[:, None], offs_n[None, :], threshold)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            ds, _dx = score_gradient(p, dp, delta[:, None], capped, kept, keep_scale, softcap)
+            ds, _dx = score_gradient(p, dp, minus_delta[:, None], capped, kept, keep_scale, softcap)
             total += ds
     dbias_ptr += bias_b.to(tl.int64) * dbias_strides[0] + bias_h.to(tl.int64) * dbias_strides[1]
     offs_m = first_m + tl.arange(0, BLOCK_M)

@@ -12,6 +12,18 @@ from fastattn.kernels.masks import load_tile
 
 
 @triton.jit
+def hidden_zero(positive):
+    """0, which the compiler takes for unknown: what is added to it is computed again here, not held in registers from before."""
+    return positive >> 31
+
+
+@triton.jit
+def tile_offsets(rows, stride, COLUMNS: tl.constexpr):
+    """Of a tile of the first COLUMNS columns. Unsigned, so that the high half of each in an address is no register of its own."""
+    return (rows[:, None] * stride + tl.arange(0, COLUMNS)[None, :]).to(tl.uint32)
+
+
+@triton.jit
 def load_chunks(pointers, rows, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
     """The first WIDTH columns of a tile, as [rows, CHUNK] each; `pointers` are those of the first. The rest of the last is 0."""
     tiles = ()
@@ -48,9 +60,13 @@ def row_products(a, b):
 
 
 @triton.jit
-def dot_transposed(a, b, PRECISION: tl.constexpr):
-    """A Bᵀ, the sum over the chunks of both."""
-    product = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
+def dot_transposed(a, b, start, PRECISION: tl.constexpr):
+    """start + A Bᵀ, the sum over the chunks of both; `start` broadcasts, or is None for 0."""
+    if start is None:
+        product = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
+    else:
+        product = tl.broadcast_to(start, [a[0].shape[0], b[0].shape[0]])
+        product = tl.dot(a[0], tl.trans(b[0]), product, input_precision=PRECISION)
     for index in tl.static_range(1, len(a)):
         product = tl.dot(a[index], tl.trans(b[index]), product, input_precision=PRECISION)
     return product

@@ -10,15 +10,16 @@ STATISTICS = 128  # the rows of a head's statistics are padded to a multiple of 
 
 @triton.jit
 def row_statistics(ptr, batch_head, num_queries, STATISTICS: tl.constexpr):
-    """Where a head's (base-2 LSE, delta) rows start: padded, so that aligned loads of a whole block are possible."""
+    """Where a head's rows of minus LSE and minus delta start: padded, so that aligned loads of a whole block are possible."""
     padded = tl.cdiv(num_queries, STATISTICS) * STATISTICS
     lse_ptr = ptr + batch_head.to(tl.int64) * (2 * padded)
     return lse_ptr, lse_ptr + padded
 
 
 @triton.jit
-def probability(product, lse, mask, bias, slope, distance, visible, scale, softcap, PLAIN: tl.constexpr):
-    """-> (P, the capped score). `lse` broadcasts over the tile; `mask` and `visible` may be None."""
+def probability(product, minus_lse, mask, bias, slope, distance, visible, scale, softcap, PLAIN: tl.constexpr):
+    """-> (P, the capped score). `minus_lse` broadcasts over the tile, and is None where `product` began with it; `mask` and
+    `visible` may be None, too."""
     capped = product
     if PLAIN:
         logit = product
@@ -29,10 +30,12 @@ def probability(product, lse, mask, bias, slope, distance, visible, scale, softc
         logit = tl.where(visible, logit, float("-inf"))
     if mask is not None:
         logit = tl.where(mask != 0, logit, float("-inf"))
-    if PLAIN:
-        return tl.exp2(tl.fma(logit, scale, -lse)), capped
+    if minus_lse is None:
+        return tl.exp2(logit * scale), capped
+    elif PLAIN:
+        return tl.exp2(tl.fma(logit, scale, minus_lse)), capped
     else:
-        return tl.exp2(logit - lse), capped
+        return tl.exp2(logit + minus_lse), capped
 
 
 @triton.jit
@@ -45,11 +48,14 @@ def load_pair(ptr, stride, rows, columns, rows_ok, columns_ok):
 
 
 @triton.jit
-def score_gradient(p, dp, delta, capped, kept, keep_scale, softcap):
-    """-> (dS, dX): with respect to the logit, and to scale·q·k. `kept` is dropout's choice, or None."""
+def score_gradient(p, dp, minus_delta, capped, kept, keep_scale, softcap):
+    """-> (dS, dX): with respect to the logit, and to scale·q·k. `kept` is dropout's choice, or None. `minus_delta` is None
+    where `dp` began with it."""
     if kept is not None:
         dp = tl.where(kept, dp * keep_scale, 0.0)
-    ds = p * (dp - delta)
+    if minus_delta is not None:
+        dp += minus_delta
+    ds = p * dp
     if softcap is not None:
         return ds, ds * capped_score_derivative(capped, softcap)
     else:

@@ -65,5 +65,6 @@ def score_class(
     mask: Tensor | Blocks | None, bias: Tensor | None, alibi_slopes: Tensor | None, seed: Tensor | None, scale: float, softcap: float
 ) -> tuple[bool, bool]:  # fmt: skip
     """(plain, heavy): whether a logit is just scale·q·k with a positive scale, and whether it needs many registers."""
-    plain = bias is None and alibi_slopes is None and softcap == 0.0 and scale > 0.0
+    # the backward divides log-sum-exps by the scale
+    plain = bias is None and alibi_slopes is None and softcap == 0.0 and scale > 1e-20
     return plain, not plain or mask is not None or seed is not None
