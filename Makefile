@@ -8,7 +8,7 @@ PROCESSES := -n auto --maxprocesses 8 --dist worksteal
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-classifier demo-pipeline chat test gpu test-all lint format types bench mutants clean
+.PHONY: help demo demo-classifier demo-pipeline chat test gpu browser test-all lint format types bench mutants clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ gpu: $(VENV)/.dev ## on a machine with a GPU: its tests, the benchmarks, and eac
 	FASTATTN_TEST_GPU=1 $(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m bench.report
 	$(BIN)/python -m bench.codegen --measure
+
+browser: $(VENV)/.browser ## with Chromium (apt-get install chromium): try the server's page as a person would
+	$(BIN)/python -m pytest tests/browser_serve.py
 
 test-all: $(VENV)/.dev ## run the tests and the exhaustive sweeps
 	$(BIN)/python -m pytest $(PROCESSES) -m "slow or not slow"
@@ -87,4 +90,8 @@ $(VENV)/.pipeline: $(VENV)/.examples
 $(VENV)/.dev: $(VENV)/.examples
 	@echo "installing the tools for tests and style into $(VENV)"
 	@$(INSTALL) -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(VENV)/.browser: $(VENV)/.dev
+	@$(INSTALL) -c constraints.txt -e ".[browser]"
 	@touch $@

@@ -100,7 +100,10 @@ class Job:
     def __init__(
         self, engine: batching.Engine, tokenizer: Tokenizer, text: str, body: CompletionRequest, timeout: float
     ):
-        prompt = corpus.encode_prompt(tokenizer, text)
+        try:
+            prompt = corpus.encode_prompt(tokenizer, text)
+        except corpus.DataError as error:
+            raise Refusal(400, f"prompt is empty, and {error}") from error
         if len(prompt) > engine.model.config.context_length:
             longest = engine.model.config.context_length
             raise Refusal(400, f"prompt has {len(prompt)} tokens; the model reads at most {longest}")

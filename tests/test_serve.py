@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from fastattn.models import GPT, Classifier, ClassifierConfig, GPTConfig
 
@@ -50,10 +51,22 @@ def make_gpt(**settings: Any) -> GPT:
     return model.eval()
 
 
+def make_classifier(**settings: Any) -> tuple[Classifier, Any]:
+    """With its tokenizer."""
+    import labelled
+
+    words = labelled.train_tokenizer(["a good film", "a bad film"], 100)
+    torch.manual_seed(0)
+    settings = {"context_length": 8, "num_heads": 2, "d_model": 16} | settings
+    model = Classifier(ClassifierConfig(words.get_vocab_size(), 2, **settings))
+    for parameter in model.parameters():  # so that it looks at some words more than at others
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model.eval(), words
+
+
 @pytest.fixture
 def client(scripts: None) -> Iterator[Callable[..., Any]]:
     """Makes a client of an application with a GPT and a classifier; what it serves is in its attribute `texts`."""
-    import labelled
     import serve
     from fastapi.testclient import TestClient
 
@@ -62,10 +75,7 @@ def client(scripts: None) -> Iterator[Callable[..., Any]]:
     def make(model: GPT | None = None, **limits: Any) -> Any:
         bounds = serve.Limits(**({"max_tokens": 60} | limits))
         texts = serve.Texts(model or make_gpt(), tokenizer(), "tiny", bounds)
-        words = labelled.train_tokenizer(["a good film", "a bad film"], 100)
-        torch.manual_seed(0)
-        config = ClassifierConfig(words.get_vocab_size(), 2, context_length=8, num_heads=2, d_model=16)
-        labels = serve.Labels(Classifier(config).eval(), words, ["bad", "good"], "reviews", bounds)
+        labels = serve.Labels(*make_classifier(), ["bad", "good"], "reviews", bounds)
         test_client = TestClient(serve.create_app(texts, labels, bounds))
         test_client.texts, test_client.labels = texts, labels
         opened.append(test_client.__enter__())
@@ -224,6 +234,16 @@ def test_refused_requests(client: Callable[..., Any], body: dict[str, Any], stat
     assert response.status_code == status
     assert message in response.json()["error"]["message"]
     assert web.post("/v1/completions", json={"prompt": "a"}).status_code == 200
+
+
+def test_an_empty_prompt(client: Callable[..., Any]) -> None:
+    """Starts a new text, where the tokenizer has a token for that."""
+    web = client()
+    assert web.post("/v1/completions", json={"prompt": ""}).status_code == 200
+    web.texts.tokenizer = Tokenizer.from_str(web.texts.tokenizer.to_str().replace("<|endoftext|>", "<|other|>"))
+    response = web.post("/v1/completions", json={"prompt": ""})
+    assert response.status_code == 400
+    assert "prompt is empty" in response.json()["error"]["message"]
 
 
 def test_a_large_body_that_does_not_say_so(client: Callable[..., Any]) -> None:
