@@ -264,7 +264,7 @@ def forward(
     plain, heavy = score_class(given_mask, bias, alibi_slopes, seed, scale, softcap)
     config = attention_forward_config(
         current_target(), max(block_d, block_dv), query.element_size(), heavy, blocks is not None,
-        is_ragged(head_dim, value_dim),
+        is_ragged(head_dim, value_dim), packing is not None,
     )  # fmt: skip
     arguments: tuple[Any, ...] = (
         query, strides(query), key, strides(key), value, strides(value), mask, pair_strides(mask),

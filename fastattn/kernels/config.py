@@ -50,14 +50,14 @@ _FORWARD: dict[str, _Table] = {
 _BACKWARD_QUERY: dict[str, _Table] = {
     "sm_80": {64: (128, 32, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 1)},
     "sm_90": {64: (64, 64, 4, 2), 128: (128, 128, 8, 2, False), 256: (32, 32, 4, 1)},
-    "sm_100": {64: (128, 128, 8, 1), 128: (128, 128, 8, 2, False), 256: (128, 32, 8, 1)},
+    "sm_100": {64: (128, 128, 8, 1, True, MAX_HEAD, 255), 128: (128, 128, 8, 2, False), 256: (128, 32, 8, 1)},
     "small": {64: (128, 32, 8, 2), 128: (128, 32, 8, 2), 256: (64, 16, 8, 1)},
     "amd": {64: (128, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
 }
 _BACKWARD_KEY: dict[str, _Table] = {
-    "sm_80": {64: (32, 128, 4, 2), 128: (32, 64, 4, 2), 256: (16, 64, 8, 1)},
+    "sm_80": {64: (16, 128, 4, 2), 128: (32, 64, 4, 2), 256: (16, 64, 8, 1)},
     "sm_90": {64: (64, 128, 8, 1), 128: (64, 128, 8, 2, False), 256: (16, 32, 4, 1)},
-    "sm_100": {64: (64, 128, 8, 1), 128: (64, 128, 8, 1), 256: (64, 64, 8, 1)},
+    "sm_100": {64: (64, 128, 8, 1, True, MAX_HEAD, 192), 128: (64, 128, 8, 1), 256: (64, 64, 8, 1)},
     "small": {64: (32, 64, 4, 2), 128: (32, 64, 8, 1), 256: (16, 64, 8, 1)},
     "amd": {64: (32, 128, 4, 1), 128: (32, 64, 4, 1), 256: (16, 32, 4, 1)},
 }
@@ -92,10 +92,14 @@ _FORWARD_RAGGED = AttentionConfig(32, 16, 8, 1)
 _BACKWARD_QUERY_RAGGED = AttentionConfig(32, 32, 8, 1, chunk=_CHUNK)
 _BACKWARD_KEY_RAGGED = AttentionConfig(32, 32, 8, 1, hoist=False)
 
-
-# Heads that share a key head, and packed sequences, keep more counters and pointers through the loops of dK and dV: with two
-# stages they spill 96 and 104 bytes on sm_90, with one 16 and 40 (Triton 3.9.0; 3.7.1 none).
-_BACKWARD_KEY_GROUPED: dict[str, AttentionConfig] = {"sm_90": AttentionConfig(64, 128, 8, 1, False)}
+# Heads that share a key head, and packed sequences, keep more counters and pointers through the loops: with the tiles above dK and dV
+# spill 8 to 184 bytes (on sm_90 with Triton 3.9.0 alone), packed forwards of 128 on sm_90 8 bytes.
+_BACKWARD_KEY_GROUPED: dict[str, _Table] = {
+    "sm_80": {64: (32, 64, 4, 2), 128: (32, 64, 8, 1)},
+    "sm_90": {128: (64, 128, 8, 1, False)},
+    "sm_100": {128: (64, 128, 8, 1, False)},
+}
+_FORWARD_PACKED: dict[str, _Table] = {"sm_90": {128: (128, 64, 8, 2)}}
 
 
 def _family(target: Target) -> str:
@@ -104,17 +108,23 @@ def _family(target: Target) -> str:
     return {80: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(target.arch, "small")
 
 
+def _width(head_dim: int) -> int:
+    """The tables' width of a head."""
+    return next(width for width in (64, 128, MAX_HEAD) if head_dim <= width)
+
+
 def _from_table(table: _Table, head_dim: int) -> AttentionConfig:
     return AttentionConfig(*table[next(width for width in table if head_dim <= width)])
 
 
 @cache
 def attention_forward_config(
-    target: Target, head_dim: int, itemsize: int, heavy: bool = False, blocks: bool = False, ragged: bool = False
-) -> AttentionConfig:
+    target: Target, head_dim: int, itemsize: int, heavy: bool = False, blocks: bool = False, ragged: bool = False,
+    packed: bool = False,
+) -> AttentionConfig:  # fmt: skip
     """head_dim: the larger of Dq and Dv; itemsize: bytes per element; heavy: scores need more than a scale and a window;
     blocks: there is a block mask (and then heavy is true); ragged: 16 does not divide a head, so that it is read element
-    by element."""
+    by element; packed: sequences lie one after the other."""
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     if itemsize == 4 and head_dim > 128:
@@ -127,6 +137,9 @@ def attention_forward_config(
         return _FORWARD_RAGGED
     if blocks and family != "amd":
         return _from_table(_FORWARD_BLOCKS, head_dim)
+    table = _FORWARD_PACKED.get(family, {})
+    if packed and not heavy and (width := _width(head_dim)) in table:
+        return AttentionConfig(*table[width])
     heavy_table = _FORWARD_HEAVY_LIMITED.get(family, _FORWARD_HEAVY)
     return _from_table(heavy_table if heavy else _FORWARD[family], head_dim)
 
@@ -180,8 +193,9 @@ def attention_backward_key_config(
     wide_on_sm_100 = family == "sm_100" and head_dim > 128  # else one more tile than tensor memory holds
     if packed and not heavy and (family in ("sm_80", "small") or wide_on_sm_100):
         return _from_table(_BACKWARD_KEY_PACKED, head_dim)
-    if (grouped or packed) and not heavy and 64 < head_dim <= 128 and family in _BACKWARD_KEY_GROUPED:
-        return _BACKWARD_KEY_GROUPED[family]
+    table = _BACKWARD_KEY_GROUPED.get(family, {})
+    if (grouped or packed) and not heavy and (width := _width(head_dim)) in table:
+        return AttentionConfig(*table[width])
     heavy_table = _BACKWARD_HEAVY_AMD if family == "amd" else _BACKWARD_KEY_HEAVY
     return _from_table(heavy_table if heavy else _BACKWARD_KEY[family], head_dim)
 
