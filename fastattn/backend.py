@@ -71,6 +71,11 @@ def choose(device: torch.device) -> tuple[str, str]:
     return _choose(device.type, _override)
 
 
+def eager_on_cpu() -> bool:
+    """Whether CPU tensors run in PyTorch, asked without a device: calls of less than a millisecond ask it each time."""
+    return _choose("cpu", _override)[0] == "eager"
+
+
 @cache
 def _choose(device_type: str, override: str | None) -> tuple[str, str]:
     has_triton = triton_available()

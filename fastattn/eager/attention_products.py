@@ -29,9 +29,11 @@ _HALVED = 128  # rows from which on the half of the rows that sees half of the k
 
 def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `backward` can do it, and faster."""
+    if query.dtype != torch.bfloat16:
+        return False
     (_, heads, rows, dim), (_, kv_heads, columns, _) = query.shape, key.shape
     small = max(rows, columns) * dim <= _LARGEST and heads // kv_heads * rows * columns <= _SCORES
-    return query.dtype == torch.bfloat16 and dim == value.shape[3] and small and _has_tiles()
+    return dim == value.shape[3] and small and _has_tiles()
 
 
 @cache

@@ -33,7 +33,7 @@ def can_read_tokens(model: GPT) -> bool:
         return False
     if not weight.is_cpu or observed((weight,)) or torch.is_autocast_enabled("cpu"):
         return False
-    if backend.choose(weight.device)[0] != "eager" or torch.nn.modules.module._has_any_global_hook():
+    if not backend.eager_on_cpu() or torch.nn.modules.module._has_any_global_hook():
         return False
     _, *modules = model.modules()
     return (

@@ -25,7 +25,7 @@ from fastattn.ops.checks import (
     check_tensor,
     name_of,
 )
-from fastattn.ops.library import call, define, differentiate, needs_composite, observed
+from fastattn.ops.library import call, define, differentiate, listening, needs_composite
 
 MAX_HEAD_DIM = 256
 
@@ -263,9 +263,12 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: fl
 
     The way through checks and dispatch shows in calls of a few milliseconds, after a kernel that swept the caches.
     """
-    if torch.compiler.is_compiling() or not (type(query) is type(key) is type(value) is Tensor):
+    if listening() or not (type(query) is type(key) is type(value) is Tensor and backend.eager_on_cpu()):
         return None
-    if not query.is_cpu or query.dtype not in FLOAT_DTYPES or not query.dtype is key.dtype is value.dtype:
+    dtype = query.dtype
+    if dtype not in FLOAT_DTYPES or not (
+        dtype is key.dtype is value.dtype and query.is_cpu and key.is_cpu and value.is_cpu
+    ):
         return None
     shape, kv_shape = query.shape, key.shape
     if len(shape) != 4 or kv_shape != value.shape or not 0 < shape[3] <= MAX_HEAD_DIM or 0 in shape or 0 in kv_shape:
@@ -275,9 +278,7 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: fl
         return None
     if not query.stride(3) == key.stride(3) == value.stride(3) == 1 or torch._C._is_any_autocast_enabled():
         return None
-    if not key.is_cpu or not value.is_cpu or observed((query,)) or torch.autograd.forward_ad._current_level >= 0:
-        return None
-    if backend.choose(query.device)[0] != "eager":
+    if torch.autograd.forward_ad._current_level >= 0:
         return None
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return _Plain.apply(query, key, value, bool(causal), shape[3] ** -0.5 if scale is None else float(scale))

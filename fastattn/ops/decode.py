@@ -21,7 +21,7 @@ from fastattn.ops.checks import (
     check_tensor,
     name_of,
 )
-from fastattn.ops.library import call, define, observed
+from fastattn.ops.library import call, define, listening
 from fastattn.ops.rotary import rotary
 
 
@@ -158,11 +158,11 @@ def _by_torch(
     end = length + new
     if not 0 < end <= capacity or length < 0 or batch == 0 or kv_heads == 0 or heads == 0 or heads % kv_heads:
         return None
-    if any(t.stride(3) != 1 for t in tensors) or observed((query,)) or torch._C._is_any_autocast_enabled():
+    if any(t.stride(3) != 1 for t in tensors) or listening() or torch._C._is_any_autocast_enabled():
         return None
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return None
-    if torch.autograd.forward_ad._current_level >= 0 or backend.choose(query.device)[0] != "eager":
+    if torch.autograd.forward_ad._current_level >= 0 or not backend.eager_on_cpu():
         return None
     keys, values = key_cache[:batch, :, :end], value_cache[:batch, :, :end]
     keys[:, :, length:].copy_(key)

@@ -41,17 +41,19 @@ def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
 
 def observed(arguments: Sequence[Any]) -> bool:
     """True where an op has to be seen as an op, or where its implementation cannot run on these tensors."""
-    if (
+    return listening() or not _PLAIN.issuperset(map(type, arguments)) or bool(arguments[0].is_meta)
+
+
+def listening() -> bool:
+    """Whether a compiler, a tracer, a mode, a transform or the profiler sees what is called."""
+    return bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
-        or not _PLAIN.issuperset(map(type, arguments))
-    ):
-        return True
-    return bool(arguments[0].is_meta)
+    )
 
 
 def differentiate(

@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fastattn.backend import choose, device_guard, implementation
+from fastattn.backend import device_guard, eager_on_cpu, implementation
 from fastattn.eager.normalization import modulate, normalise, sums_over_rows
 from fastattn.eager.random import drop
 from fastattn.ops import checks
@@ -175,7 +175,7 @@ def _by_torch(
         return None
     if weight is None and bias is not None:  # PyTorch's gradient cannot be differentiated again
         return None
-    if choose(input.device)[0] != "eager":
+    if not eager_on_cpu():
         return None
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
     try:
