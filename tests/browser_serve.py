@@ -142,9 +142,14 @@ def test_a_person_who_leaves(browser: Browser, page: Page, gpt: str) -> None:
 def test_labels_and_what_they_rest_on(page: Page, classifier: str) -> None:
     page.goto(classifier)
     expect(page.get_by_role("heading", name="Write on")).to_be_hidden()
-    classify(page, "A good film, not a bad film.")
-    expect(page.locator("#label")).to_have_text(re.compile(r"^\s*\d+\.\d %  (good|bad)\s+\d+\.\d %  (good|bad)$"))
-    expect(page.locator("#map")).to_have_text("A good film, not a bad film.")
+    text = "A good film, not a bad film.   "
+    classify(page, text)
+    label, parts = page.locator("#label"), r"\s*(\d+\.\d) %  (good|bad)"
+    expect(label).to_have_text(re.compile(f"^{parts}{parts}$"))
+    first, second = (float(share) for share, _ in re.findall(parts, label.inner_text()))
+    assert first > second, label.inner_text()
+    expect(page.locator("#heads")).to_be_visible()
+    assert page.locator("#map").text_content() == text
     colours = "spans => spans.map(span => getComputedStyle(span).backgroundColor)"
     mean = page.locator("#map span").evaluate_all(colours)
     assert len(set(mean)) > 2
