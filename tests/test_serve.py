@@ -400,6 +400,19 @@ def test_a_server_in_a_process_of_its_own(tmp_path: Path) -> None:
         process.wait()
 
 
+def test_a_server_that_asks_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One request as a client would send it, its answer or its refusal, and the end."""
+    import serve
+
+    make_gpt().save_pretrained(tmp_path / "gpt")
+    (tmp_path / "gpt" / "tokenizer.json").write_text(tokenizer().to_str())
+    for text, expected in (("a b", '"text": "'), ("a b " * 200, "the model reads at most")):
+        assert serve.main([str(tmp_path / "gpt"), "--device", "cpu", "--port", "0", "--ask", text]) == 0
+        printed = capsys.readouterr().out
+        assert "POST /v1/completions" in printed
+        assert expected in printed
+
+
 def test_a_taken_port() -> None:
     import serve
     from training import TrainingError
