@@ -291,9 +291,9 @@ def test_products_of_a_few_rows(rows, columns, has_bias, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gelu_tanh_of_many_numbers_in_blocks(dtype):
-    """The CPU's way beyond a few thousand numbers: the last block is a rest, and extreme values stay finite."""
-    z = (3.0 * torch.randn(3, 70_001, generator=torch.manual_seed(0))).to(dtype)
+def test_gelu_tanh_and_its_gradient_on_the_cpu(dtype):
+    """dY is overwritten where that is allowed, and nowhere else; extreme values stay finite."""
+    z = (3.0 * torch.randn(3, 701, generator=torch.manual_seed(0))).to(dtype)
     z[0, :4] = torch.tensor([-60000.0, 60000.0, -20.0, 20.0])
     dy = torch.randn(z.shape, generator=torch.manual_seed(1)).to(dtype)
 

@@ -23,7 +23,7 @@ from fastattn.eager.exponential import LEAST_EXPONENT
 from fastattn.layout import new_gradient
 
 _LARGEST = 1 << 14  # length · head_dim up to which this is the faster way
-_SCORES = 1 << 21  # of the heads that are done together: with their copies they stay near the cores
+_SCORES = 1 << 22  # of the heads that are done together: 16 MB of fp32
 _HALVED = 128  # rows from which on the half of the rows that sees half of the keys is done by itself
 
 
@@ -87,29 +87,29 @@ def _of_heads(
         k = torch.cat([k, added], 3)
     k, v = (t.view(products, columns, -1).mT for t in (k, v))
 
+    q, do = (t.new_ones(*t.shape[:3], dim + 1, dtype=torch.float32) for t in (query, grad_out))
+    q[..., :dim], do[..., :dim] = query, grad_out
+    torch.neg((do[..., :dim] * out).sum(-1), out=do[..., dim])
+    do *= scale
+    q[..., :dim] *= scale
+    q = q if key_bias is None else torch.cat([q, q.new_ones(*q.shape[:3], 1)], 3)
+    torch.neg(lse, out=q[..., dim])
+
     size = products * stacked * columns
     p_low, ds_low = (part[:size].view(batch, heads, rows, columns) for part in low_room)
     half = rows // 2 if is_causal and rows >= _HALVED else 0
     for block in (slice(0, half), slice(half, rows)) if half else (slice(0, rows),):
         seen = block.stop if is_causal else columns
-        q = query.new_ones(batch, heads, block.stop - block.start, k.shape[1], dtype=torch.float32)
-        q[..., :dim] = query[:, :, block]
-        q[..., :dim] *= scale
-        torch.neg(lse[:, :, block], out=q[..., dim])
-        do = torch.empty_like(q[..., : dim + 1], memory_format=torch.contiguous_format)
-        do[..., :dim] = grad_out[:, :, block]
-        torch.neg((do[..., :dim] * out[:, :, block]).sum(-1), out=do[..., dim])
-        do *= scale
-        shape = products, q[..., 0].numel() // products, seen
+        shape = products, (block.stop - block.start) * heads // kv_heads, seen
         p, ds = (part[: math.prod(shape)].view(shape) for part in room)
-        torch.bmm(q.view(*shape[:2], -1), k[..., :seen], out=p)
+        torch.bmm(q[:, :, block].reshape(*shape[:2], -1), k[..., :seen], out=p)
         p.clamp_(LEAST_EXPONENT, 1.0).exp_()  # (a hidden key may have any score)
         of_rows = batch, heads, -1, seen
         if key_bias is not None:
             p.view(of_rows).mul_(visible[..., :seen])
         if is_causal:
             p.view(of_rows).tril_(block.start)
-        torch.bmm(do.view(*shape[:2], -1), v[..., :seen], out=ds).mul_(p)
+        torch.bmm(do[:, :, block].reshape(*shape[:2], -1), v[..., :seen], out=ds).mul_(p)
         for low, part in ((p_low, p), (ds_low, ds)):
             low[:, :, block, :seen] = part.view(of_rows)
             low[:, :, block, seen:] = 0.0
