@@ -18,6 +18,7 @@ import torch
 
 Run = Callable[[], object]
 
+LONG_ROUND, FEWEST_ROUNDS = 4.0, 3  # a round of more seconds than that is not repeated more often than it must be
 SHORTEST = 2e-3  # seconds: a shorter run is repeated, so that the clock and the caches of the others do not matter
 RESAMPLES = 400
 L2_FLUSH_BYTES = 256 << 20  # larger than the L2 cache of any GPU
@@ -77,17 +78,20 @@ def race(contestants: Mapping[str, Run], device: torch.device, seconds: float, r
         contestants: what to run, by name.
         device: where they run; on a GPU, CUDA events time them and the L2 cache is flushed before each run.
         seconds: about how long all of it may take; at least `rounds` rounds are done.
-        rounds: the fewest rounds.
+        rounds: the fewest rounds; three where a round takes more than four seconds.
     """
     clock = _events(device) if device.type == "cuda" else _wall_clock
     repeats, once = {}, 0.0
     for name, run in contestants.items():
         run()
-        taken = min(clock(run, 1) for _ in range(2))
+        taken = clock(run, 1)
+        if taken < 10 * SHORTEST:  # (what takes longer is not repeated in any case)
+            taken = min(taken, clock(run, 1))
         repeats[name] = 1 if device.type == "cuda" else max(1, round(SHORTEST / taken))
         once += taken * repeats[name]
     names, shuffle = list(contestants), Random(0).shuffle
     times: dict[str, list[float]] = {name: [] for name in names}
+    rounds = min(rounds, FEWEST_ROUNDS) if once > LONG_ROUND else rounds
     end = time.perf_counter() + seconds - once
     while len(times[names[0]]) < rounds or time.perf_counter() < end:
         shuffle(names)  # nobody always runs in the caches that the same one left
