@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_NUMBERS = 1 << 20  # logits of a block of rows: 4 MB of fp32; with smaller ones cores wait more often for each other
+BLOCK_NUMBERS = 1 << 20  # logits of a block of rows: 4 MB of fp32, few enough parallel regions where cores are shared
 ADDED_NUMBERS = 1 << 20  # of a block of a sum: its copy stays near the cores
 CHUNK_ROWS = 512  # rows of a chunk: enough to keep the matrix products busy, if the chunk's logits are
 LEAST_CHUNK, LARGEST_CHUNK = 1 << 21, 1 << 23  # logits of a chunk: 8 to 32 MB of fp32
