@@ -26,13 +26,15 @@ def forward(
     precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse). Shapes as in `fastattn.ops.varlen`."""
-    out = new_output(query, value.shape[3]).zero_()
-    lse = torch.full(query.shape[:3], float("-inf"), device=query.device)
+    out, end = new_output(query, value.shape[3]), 0
+    lse = torch.empty(query.shape[:3], device=query.device)
     for index, q, k, slopes in _sequences(packing, alibi_slopes):
+        end = q.stop
         out[:, :, q], lse[:, :, q] = attention.forward(
             query[:, :, q], key[:, :, k], value[:, :, k], None, None, slopes, sinks, seed, scale, window_left, window_right,
             softcap, dropout_p, precision, index,
         )  # fmt: skip
+    out[:, :, end:], lse[:, :, end:] = 0.0, float("-inf")
     return out, lse
 
 
@@ -60,9 +62,11 @@ def backward(
     window_left: int | None, window_right: int | None, softcap: float, dropout_p: float, need_sinks: bool, precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """(grad_query, grad_key, grad_value, grad_sinks or None)."""
-    dq, dk, dv = (new_gradient(t).zero_() for t in (query, key, value))
+    dq, dk, dv = map(new_gradient, (query, key, value))
     dsinks = torch.zeros_like(sinks) if sinks is not None and need_sinks else None
+    ends = 0, 0
     for index, q, k, slopes in _sequences(packing, alibi_slopes):
+        ends = q.stop, k.stop
         dq[:, :, q], dk[:, :, k], dv[:, :, k], _, part = attention.backward(
             grad_out[:, :, q], None if grad_lse is None else grad_lse[:, :, q], query[:, :, q], key[:, :, k], value[:, :, k],
             out[:, :, q], lse[:, :, q], None, None, slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p,
@@ -70,6 +74,7 @@ def backward(
         )  # fmt: skip
         if dsinks is not None and part is not None:
             dsinks += part
+    dq[:, :, ends[0] :], dk[:, :, ends[1] :], dv[:, :, ends[1] :] = 0.0, 0.0, 0.0
     return dq, dk, dv, dsinks
 
 
