@@ -6,6 +6,7 @@ import torch
 import fastattn
 from fastattn import BlockMask
 from fastattn.block_mask import EMPTY, FULL
+from fastattn.kernels.config import AttentionConfig
 from fastattn.ops.attention import attention_backward_op, attention_op
 from tests import reference
 from tests.compare import assert_close, value_and_gradients
@@ -103,6 +104,18 @@ def assert_all_close(results):
 @pytest.mark.parametrize("name", MASKS)
 def test_attention_is_that_with_the_dense_mask(name, backend):
     with fastattn.backend.use(backend):
+        assert_all_close(both(*MASKS[name], {}, extras=False))
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(64, 128), (128, 64)])
+@pytest.mark.parametrize("name", ["and", "rows_that_see_nothing", "a_few_pairs"])
+def test_tiles_of_a_gpu(name, rows, keys, monkeypatch):
+    """Mixed blocks are done in smaller tiles than full ones there; the interpreter's own are small in any case."""
+    for config in ("forward", "backward_query", "backward_key"):
+        where = "attention" if config == "forward" else "attention_backward"
+        tile = AttentionConfig(rows, keys, 4, 1)
+        monkeypatch.setattr(f"fastattn.kernels.{where}.attention_{config}_config", lambda *_, tile=tile, **__: tile)
+    with fastattn.backend.use("triton"):
         assert_all_close(both(*MASKS[name], {}, extras=False))
 
 

@@ -220,6 +220,8 @@ def _attention_forward(
     columns_v = None if DV == BLOCK_DV else (offs_dv < DV)[None, :]
     low, full_low, full_high, high = visible_range(start_m, num_queries, num_keys, shift, left, right, BLOCK_M, BLOCK_N)
     lists = None
+    # the addresses of a mixed block's bits take as many registers as its scores
+    EDGE_N: tl.constexpr = 32 if mask_blocks is not None and BLOCK_N > 32 else BLOCK_N
     if mask_blocks is not None:  # without a left or right bound, full_low is 0
         full_high, high, lists = block_list(mask_blocks, batch, head, start_m)
     if left is not None:
@@ -236,7 +238,7 @@ def _attention_forward(
     acc, l, m = _walk_keys(
         acc, l, m, q, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr, bias_strides, slope,
         seed, full_high, high, batch, head, offs_m, rows, num_keys, shift, left, right, scale, softcap,
-        threshold, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN, True, PRECISION, HOIST,
+        threshold, columns_qk, columns_v, BLOCK_D, BLOCK_DV, EDGE_N, PLAIN, True, PRECISION, HOIST,
     )  # fmt: skip
 
     out, lse = finish(acc, l, m, keep_scale)
@@ -261,10 +263,10 @@ def forward(
         batch, num_queries, num_keys = packing.cu_seqlens_q.numel() - 1, packing.max_seqlen_q, packing.max_seqlen_k
         out.zero_()
         lse.fill_(float("-inf"))
-    plain, heavy = score_class(given_mask, bias, alibi_slopes, seed, scale, softcap)
+    plain, scored, heavy = score_class(given_mask, bias, alibi_slopes, seed, scale, softcap)
     config = attention_forward_config(
         current_target(), max(block_d, block_dv), query.element_size(), heavy, blocks is not None,
-        is_ragged(head_dim, value_dim), packing is not None,
+        is_ragged(head_dim, value_dim), packing is not None, scored,
     )  # fmt: skip
     arguments: tuple[Any, ...] = (
         query, strides(query), key, strides(key), value, strides(value), mask, pair_strides(mask),
@@ -288,7 +290,7 @@ def explain(
     softcap: float, dropout_p: float,
 ) -> list[str]:  # fmt: skip
     """The tiles that the kernels of this call would use."""
-    _, heavy = score_class(mask, bias, alibi_slopes, seed, scale, softcap)
+    _, scored, heavy = score_class(mask, bias, alibi_slopes, seed, scale, softcap)
     target, width = current_target(), max(head_block(query.shape[3]), head_block(value.shape[3]))
     configs: dict[str, Any] = {
         "forward": attention_forward_config,
@@ -298,7 +300,9 @@ def explain(
     lines = [f"target {target.backend}" + (f" sm_{target.arch}" if target.arch else "")]
     for name, choose in configs.items():
         ragged = is_ragged(query.shape[3], value.shape[3])
-        config = choose(target, width, query.element_size(), heavy, blocks=isinstance(mask, Blocks), ragged=ragged)
+        config = choose(
+            target, width, query.element_size(), heavy, blocks=isinstance(mask, Blocks), ragged=ragged, scored=scored
+        )
         tile = f"{config.block_m} rows x {config.block_n} keys"
         lines.append(f"{name}: {tile} a step, {config.num_warps} warps, {config.num_stages} stages")
     return lines

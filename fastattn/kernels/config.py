@@ -36,6 +36,7 @@ class AttentionConfig:
 
 
 _Table: TypeAlias = dict[int, tuple[Any, ...]]
+_Widths: TypeAlias = dict[str, tuple[int, ...]]
 
 # 16-bit attention, by architecture and width of a head: the best predicted share of the tensor cores' peak that
 # `python -m bench.tune` found without register spills (causal and not). "small" is every GPU with about 100 KB of shared
@@ -70,18 +71,41 @@ _BACKWARD_KEY: dict[str, _Table] = {
 _CHUNK = 64
 
 # With a mask, bias, ALiBi, softcap or dropout each score needs more registers, and with dropout its ten rounds of
-# integer products outweigh the tensor cores anyway: small tiles. Heads wider than 128 need more: without a limit ptxas stops
-# at 168 registers on sm_90 and spills 32 bytes (forward, packed sequences; on sm_100 the limit makes the spill); dK and dV in
-# one chunk spill 64 on sm_80 (packed), in chunks of 64 none, with a tenth fewer instructions at a width of 192.
+# integer products outweigh the tensor cores anyway: small tiles. dK and dV of heads wider than 128 in one chunk spill 64 bytes on
+# sm_80 (packed), in chunks of 64 none, with a tenth fewer instructions at a width of 192; with every feature on they spill 32 there
+# unless addresses stay in the loop. Forwards of that width: on sm_100 64 rows go to tensor memory, for up to twice the predicted share
+# of 32; on sm_120 32 rows spill 8 to 16 bytes, with and without a limit, 64 none for a 30th more.
 _FORWARD_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 4, 1)}
-# Left alone, ptxas stops at 128 (80) registers on sm_80 (sm_100) and spills 16 (8) bytes of a softcapped score, D128.
-_HEAVY_128: _Table = {**_FORWARD_HEAVY, 128: (64, 32, 8, 1, True, MAX_HEAD, 255)}
-_HEAVY_256: _Table = {**_FORWARD_HEAVY, 256: (32, 16, 4, 1, True, MAX_HEAD, 255)}
-_FORWARD_HEAVY_LIMITED: dict[str, _Table] = {"sm_80": _HEAVY_128, "sm_90": _HEAVY_256, "sm_100": _HEAVY_128}
-_BACKWARD_QUERY_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (32, 32, 4, 1, True, MAX_HEAD, 255), 256: (32, 32, 8, 1)}
+_FORWARD_HEAVY_TALL: _Table = {**_FORWARD_HEAVY, 256: (64, 16, 8, 1)}
+_BACKWARD_QUERY_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)}
 _BACKWARD_KEY_HEAVY: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1, True, _CHUNK)}
+_BACKWARD_KEY_HEAVY_SM_80: _Table = {**_BACKWARD_KEY_HEAVY, 256: (32, 32, 8, 1, False, _CHUNK)}
 _BACKWARD_HEAVY_AMD: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1)}
-# A block mask's lists put addresses into the loop that depend on what was loaded: small tiles, too.
+# Widths of these at which ptxas, left alone, stops at 80, 96, 128 or 168 registers of the 159 to 255 that it needs, and spills 8 to
+# 32 bytes: of a softcapped score, of dropout alone or with a mask, of packed sequences with everything, as architectures differ.
+_FORWARD_LIMITED: _Widths = {"sm_80": (64, 128, 256), "sm_90": (256,), "sm_100": (64, 128, 256)}
+_BACKWARD_QUERY_LIMITED: _Widths = {"sm_80": (128,), "sm_90": (128,), "sm_100": (128, 256), "small": (64, 128)}
+_BACKWARD_KEY_LIMITED: _Widths = {"sm_80": (128,), "sm_90": (64,), "sm_100": (64,), "small": (64,)}
+# A block mask's lists put addresses into the loop that depend on what was loaded: with other features small tiles, too. Alone it
+# takes the tiles of no mask, which makes 2 to 8 times the predicted share, but for these, where they spill 8 to 4,248 bytes.
+_FORWARD_LISTED: dict[str, _Table] = {
+    "sm_80": {64: (64, 64, 4, 2), 128: (128, 64, 8, 1, False)},
+    "sm_90": {256: (32, 32, 8, 1)},
+    "sm_100": {128: (128, 64, 8, 2, False), 256: (64, 64, 8, 1)},
+    "small": {128: (64, 64, 8, 1)},
+}
+_BACKWARD_QUERY_LISTED: dict[str, _Table] = {
+    "sm_80": {64: (64, 64, 4, 2)},
+    "sm_90": {256: (32, 32, 8, 1)},
+    "sm_100": {256: (64, 64, 8, 1, False)},
+    "small": {64: (64, 32, 8, 1), 128: (64, 32, 4, 1)},
+}
+_BACKWARD_KEY_LISTED: dict[str, _Table] = {
+    "sm_80": {128: (64, 64, 8, 1), 256: (32, 64, 8, 1, False)},
+    "sm_90": {256: (32, 32, 8, 1, True, _CHUNK)},
+    "sm_100": {128: (64, 128, 8, 1, False, MAX_HEAD, 255), 256: (64, 64, 8, 1, False)},
+    "small": {64: (64, 64, 8, 1, False), 256: (16, 64, 8, 1, False)},
+}
 _FORWARD_BLOCKS: _Table = {64: (64, 32, 8, 1), 128: (64, 32, 8, 1, False), 256: (32, 32, 8, 1)}
 _BACKWARD_QUERY_BLOCKS: _Table = {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)}
 # Packed sequences keep a few more addresses alive: too many for dK and dV on sm_80 and the small GPUs.
@@ -117,22 +141,50 @@ def _from_table(table: _Table, head_dim: int) -> AttentionConfig:
     return AttentionConfig(*table[next(width for width in table if head_dim <= width)])
 
 
+# ALiBi and a softcap take registers, but no addresses: on sm_90 and sm_100 up to a width of 128 the tiles of plain scores make 1.1 to 6
+# times the predicted share of the small ones. But for these, which spill 8 to 56 bytes with both, or with a softcap.
+_BACKWARD_QUERY_SCORED: dict[str, _Table] = {
+    "sm_90": {128: (128, 64, 8, 2, False)},
+    "sm_100": {64: (128, 128, 8, 1, False)},
+}
+_BACKWARD_KEY_SCORED: dict[str, _Table] = {"sm_90": {128: (32, 128, 8, 1, False)}}
+
+
+def _scored_is_heavy(family: str, head_dim: int, itemsize: int, ragged: bool) -> bool:
+    return family not in ("sm_90", "sm_100") or head_dim > 128 or itemsize == 4 or ragged
+
+
+def _listed(plain: dict[str, _Table], others: dict[str, _Table], family: str, head_dim: int) -> AttentionConfig:
+    """The tiles of a block mask without other features."""
+    width = _width(head_dim)
+    return AttentionConfig(*others.get(family, {}).get(width, plain[family][width]))
+
+
+def _from_heavy_table(table: _Table, limited: _Widths, family: str, head_dim: int) -> AttentionConfig:
+    most = 255 if _width(head_dim) in limited.get(family, ()) else None
+    return replace(_from_table(table, head_dim), max_registers=most)
+
+
 @cache
 def attention_forward_config(
     target: Target, head_dim: int, itemsize: int, heavy: bool = False, blocks: bool = False, ragged: bool = False,
-    packed: bool = False,
+    packed: bool = False, scored: bool = False,
 ) -> AttentionConfig:  # fmt: skip
-    """head_dim: the larger of Dq and Dv; itemsize: bytes per element; heavy: scores need more than a scale and a window;
-    blocks: there is a block mask (and then heavy is true); ragged: 16 does not divide a head, so that it is read element
-    by element; packed: sequences lie one after the other."""
+    """head_dim: the larger of Dq and Dv; itemsize: bytes per element; heavy: scores need more than a scale, a window and
+    a block mask; blocks: there is a block mask; ragged: 16 does not divide a head, so that it is read element
+    by element; packed: sequences lie one after the other; scored: there is ALiBi or a softcap, and heavy is false."""
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
+    family = _family(target)
+    if blocks and not heavy and itemsize == 2 and not ragged and family != "amd":
+        return _listed(_FORWARD, _FORWARD_LISTED, family, head_dim)
+    heavy = heavy or blocks or (scored and _scored_is_heavy(family, head_dim, itemsize, ragged))
     if itemsize == 4 and head_dim > 128:
-        return AttentionConfig(16, 16, 4 if blocks else 8, 1, max_registers=None if blocks else 255)
+        most = 255 if not blocks or family == "sm_80" else None
+        return AttentionConfig(16, 16, 4 if blocks else 8, 1, max_registers=most)
     if itemsize == 4:
         block_n = 16 if heavy or head_dim > 64 else 32
         return AttentionConfig(32, block_n, 8, 1, max_registers=255 if heavy else None)
-    family = _family(target)
     if ragged and heavy and head_dim <= 128:
         return _FORWARD_RAGGED
     if blocks and family != "amd":
@@ -140,29 +192,41 @@ def attention_forward_config(
     table = _FORWARD_PACKED.get(family, {})
     if packed and not heavy and (width := _width(head_dim)) in table:
         return AttentionConfig(*table[width])
-    heavy_table = _FORWARD_HEAVY_LIMITED.get(family, _FORWARD_HEAVY)
-    return _from_table(heavy_table if heavy else _FORWARD[family], head_dim)
+    if heavy:
+        heavy_table = _FORWARD_HEAVY_TALL if family in ("sm_100", "small") else _FORWARD_HEAVY
+        return _from_heavy_table(heavy_table, _FORWARD_LIMITED, family, head_dim)
+    return _from_table(_FORWARD[family], head_dim)
 
 
 @cache
 def attention_backward_query_config(
-    target: Target, head_dim: int, itemsize: int, heavy: bool = False, blocks: bool = False, ragged: bool = False
-) -> AttentionConfig:
+    target: Target, head_dim: int, itemsize: int, heavy: bool = False, blocks: bool = False, ragged: bool = False,
+    scored: bool = False,
+) -> AttentionConfig:  # fmt: skip
     """For dQ: block_m query rows stay in registers, block_n key columns pass by."""
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1, chunk=_CHUNK)
+    family = _family(target)
+    if blocks and not heavy and itemsize == 2 and not ragged and family != "amd":
+        return _listed(_BACKWARD_QUERY, _BACKWARD_QUERY_LISTED, family, head_dim)
+    heavy = heavy or blocks or (scored and _scored_is_heavy(family, head_dim, itemsize, ragged))
     if itemsize == 4 and head_dim > 128:
         return AttentionConfig(16, 16, 4 if target.backend == "hip" else 8, 1, False, _CHUNK, max_registers=255)
     if itemsize == 4:
         block_m, block_n = (32, 16 if heavy else 32) if head_dim <= 64 else (16, 16)
-        return AttentionConfig(block_m, block_n, 8, 1, max_registers=255 if heavy else None)
-    family = _family(target)
+        # of 255 registers a block mask with everything spills 8 bytes on sm_100, of 192 none
+        most = 192 if blocks and family == "sm_100" and head_dim <= 64 else 255
+        return AttentionConfig(block_m, block_n, 8, 1, max_registers=most if heavy else None)
     if ragged and heavy and head_dim <= 128 and family != "amd":
         return _BACKWARD_QUERY_RAGGED
     if blocks and family != "amd":
         return _from_table(_BACKWARD_QUERY_BLOCKS, head_dim)
-    heavy_table = _BACKWARD_HEAVY_AMD if family == "amd" else _BACKWARD_QUERY_HEAVY
-    return _from_table(heavy_table if heavy else _BACKWARD_QUERY[family], head_dim)
+    if heavy:
+        heavy_table = _BACKWARD_HEAVY_AMD if family == "amd" else _BACKWARD_QUERY_HEAVY
+        return _from_heavy_table(heavy_table, _BACKWARD_QUERY_LIMITED, family, head_dim)
+    if scored and (tile := _BACKWARD_QUERY_SCORED.get(family, {}).get(_width(head_dim))):
+        return AttentionConfig(*tile)
+    return _from_table(_BACKWARD_QUERY[family], head_dim)
 
 
 @cache
@@ -175,29 +239,43 @@ def attention_backward_key_config(
     blocks: bool = False,
     ragged: bool = False,
     grouped: bool = False,
+    scored: bool = False,
 ) -> AttentionConfig:
     """For dK and dV: block_n key columns stay in registers, block_m query rows pass by. grouped: several query heads share a key
     head."""
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1, chunk=_CHUNK)
+    family = _family(target)
+    if blocks and not heavy and itemsize == 2 and not ragged and family != "amd":
+        return _listed(_BACKWARD_KEY, _BACKWARD_KEY_LISTED, family, head_dim)
+    heavy = heavy or blocks or (scored and _scored_is_heavy(family, head_dim, itemsize, ragged))
     if itemsize == 4 and head_dim > 128:
         block_n, warps = (16, 4) if target.backend == "hip" else (16 if heavy else 32, 8)
         return AttentionConfig(16, block_n, warps, 1, not heavy, _CHUNK, max_registers=255)
     if itemsize == 4 and heavy:
-        return AttentionConfig(16, 32, 4 if target.backend == "hip" else 8, 1, max_registers=255)
+        # with everything on, 32 keys of grouped heads wider than 64 spill 8 to 24 bytes, 16 keys none for an eighth more instructions;
+        # ragged ones (D72) 16 to 48 on all but sm_80, unless addresses stay in the loop
+        few = grouped and not packed and head_dim > 64 and target.backend == "cuda"
+        hoist = not (ragged and family in ("sm_90", "sm_100", "small") and head_dim > 64)
+        return AttentionConfig(16, 16 if few else 32, 4 if target.backend == "hip" else 8, 1, hoist, max_registers=255)
     if itemsize == 4:
-        return AttentionConfig(32 if head_dim <= 64 else 16, 32, 4 if head_dim <= 32 else 8, 1)
-    family = _family(target)
+        # left alone, ptxas spills 16 bytes of a causal D64 on sm_120
+        most = 255 if family == "small" and 32 < head_dim <= 64 else None
+        return AttentionConfig(32 if head_dim <= 64 else 16, 32, 4 if head_dim <= 32 else 8, 1, max_registers=most)
     if ragged and heavy and head_dim <= 128 and family != "amd":
         return _BACKWARD_KEY_RAGGED
+    if scored and not heavy and (tile := _BACKWARD_KEY_SCORED.get(family, {}).get(_width(head_dim))):
+        return AttentionConfig(*tile)
     wide_on_sm_100 = family == "sm_100" and head_dim > 128  # else one more tile than tensor memory holds
     if packed and not heavy and (family in ("sm_80", "small") or wide_on_sm_100):
         return _from_table(_BACKWARD_KEY_PACKED, head_dim)
     table = _BACKWARD_KEY_GROUPED.get(family, {})
     if (grouped or packed) and not heavy and (width := _width(head_dim)) in table:
         return AttentionConfig(*table[width])
-    heavy_table = _BACKWARD_HEAVY_AMD if family == "amd" else _BACKWARD_KEY_HEAVY
-    return _from_table(heavy_table if heavy else _BACKWARD_KEY[family], head_dim)
+    if heavy:
+        tables = {"amd": _BACKWARD_HEAVY_AMD, "sm_80": _BACKWARD_KEY_HEAVY_SM_80}
+        return _from_heavy_table(tables.get(family, _BACKWARD_KEY_HEAVY), _BACKWARD_KEY_LIMITED, family, head_dim)
+    return _from_table(_BACKWARD_KEY[family], head_dim)
 
 
 def attention_backward_bias_config(

@@ -63,8 +63,11 @@ def dropout_threshold(p: float) -> int:
 
 def score_class(
     mask: Tensor | Blocks | None, bias: Tensor | None, alibi_slopes: Tensor | None, seed: Tensor | None, scale: float, softcap: float
-) -> tuple[bool, bool]:  # fmt: skip
-    """(plain, heavy): whether a logit is just scale·q·k with a positive scale, and whether it needs many registers."""
+) -> tuple[bool, bool, bool]:  # fmt: skip
+    """(plain, scored, heavy): whether a logit is just scale·q·k with a positive scale, whether it needs ALiBi or a softcap
+    and nothing that is loaded, and whether it needs many registers. A block mask alone changes none of them."""
     # the backward divides log-sum-exps by the scale
     plain = bias is None and alibi_slopes is None and softcap == 0.0 and scale > 1e-20
-    return plain, not plain or mask is not None or seed is not None
+    loads = bias is not None or (mask is not None and (not isinstance(mask, Blocks) or not plain))
+    heavy = loads or seed is not None
+    return plain, not plain and not heavy, heavy
