@@ -20,11 +20,11 @@ import json
 import math
 import socket
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -191,8 +191,9 @@ def listen(host: str, port: int) -> socket.socket:
         raise TrainingError(message) from error
 
 
-def ask(server: Server, address: str, text: str) -> None:
-    """One request over HTTP and its answer, printed; the server ends with it. Runs beside the server, in a thread."""
+def ask(server: Server, address: str, text: str) -> bool:
+    """One request over HTTP and its answer, printed; whether it was not refused. The server beside it ends with it."""
+    refused = False
     try:
         path, body = "/v1/classify", {"text": text}
         if server.texts is not None:
@@ -205,10 +206,11 @@ def ask(server: Server, address: str, text: str) -> None:
             with urllib.request.urlopen(urllib.request.Request(address + path, data.encode(), header)) as response:
                 answer = json.load(response)
         except urllib.error.HTTPError as error:
-            answer = json.load(error)
+            answer, refused = json.load(error), True
         print(json.dumps(answer, indent=2, ensure_ascii=False), flush=True)
     finally:
         server.should_exit = True
+    return not refused
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -223,9 +225,10 @@ def main(argv: list[str] | None = None) -> int:
             app = create_app(texts, labels, limits)
             server, address = Server(app, texts), f"http://{arguments.host}:{listener.getsockname()[1]}"
             print(f"{address}  (Ctrl-C ends)", flush=True)
-            if text is not None:
-                threading.Thread(target=ask, args=(server, address, text), daemon=True).start()
-            server.run(sockets=[listener])
+            with ThreadPoolExecutor(1) as pool:
+                answered = None if text is None else pool.submit(ask, server, address, text)
+                server.run(sockets=[listener])
+            return 0 if answered is None or answered.result() else 1
     except (DataError, TrainingError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

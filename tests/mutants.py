@@ -56,6 +56,13 @@ class Mutant:
 MUTANTS = (
     Mutant("accumulator is not rescaled", FORWARD, "acc * rescale[:, None]", "acc", ATTENTION),
     Mutant("denominator is not rescaled", FORWARD, "l = l * rescale + tl.sum(p, 1)", "l = l + tl.sum(p, 1)", ATTENTION),
+    Mutant(
+        "later tiles of a mixed block have the bits of its first",
+        FORWARD,
+        "mixed_tile(lists, kind) + bits + start % BLOCK",
+        "mixed_tile(lists, kind) + bits",
+        BLOCK_MASK,
+    ),
     Mutant("wrong key head under GQA", FORWARD, "(head // group).to(tl.int64)", "(head % 2).to(tl.int64)", ATTENTION),
     Mutant("no guard for rows that see nothing", FORWARD, "tl.where(l > 0, l, 1.0)", "l", ATTENTION),
     Mutant(

@@ -9,12 +9,13 @@ EVERY_LAUNCH = [(case, target) for case in CASES for target in TARGETS]
 
 
 def core_launches() -> list[tuple[Case, str]]:
-    """The first core case of each op on every target, each of the others on one target in turn."""
+    """The first core case of each op on every target, each of the others on two targets in turn."""
     chosen, functions = [], set()
     for number, case in enumerate(case for case in CASES if case.core):
         is_first = case.function not in functions
         functions.add(case.function)
-        chosen += [(case, target) for target in (TARGETS if is_first else (TARGETS[number % len(TARGETS)],))]
+        turn = [TARGETS[(2 * number + step) % len(TARGETS)] for step in range(2)]
+        chosen += [(case, target) for target in (TARGETS if is_first else turn)]
     return chosen
 
 

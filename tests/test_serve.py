@@ -406,8 +406,8 @@ def test_a_server_that_asks_itself(tmp_path: Path, capsys: pytest.CaptureFixture
 
     make_gpt().save_pretrained(tmp_path / "gpt")
     (tmp_path / "gpt" / "tokenizer.json").write_text(tokenizer().to_str())
-    for text, expected in (("a b", '"text": "'), ("a b " * 200, "the model reads at most")):
-        assert serve.main([str(tmp_path / "gpt"), "--device", "cpu", "--port", "0", "--ask", text]) == 0
+    for text, expected, status in (("a b", '"text": "', 0), ("a b " * 200, "the model reads at most", 1)):
+        assert serve.main([str(tmp_path / "gpt"), "--device", "cpu", "--port", "0", "--ask", text]) == status
         printed = capsys.readouterr().out
         assert "POST /v1/completions" in printed
         assert expected in printed

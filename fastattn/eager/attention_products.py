@@ -23,6 +23,7 @@ from fastattn.eager.exponential import LEAST_EXPONENT
 from fastattn.layout import new_gradient
 
 _LARGEST = 1 << 14  # length · head_dim up to which this is the faster way
+_LARGEST_GROUP = 1 << 21  # scores of the query heads that share a key head, likewise
 _SCORES = 1 << 22  # of the heads that are done together: 16 MB of fp32
 _HALVED = 128  # rows from which on the half of the rows that sees half of the keys is done by itself
 
@@ -32,7 +33,7 @@ def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     if query.dtype != torch.bfloat16:
         return False
     (_, heads, rows, dim), (_, kv_heads, columns, _) = query.shape, key.shape
-    small = max(rows, columns) * dim <= _LARGEST and heads // kv_heads * rows * columns <= _SCORES
+    small = max(rows, columns) * dim <= _LARGEST and heads // kv_heads * rows * columns <= _LARGEST_GROUP
     return dim == value.shape[3] and small and _has_tiles()
 
 

@@ -108,8 +108,14 @@ _BACKWARD_KEY_LISTED: dict[str, _Table] = {
 }
 _FORWARD_BLOCKS: _Table = {64: (64, 32, 8, 1), 128: (64, 32, 8, 1, False), 256: (32, 32, 8, 1)}
 _BACKWARD_QUERY_BLOCKS: _Table = {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)}
-# Packed sequences keep a few more addresses alive: too many for dK and dV on sm_80 and the small GPUs.
-_BACKWARD_KEY_PACKED: _Table = {**_BACKWARD_KEY_HEAVY, 64: (32, 64, 4, 1)}
+# Packed sequences keep a few more addresses alive: too many for dK and dV on sm_80 and the small GPUs, and on sm_100 one more tile
+# than tensor memory holds.
+_KEY_PACKED: _Table = {**_BACKWARD_KEY_HEAVY, 64: (32, 64, 4, 1)}
+_BACKWARD_KEY_PACKED: dict[str, _Table] = {
+    "sm_80": _KEY_PACKED,
+    "small": _KEY_PACKED,
+    "sm_100": {256: _KEY_PACKED[256]},
+}
 
 # Ragged heads of up to 128 with every feature: with the tiles above they spill 8 to 256 bytes of addresses at a width of 72.
 _FORWARD_RAGGED = AttentionConfig(32, 16, 8, 1)
@@ -125,6 +131,14 @@ _BACKWARD_KEY_GROUPED: dict[str, _Table] = {
 }
 _FORWARD_PACKED: dict[str, _Table] = {"sm_90": {128: (128, 64, 8, 2)}}
 
+# ALiBi and a softcap take registers, but no addresses: on sm_90 and sm_100 up to a width of 128 the tiles of plain scores make 1.1 to 6
+# times the predicted share of the small ones. But for these, which spill 8 to 56 bytes with both, or with a softcap.
+_BACKWARD_QUERY_SCORED: dict[str, _Table] = {
+    "sm_90": {128: (128, 64, 8, 2, False)},
+    "sm_100": {64: (128, 128, 8, 1, False)},
+}
+_BACKWARD_KEY_SCORED: dict[str, _Table] = {"sm_90": {128: (32, 128, 8, 1, False)}}
+
 
 def _family(target: Target) -> str:
     if target.backend == "hip":
@@ -137,32 +151,28 @@ def _width(head_dim: int) -> int:
     return next(width for width in (64, 128, MAX_HEAD) if head_dim <= width)
 
 
-def _from_table(table: _Table, head_dim: int) -> AttentionConfig:
-    return AttentionConfig(*table[next(width for width in table if head_dim <= width)])
+def _needs_small_tiles(
+    heavy: bool, blocks: bool, scored: bool, head_dim: int, itemsize: int, ragged: bool, family: str
+) -> bool:
+    """Whether scores leave too few registers for the tiles of plain ones."""
+    if heavy or not (blocks or scored):
+        return heavy
+    if itemsize == 4 or ragged:
+        return True
+    return family == "amd" if blocks else family not in ("sm_90", "sm_100") or head_dim > 128
 
 
-# ALiBi and a softcap take registers, but no addresses: on sm_90 and sm_100 up to a width of 128 the tiles of plain scores make 1.1 to 6
-# times the predicted share of the small ones. But for these, which spill 8 to 56 bytes with both, or with a softcap.
-_BACKWARD_QUERY_SCORED: dict[str, _Table] = {
-    "sm_90": {128: (128, 64, 8, 2, False)},
-    "sm_100": {64: (128, 128, 8, 1, False)},
-}
-_BACKWARD_KEY_SCORED: dict[str, _Table] = {"sm_90": {128: (32, 128, 8, 1, False)}}
-
-
-def _scored_is_heavy(family: str, head_dim: int, itemsize: int, ragged: bool) -> bool:
-    return family not in ("sm_90", "sm_100") or head_dim > 128 or itemsize == 4 or ragged
-
-
-def _listed(plain: dict[str, _Table], others: dict[str, _Table], family: str, head_dim: int) -> AttentionConfig:
-    """The tiles of a block mask without other features."""
+def _first(family: str, head_dim: int, *tables: tuple[bool, dict[str, _Table]]) -> AttentionConfig:
+    """From the first table that applies and has this architecture and width."""
     width = _width(head_dim)
-    return AttentionConfig(*others.get(family, {}).get(width, plain[family][width]))
+    found = (table[family][width] for applies, table in tables if applies and width in table.get(family, {}))
+    return AttentionConfig(*next(found))
 
 
 def _from_heavy_table(table: _Table, limited: _Widths, family: str, head_dim: int) -> AttentionConfig:
-    most = 255 if _width(head_dim) in limited.get(family, ()) else None
-    return replace(_from_table(table, head_dim), max_registers=most)
+    width = _width(head_dim)
+    config = AttentionConfig(*table[width])
+    return replace(config, max_registers=255) if width in limited.get(family, ()) else config
 
 
 @cache
@@ -176,26 +186,21 @@ def attention_forward_config(
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     family = _family(target)
-    if blocks and not heavy and itemsize == 2 and not ragged and family != "amd":
-        return _listed(_FORWARD, _FORWARD_LISTED, family, head_dim)
-    heavy = heavy or blocks or (scored and _scored_is_heavy(family, head_dim, itemsize, ragged))
+    heavy = _needs_small_tiles(heavy, blocks, scored, head_dim, itemsize, ragged, family)
     if itemsize == 4 and head_dim > 128:
         most = 255 if not blocks or family == "sm_80" else None
         return AttentionConfig(16, 16, 4 if blocks else 8, 1, max_registers=most)
     if itemsize == 4:
         block_n = 16 if heavy or head_dim > 64 else 32
         return AttentionConfig(32, block_n, 8, 1, max_registers=255 if heavy else None)
-    if ragged and heavy and head_dim <= 128:
+    if not heavy:
+        return _first(family, head_dim, (blocks, _FORWARD_LISTED), (packed, _FORWARD_PACKED), (True, _FORWARD))
+    if ragged and head_dim <= 128:
         return _FORWARD_RAGGED
     if blocks and family != "amd":
-        return _from_table(_FORWARD_BLOCKS, head_dim)
-    table = _FORWARD_PACKED.get(family, {})
-    if packed and not heavy and (width := _width(head_dim)) in table:
-        return AttentionConfig(*table[width])
-    if heavy:
-        heavy_table = _FORWARD_HEAVY_TALL if family in ("sm_100", "small") else _FORWARD_HEAVY
-        return _from_heavy_table(heavy_table, _FORWARD_LIMITED, family, head_dim)
-    return _from_table(_FORWARD[family], head_dim)
+        return AttentionConfig(*_FORWARD_BLOCKS[_width(head_dim)])
+    heavy_table = _FORWARD_HEAVY_TALL if family in ("sm_100", "small") else _FORWARD_HEAVY
+    return _from_heavy_table(heavy_table, _FORWARD_LIMITED, family, head_dim)
 
 
 @cache
@@ -207,9 +212,7 @@ def attention_backward_query_config(
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1, chunk=_CHUNK)
     family = _family(target)
-    if blocks and not heavy and itemsize == 2 and not ragged and family != "amd":
-        return _listed(_BACKWARD_QUERY, _BACKWARD_QUERY_LISTED, family, head_dim)
-    heavy = heavy or blocks or (scored and _scored_is_heavy(family, head_dim, itemsize, ragged))
+    heavy = _needs_small_tiles(heavy, blocks, scored, head_dim, itemsize, ragged, family)
     if itemsize == 4 and head_dim > 128:
         return AttentionConfig(16, 16, 4 if target.backend == "hip" else 8, 1, False, _CHUNK, max_registers=255)
     if itemsize == 4:
@@ -217,16 +220,15 @@ def attention_backward_query_config(
         # of 255 registers a block mask with everything spills 8 bytes on sm_100, of 192 none
         most = 192 if blocks and family == "sm_100" and head_dim <= 64 else 255
         return AttentionConfig(block_m, block_n, 8, 1, max_registers=most if heavy else None)
-    if ragged and heavy and head_dim <= 128 and family != "amd":
+    if not heavy:
+        exceptions = (blocks, _BACKWARD_QUERY_LISTED), (scored, _BACKWARD_QUERY_SCORED)
+        return _first(family, head_dim, *exceptions, (True, _BACKWARD_QUERY))
+    if ragged and head_dim <= 128 and family != "amd":
         return _BACKWARD_QUERY_RAGGED
     if blocks and family != "amd":
-        return _from_table(_BACKWARD_QUERY_BLOCKS, head_dim)
-    if heavy:
-        heavy_table = _BACKWARD_HEAVY_AMD if family == "amd" else _BACKWARD_QUERY_HEAVY
-        return _from_heavy_table(heavy_table, _BACKWARD_QUERY_LIMITED, family, head_dim)
-    if scored and (tile := _BACKWARD_QUERY_SCORED.get(family, {}).get(_width(head_dim))):
-        return AttentionConfig(*tile)
-    return _from_table(_BACKWARD_QUERY[family], head_dim)
+        return AttentionConfig(*_BACKWARD_QUERY_BLOCKS[_width(head_dim)])
+    heavy_table = _BACKWARD_HEAVY_AMD if family == "amd" else _BACKWARD_QUERY_HEAVY
+    return _from_heavy_table(heavy_table, _BACKWARD_QUERY_LIMITED, family, head_dim)
 
 
 @cache
@@ -246,9 +248,7 @@ def attention_backward_key_config(
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1, chunk=_CHUNK)
     family = _family(target)
-    if blocks and not heavy and itemsize == 2 and not ragged and family != "amd":
-        return _listed(_BACKWARD_KEY, _BACKWARD_KEY_LISTED, family, head_dim)
-    heavy = heavy or blocks or (scored and _scored_is_heavy(family, head_dim, itemsize, ragged))
+    heavy = _needs_small_tiles(heavy, blocks, scored, head_dim, itemsize, ragged, family)
     if itemsize == 4 and head_dim > 128:
         block_n, warps = (16, 4) if target.backend == "hip" else (16 if heavy else 32, 8)
         return AttentionConfig(16, block_n, warps, 1, not heavy, _CHUNK, max_registers=255)
@@ -262,20 +262,19 @@ def attention_backward_key_config(
         # left alone, ptxas spills 16 bytes of a causal D64 on sm_120
         most = 255 if family == "small" and 32 < head_dim <= 64 else None
         return AttentionConfig(32 if head_dim <= 64 else 16, 32, 4 if head_dim <= 32 else 8, 1, max_registers=most)
-    if ragged and heavy and head_dim <= 128 and family != "amd":
+    if not heavy:
+        exceptions = (
+            (blocks, _BACKWARD_KEY_LISTED),
+            (blocks, _BACKWARD_KEY),
+            (scored, _BACKWARD_KEY_SCORED),
+            (packed, _BACKWARD_KEY_PACKED),
+            (grouped or packed, _BACKWARD_KEY_GROUPED),
+        )
+        return _first(family, head_dim, *exceptions, (True, _BACKWARD_KEY))
+    if ragged and head_dim <= 128 and family != "amd":
         return _BACKWARD_KEY_RAGGED
-    if scored and not heavy and (tile := _BACKWARD_KEY_SCORED.get(family, {}).get(_width(head_dim))):
-        return AttentionConfig(*tile)
-    wide_on_sm_100 = family == "sm_100" and head_dim > 128  # else one more tile than tensor memory holds
-    if packed and not heavy and (family in ("sm_80", "small") or wide_on_sm_100):
-        return _from_table(_BACKWARD_KEY_PACKED, head_dim)
-    table = _BACKWARD_KEY_GROUPED.get(family, {})
-    if (grouped or packed) and not heavy and (width := _width(head_dim)) in table:
-        return AttentionConfig(*table[width])
-    if heavy:
-        tables = {"amd": _BACKWARD_HEAVY_AMD, "sm_80": _BACKWARD_KEY_HEAVY_SM_80}
-        return _from_heavy_table(tables.get(family, _BACKWARD_KEY_HEAVY), _BACKWARD_KEY_LIMITED, family, head_dim)
-    return _from_table(_BACKWARD_KEY[family], head_dim)
+    tables = {"amd": _BACKWARD_HEAVY_AMD, "sm_80": _BACKWARD_KEY_HEAVY_SM_80}
+    return _from_heavy_table(tables.get(family, _BACKWARD_KEY_HEAVY), _BACKWARD_KEY_LIMITED, family, head_dim)
 
 
 def attention_backward_bias_config(
@@ -302,7 +301,7 @@ def decode_config(target: Target, head_dim: int, itemsize: int, rows: int) -> At
         return AttentionConfig(16, 32, 4, 1)
     if itemsize == 4:
         return AttentionConfig(16, 32 if head_dim <= 64 else 16, 8, 1)
-    config = _from_table(_DECODE, head_dim)
+    config = AttentionConfig(*_DECODE[_width(head_dim)])
     block_m = min(64 if head_dim <= 128 else 16, max(16, _power_of_2(rows)))
     stages = 1 if target.backend == "hip" else config.num_stages
     block_n = config.block_n if block_m == 16 else config.block_n // 2
