@@ -74,16 +74,18 @@ _CHUNK = 64
 # integer products outweigh the tensor cores anyway: small tiles. dK and dV of heads wider than 128 in one chunk spill 64 bytes on
 # sm_80 (packed), in chunks of 64 none, with a tenth fewer instructions at a width of 192; with every feature on they spill 32 there
 # unless addresses stay in the loop. Forwards of that width: on sm_100 64 rows go to tensor memory, for up to twice the predicted share
-# of 32; on sm_120 32 rows spill 8 to 16 bytes, with and without a limit, 64 none for a 30th more.
+# of 32; on sm_120 32 rows spill 8 to 16 bytes, with and without a limit, 64 none for a 30th more; of
+# heads of 128 there, 64 rows spill 16 with everything and odd strides, 32 none, for 0.94 to 1.1 times the share.
 _FORWARD_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 4, 1)}
-_FORWARD_HEAVY_TALL: _Table = {**_FORWARD_HEAVY, 256: (64, 16, 8, 1)}
+_FORWARD_HEAVY_SM_100: _Table = {**_FORWARD_HEAVY, 256: (64, 16, 8, 1)}
+_FORWARD_HEAVY_SMALL: _Table = {**_FORWARD_HEAVY_SM_100, 128: (32, 32, 4, 1)}
 _BACKWARD_QUERY_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)}
 _BACKWARD_KEY_HEAVY: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1, True, _CHUNK)}
 _BACKWARD_KEY_HEAVY_SM_80: _Table = {**_BACKWARD_KEY_HEAVY, 256: (32, 32, 8, 1, False, _CHUNK)}
 _BACKWARD_HEAVY_AMD: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1)}
 # Widths of these at which ptxas, left alone, stops at 80, 96, 128 or 168 registers of the 159 to 255 that it needs, and spills 8 to
 # 32 bytes: of a softcapped score, of dropout alone or with a mask, of packed sequences with everything, as architectures differ.
-_FORWARD_LIMITED: _Widths = {"sm_80": (64, 128, 256), "sm_90": (256,), "sm_100": (64, 128, 256)}
+_FORWARD_LIMITED: _Widths = {"sm_80": (64, 128, 256), "sm_90": (256,), "sm_100": (64, 128, 256), "small": (128,)}
 _BACKWARD_QUERY_LIMITED: _Widths = {"sm_80": (128,), "sm_90": (128,), "sm_100": (128, 256), "small": (64, 128)}
 _BACKWARD_KEY_LIMITED: _Widths = {"sm_80": (128,), "sm_90": (64,), "sm_100": (64,), "small": (64,)}
 # A block mask's lists put addresses into the loop that depend on what was loaded: with other features small tiles, too. Alone it
@@ -199,8 +201,8 @@ def attention_forward_config(
         return _FORWARD_RAGGED
     if blocks and family != "amd":
         return AttentionConfig(*_FORWARD_BLOCKS[_width(head_dim)])
-    heavy_table = _FORWARD_HEAVY_TALL if family in ("sm_100", "small") else _FORWARD_HEAVY
-    return _from_heavy_table(heavy_table, _FORWARD_LIMITED, family, head_dim)
+    tables = {"sm_100": _FORWARD_HEAVY_SM_100, "small": _FORWARD_HEAVY_SMALL}
+    return _from_heavy_table(tables.get(family, _FORWARD_HEAVY), _FORWARD_LIMITED, family, head_dim)
 
 
 @cache
