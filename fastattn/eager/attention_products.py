@@ -80,16 +80,15 @@ def _of_heads(
     (batch, heads, rows, dim), (_, kv_heads, columns, _) = query.shape, key.shape
     # the query heads of a key head stand one below the other
     products, stacked = batch * kv_heads, heads // kv_heads * rows
-    k, v = (t.new_ones(*t.shape[:3], dim + 1, dtype=torch.float32) for t in (key, value))
-    k[..., :dim], v[..., :dim] = key, value
+    k, v, q, do = (t.new_empty(*t.shape[:3], dim + 1, dtype=torch.float32) for t in (key, value, query, grad_out))
+    k[..., :dim], v[..., :dim], q[..., :dim], do[..., :dim] = key, value, query, grad_out
+    k[..., dim] = v[..., dim] = 1.0
     if key_bias is not None:
         visible = (key_bias > -math.inf).float()
         added = key_bias.float().masked_fill(visible == 0.0, 0.0).mT.expand(batch, kv_heads, columns, 1)
         k = torch.cat([k, added], 3)
     k, v = (t.view(products, columns, -1).mT for t in (k, v))
 
-    q, do = (t.new_ones(*t.shape[:3], dim + 1, dtype=torch.float32) for t in (query, grad_out))
-    q[..., :dim], do[..., :dim] = query, grad_out
     torch.neg((do[..., :dim] * out).sum(-1), out=do[..., dim])
     do *= scale
     q[..., :dim] *= scale
