@@ -1,9 +1,10 @@
-"""No kernel needs more than its recorded budget: `python -m bench.codegen --write-budgets` records new ones."""
+"""Every op's kernels fit every target, and none needs more than its recorded budget: `python -m bench.codegen --write-budgets` records new ones."""
 
 import pytest
 import triton
 
 from bench.codegen import budgets
+from bench.codegen.resources import Resources
 
 RECORDED = budgets.read()
 CASES = {case.name: case for case in budgets.budget_cases()}
@@ -59,6 +60,8 @@ def test_budgets_were_recorded_with_the_tested_compiler():
 def test_kernels_keep_their_budget(compile_worker, name, target):
     case = CASES[name]
     rows = [{"case": name, **row} for row in compile_worker.reports(case.path, target, **case.arguments)]
+    violations = [line for row in rows for line in Resources.from_json(row["resources"]).violations()]
+    assert not violations, "\n".join(violations)
     recorded = RECORDED["budgets"]
     now = budgets.budgets_of(rows)
     expected = {key for key in recorded if key.startswith(f"{name} | {target} |")}

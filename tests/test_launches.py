@@ -1,7 +1,10 @@
 """Every kernel, through the public API and with its real launch arguments, compiles for every target and fits it."""
 
+import itertools
+
 import pytest
 
+from bench.codegen import budgets
 from bench.codegen.cases import CASES, Case
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -9,14 +12,10 @@ EVERY_LAUNCH = [(case, target) for case in CASES for target in TARGETS]
 
 
 def core_launches() -> list[tuple[Case, str]]:
-    """The first core case of each op on every target, each of the others on two targets in turn."""
-    chosen, functions = [], set()
-    for number, case in enumerate(case for case in CASES if case.core):
-        is_first = case.function not in functions
-        functions.add(case.function)
-        turn = [TARGETS[(2 * number + step) % len(TARGETS)] for step in range(2)]
-        chosen += [(case, target) for target in (TARGETS if is_first else turn)]
-    return chosen
+    """The core cases that have no budget, on two targets in turn each; test_budgets compiles the others on every target."""
+    cases = [case for case in CASES if case.core and case not in budgets.budget_cases()]
+    turns = itertools.cycle(TARGETS)
+    return [(case, next(turns)) for case in cases for _ in range(2)]
 
 
 CORE_LAUNCHES = core_launches()
@@ -24,6 +23,11 @@ CORE_LAUNCHES = core_launches()
 
 def test_cases_have_names_of_their_own():
     assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_every_op_has_a_budget_on_every_target():
+    assert {case.function for case in budgets.budget_cases()} == {case.function for case in CASES}
+    assert budgets.TARGETS == TARGETS
 
 
 def launch_id(value: Case | str) -> str:
