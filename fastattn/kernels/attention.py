@@ -263,10 +263,10 @@ def forward(
         batch, num_queries, num_keys = packing.cu_seqlens_q.numel() - 1, packing.max_seqlen_q, packing.max_seqlen_k
         out.zero_()
         lse.fill_(float("-inf"))
-    plain, scored, heavy = score_class(given_mask, bias, alibi_slopes, seed, scale, softcap)
+    plain, scores = score_class(given_mask, bias, alibi_slopes, seed, scale, softcap, window_left)
     config = attention_forward_config(
-        current_target(), max(block_d, block_dv), query.element_size(), heavy, blocks is not None,
-        is_ragged(head_dim, value_dim), packing is not None, scored,
+        current_target(), max(block_d, block_dv), query.element_size(), scores, blocks is not None,
+        is_ragged(head_dim, value_dim), packing is not None,
     )  # fmt: skip
     arguments: tuple[Any, ...] = (
         query, strides(query), key, strides(key), value, strides(value), mask, pair_strides(mask),
@@ -290,7 +290,7 @@ def explain(
     softcap: float, dropout_p: float,
 ) -> list[str]:  # fmt: skip
     """The tiles that the kernels of this call would use."""
-    _, scored, heavy = score_class(mask, bias, alibi_slopes, seed, scale, softcap)
+    _, scores = score_class(mask, bias, alibi_slopes, seed, scale, softcap, window_left)
     target, width = current_target(), max(head_block(query.shape[3]), head_block(value.shape[3]))
     configs: dict[str, Any] = {
         "forward": attention_forward_config,
@@ -300,9 +300,7 @@ def explain(
     lines = [f"target {target.backend}" + (f" sm_{target.arch}" if target.arch else "")]
     for name, choose in configs.items():
         ragged = is_ragged(query.shape[3], value.shape[3])
-        config = choose(
-            target, width, query.element_size(), heavy, blocks=isinstance(mask, Blocks), ragged=ragged, scored=scored
-        )
+        config = choose(target, width, query.element_size(), scores, blocks=isinstance(mask, Blocks), ragged=ragged)
         tile = f"{config.block_m} rows x {config.block_n} keys"
         lines.append(f"{name}: {tile} a step, {config.num_warps} warps, {config.num_stages} stages")
     return lines

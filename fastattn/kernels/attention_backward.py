@@ -469,7 +469,7 @@ def backward(
     kv_heads = key.shape[1]
     block_d, block_dv = head_block(head_dim), head_block(value_dim)
     target, width, ragged = current_target(), max(block_d, block_dv), is_ragged(head_dim, value_dim)
-    plain, scored, heavy = score_class(given_mask, bias, alibi_slopes, seed, scale, softcap)
+    plain, scores = score_class(given_mask, bias, alibi_slopes, seed, scale, softcap, window_left)
     grad_query, grad_key, grad_value = map(new_gradient, (query, key, value))
     if packing is not None:  # rows behind the last sequence belong to no program
         batch, num_queries, num_keys = packing.cu_seqlens_q.numel() - 1, packing.max_seqlen_q, packing.max_seqlen_k
@@ -502,9 +502,7 @@ def backward(
     def chunks(config: AttentionConfig) -> dict[str, int]:
         return dict(CHUNK=min(config.chunk, block_d), CHUNK_V=min(config.chunk, block_dv))
 
-    config = attention_backward_query_config(
-        target, width, query.element_size(), heavy, blocks is not None, ragged, scored
-    )
+    config = attention_backward_query_config(target, width, query.element_size(), scores, blocks is not None, ragged)
     launch(
         _attention_backward_query, (batch * heads * triton.cdiv(num_queries, config.block_m),), *inputs(launch_lists(blocks)), *sequences, out,
         strides(out), grad_out, strides(grad_out), lse, grad_lse, lse.stride(), statistics, grad_query, strides(grad_query),
@@ -523,7 +521,7 @@ def backward(
             column_blocks if sum_columns else 1, SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, BLOCK_D=block_d, BLOCK_DV=block_dv, **constants, **_blocks(config),
         )  # fmt: skip
     config = attention_backward_key_config(
-        target, width, query.element_size(), heavy, packing is not None, blocks is not None, ragged, group > 1, scored
+        target, width, query.element_size(), scores, packing is not None, blocks is not None, ragged, group > 1
     )
     launch(
         _attention_backward_key, (batch * kv_heads * triton.cdiv(num_keys, config.block_n),), *inputs(launch_lists(blocks, by_column=True)), *sequences, grad_out,

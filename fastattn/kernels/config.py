@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from fastattn.kernels.launch import Target
 
@@ -35,6 +35,9 @@ class AttentionConfig:
     max_registers: int | None = None
 
 
+# What a score takes beyond a scale, a window, sinks and a block mask: nothing; ALiBi or a softcap; a mask or a bias, read from
+# memory in wide words, without a window to the left; dropout, or several of these, or one of them and a block mask.
+Scores: TypeAlias = Literal["plain", "scored", "loaded", "heavy"]
 _Table: TypeAlias = dict[int, tuple[Any, ...]]
 _Widths: TypeAlias = dict[str, tuple[int, ...]]
 
@@ -70,24 +73,26 @@ _BACKWARD_KEY: dict[str, _Table] = {
 # dBias of heads wider than 64 it makes a spill.
 _CHUNK = 64
 
-# With a mask, bias, ALiBi, softcap or dropout each score needs more registers, and with dropout its ten rounds of
-# integer products outweigh the tensor cores anyway: small tiles. dK and dV of heads wider than 128 in one chunk spill 64 bytes on
+# With several of mask, bias, ALiBi and softcap each score needs more registers, and with dropout its ten rounds of integer
+# products outweigh the tensor cores anyway: small tiles. dK and dV of heads wider than 128 in one chunk spill 64 bytes on
 # sm_80 (packed), in chunks of 64 none, with a tenth fewer instructions at a width of 192; with every feature on they spill 32 there
 # unless addresses stay in the loop. Forwards of that width: on sm_100 64 rows go to tensor memory, for up to twice the predicted share
-# of 32; on sm_120 32 rows spill 8 to 16 bytes, with and without a limit, 64 none for a 30th more; of
-# heads of 128 there, 64 rows spill 16 with everything and odd strides, 32 none, for 0.94 to 1.1 times the share.
+# of 32; on sm_120 32 rows spill 8 to 16 bytes, with and without a limit, 64 none for a 30th more, and 16 with a bias and odd strides
+# if addresses leave the loop; of heads of 128 there, 64 rows spill 16 with everything and odd strides, 32 none, for 0.94 to 1.1 times
+# the share. The dQ pass of heads of 64 spills 8 there with a bias and odd strides, with 8 warps none, for more of the share.
 _FORWARD_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 4, 1)}
 _FORWARD_HEAVY_SM_100: _Table = {**_FORWARD_HEAVY, 256: (64, 16, 8, 1)}
-_FORWARD_HEAVY_SMALL: _Table = {**_FORWARD_HEAVY_SM_100, 128: (32, 32, 4, 1)}
+_FORWARD_HEAVY_SMALL: _Table = {**_FORWARD_HEAVY_SM_100, 128: (32, 32, 4, 1), 256: (64, 16, 8, 1, False)}
 _BACKWARD_QUERY_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)}
+_BACKWARD_QUERY_HEAVY_SMALL: _Table = {**_BACKWARD_QUERY_HEAVY, 64: (64, 32, 8, 1)}
 _BACKWARD_KEY_HEAVY: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1, True, _CHUNK)}
 _BACKWARD_KEY_HEAVY_SM_80: _Table = {**_BACKWARD_KEY_HEAVY, 256: (32, 32, 8, 1, False, _CHUNK)}
 _BACKWARD_HEAVY_AMD: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1)}
 # Widths of these at which ptxas, left alone, stops at 80, 96, 128 or 168 registers of the 159 to 255 that it needs, and spills 8 to
 # 32 bytes: of a softcapped score, of dropout alone or with a mask, of packed sequences with everything, as architectures differ.
-_FORWARD_LIMITED: _Widths = {"sm_80": (64, 128, 256), "sm_90": (256,), "sm_100": (64, 128, 256), "small": (128,)}
+_FORWARD_LIMITED: _Widths = {"sm_80": (64, 128, 256), "sm_90": (256,), "sm_100": (64, 128, 256), "small": (64, 128)}
 _BACKWARD_QUERY_LIMITED: _Widths = {"sm_80": (128,), "sm_90": (128,), "sm_100": (128, 256), "small": (64, 128)}
-_BACKWARD_KEY_LIMITED: _Widths = {"sm_80": (128,), "sm_90": (64,), "sm_100": (64,), "small": (64,)}
+_BACKWARD_KEY_LIMITED: _Widths = {"sm_80": (128,), "sm_90": (64,), "sm_100": (64,), "small": (64, 128)}
 # A block mask's lists put addresses into the loop that depend on what was loaded: with other features small tiles, too. Alone it
 # takes the tiles of no mask, which makes 2 to 8 times the predicted share, but for these, where they spill 8 to 4,248 bytes.
 _FORWARD_LISTED: dict[str, _Table] = {
@@ -133,13 +138,38 @@ _BACKWARD_KEY_GROUPED: dict[str, _Table] = {
 }
 _FORWARD_PACKED: dict[str, _Table] = {"sm_90": {128: (128, 64, 8, 2)}}
 
-# ALiBi and a softcap take registers, but no addresses: on sm_90 and sm_100 up to a width of 128 the tiles of plain scores make 1.1 to 6
-# times the predicted share of the small ones. But for these, which spill 8 to 56 bytes with both, or with a softcap.
+# ALiBi or a softcap takes registers, but no addresses, and a mask or a bias alone not many: but for the small tiles of AMD, they take
+# those of plain scores, which make 1.1 to 6 times the predicted share of the small ones. But for these, where those spill 8 to 592
+# bytes, with both of the first two, with one key head or packed, or need more memory than there is.
+_FORWARD_SCORED: dict[str, _Table] = {
+    "sm_80": {64: (128, 64, 4, 3, True, MAX_HEAD, 255), 128: (128, 64, 8, 1, False)},
+    "small": {128: (128, 32, 8, 1)},
+}
+_FORWARD_LOADED: dict[str, _Table] = {
+    "sm_80": {64: (128, 32, 4, 2), 128: (128, 32, 8, 2)},
+    "sm_90": {128: (128, 64, 8, 2), 256: (128, 32, 8, 2, False)},
+    "small": {64: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
+}
 _BACKWARD_QUERY_SCORED: dict[str, _Table] = {
     "sm_90": {128: (128, 64, 8, 2, False)},
     "sm_100": {64: (128, 128, 8, 1, False)},
 }
-_BACKWARD_KEY_SCORED: dict[str, _Table] = {"sm_90": {128: (32, 128, 8, 1, False)}}
+_BACKWARD_QUERY_LOADED: dict[str, _Table] = {
+    "sm_80": {64: (128, 32, 4, 1)},
+    "sm_90": {128: (128, 64, 8, 2, False)},
+    "sm_100": {128: (128, 128, 8, 1, False)},
+    "small": {128: (64, 32, 4, 2)},
+}
+_BACKWARD_KEY_SCORED: dict[str, _Table] = {
+    "sm_80": {64: (32, 64, 4, 1), 256: _BACKWARD_KEY_HEAVY_SM_80[256]},
+    "sm_90": {128: (32, 128, 8, 1, False)},
+}
+_BACKWARD_KEY_LOADED: dict[str, _Table] = {
+    "sm_80": {64: (32, 64, 8, 1), 128: (32, 64, 8, 1), 256: _BACKWARD_KEY_HEAVY_SM_80[256]},
+    "sm_90": {64: (64, 64, 4, 1), 128: (32, 128, 8, 1, False), 256: (16, 32, 4, 1, False)},
+    "sm_100": {64: (64, 128, 8, 1), 128: (64, 128, 8, 1, False), 256: (32, 64, 8, 1, False)},
+    "small": {64: (32, 64, 4, 1), 256: _BACKWARD_KEY_HEAVY[256]},
+}
 
 
 def _family(target: Target) -> str:
@@ -153,15 +183,11 @@ def _width(head_dim: int) -> int:
     return next(width for width in (64, 128, MAX_HEAD) if head_dim <= width)
 
 
-def _needs_small_tiles(
-    heavy: bool, blocks: bool, scored: bool, head_dim: int, itemsize: int, ragged: bool, family: str
-) -> bool:
+def _needs_small_tiles(scores: Scores, blocks: bool, itemsize: int, ragged: bool, family: str) -> bool:
     """Whether scores leave too few registers for the tiles of plain ones."""
-    if heavy or not (blocks or scored):
-        return heavy
-    if itemsize == 4 or ragged:
-        return True
-    return family == "amd" if blocks else family not in ("sm_90", "sm_100") or head_dim > 128
+    if scores == "plain" and not blocks:
+        return False
+    return scores == "heavy" or itemsize == 4 or ragged or family == "amd"
 
 
 def _first(family: str, head_dim: int, *tables: tuple[bool, dict[str, _Table]]) -> AttentionConfig:
@@ -179,16 +205,15 @@ def _from_heavy_table(table: _Table, limited: _Widths, family: str, head_dim: in
 
 @cache
 def attention_forward_config(
-    target: Target, head_dim: int, itemsize: int, heavy: bool = False, blocks: bool = False, ragged: bool = False,
-    packed: bool = False, scored: bool = False,
+    target: Target, head_dim: int, itemsize: int, scores: Scores = "plain", blocks: bool = False, ragged: bool = False,
+    packed: bool = False,
 ) -> AttentionConfig:  # fmt: skip
-    """head_dim: the larger of Dq and Dv; itemsize: bytes per element; heavy: scores need more than a scale, a window and
-    a block mask; blocks: there is a block mask; ragged: 16 does not divide a head, so that it is read element
-    by element; packed: sequences lie one after the other; scored: there is ALiBi or a softcap, and heavy is false."""
+    """head_dim: the larger of Dq and Dv; itemsize: bytes per element; blocks: there is a block mask; ragged: 16 does not
+    divide a head, so that it is read element by element; packed: sequences lie one after the other."""
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     family = _family(target)
-    heavy = _needs_small_tiles(heavy, blocks, scored, head_dim, itemsize, ragged, family)
+    heavy = _needs_small_tiles(scores, blocks, itemsize, ragged, family)
     if itemsize == 4 and head_dim > 128:
         most = 255 if not blocks or family == "sm_80" else None
         return AttentionConfig(16, 16, 4 if blocks else 8, 1, max_registers=most)
@@ -196,7 +221,13 @@ def attention_forward_config(
         block_n = 16 if heavy or head_dim > 64 else 32
         return AttentionConfig(32, block_n, 8, 1, max_registers=255 if heavy else None)
     if not heavy:
-        return _first(family, head_dim, (blocks, _FORWARD_LISTED), (packed, _FORWARD_PACKED), (True, _FORWARD))
+        exceptions = (
+            (blocks, _FORWARD_LISTED),
+            (packed, _FORWARD_PACKED),
+            (scores == "scored", _FORWARD_SCORED),
+            (scores == "loaded", _FORWARD_LOADED),
+        )
+        return _first(family, head_dim, *exceptions, (True, _FORWARD))
     if ragged and head_dim <= 128:
         return _FORWARD_RAGGED
     if blocks and family != "amd":
@@ -207,14 +238,13 @@ def attention_forward_config(
 
 @cache
 def attention_backward_query_config(
-    target: Target, head_dim: int, itemsize: int, heavy: bool = False, blocks: bool = False, ragged: bool = False,
-    scored: bool = False,
+    target: Target, head_dim: int, itemsize: int, scores: Scores = "plain", blocks: bool = False, ragged: bool = False
 ) -> AttentionConfig:  # fmt: skip
     """For dQ: block_m query rows stay in registers, block_n key columns pass by."""
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1, chunk=_CHUNK)
     family = _family(target)
-    heavy = _needs_small_tiles(heavy, blocks, scored, head_dim, itemsize, ragged, family)
+    heavy = _needs_small_tiles(scores, blocks, itemsize, ragged, family)
     if itemsize == 4 and head_dim > 128:
         return AttentionConfig(16, 16, 4 if target.backend == "hip" else 8, 1, False, _CHUNK, max_registers=255)
     if itemsize == 4:
@@ -223,14 +253,18 @@ def attention_backward_query_config(
         most = 192 if blocks and family == "sm_100" and head_dim <= 64 else 255
         return AttentionConfig(block_m, block_n, 8, 1, max_registers=most if heavy else None)
     if not heavy:
-        exceptions = (blocks, _BACKWARD_QUERY_LISTED), (scored, _BACKWARD_QUERY_SCORED)
+        exceptions = (
+            (blocks, _BACKWARD_QUERY_LISTED),
+            (scores == "scored", _BACKWARD_QUERY_SCORED),
+            (scores == "loaded", _BACKWARD_QUERY_LOADED),
+        )
         return _first(family, head_dim, *exceptions, (True, _BACKWARD_QUERY))
     if ragged and head_dim <= 128 and family != "amd":
         return _BACKWARD_QUERY_RAGGED
     if blocks and family != "amd":
         return AttentionConfig(*_BACKWARD_QUERY_BLOCKS[_width(head_dim)])
-    heavy_table = _BACKWARD_HEAVY_AMD if family == "amd" else _BACKWARD_QUERY_HEAVY
-    return _from_heavy_table(heavy_table, _BACKWARD_QUERY_LIMITED, family, head_dim)
+    tables = {"amd": _BACKWARD_HEAVY_AMD, "small": _BACKWARD_QUERY_HEAVY_SMALL}
+    return _from_heavy_table(tables.get(family, _BACKWARD_QUERY_HEAVY), _BACKWARD_QUERY_LIMITED, family, head_dim)
 
 
 @cache
@@ -238,19 +272,18 @@ def attention_backward_key_config(
     target: Target,
     head_dim: int,
     itemsize: int,
-    heavy: bool = False,
+    scores: Scores = "plain",
     packed: bool = False,
     blocks: bool = False,
     ragged: bool = False,
     grouped: bool = False,
-    scored: bool = False,
 ) -> AttentionConfig:
     """For dK and dV: block_n key columns stay in registers, block_m query rows pass by. grouped: several query heads share a key
     head."""
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1, chunk=_CHUNK)
     family = _family(target)
-    heavy = _needs_small_tiles(heavy, blocks, scored, head_dim, itemsize, ragged, family)
+    heavy = _needs_small_tiles(scores, blocks, itemsize, ragged, family) or (scores == "loaded" and grouped)
     if itemsize == 4 and head_dim > 128:
         block_n, warps = (16, 4) if target.backend == "hip" else (16 if heavy else 32, 8)
         return AttentionConfig(16, block_n, warps, 1, not heavy, _CHUNK, max_registers=255)
@@ -268,7 +301,8 @@ def attention_backward_key_config(
         exceptions = (
             (blocks, _BACKWARD_KEY_LISTED),
             (blocks, _BACKWARD_KEY),
-            (scored, _BACKWARD_KEY_SCORED),
+            (scores == "scored", _BACKWARD_KEY_SCORED),
+            (scores == "loaded", _BACKWARD_KEY_LOADED),
             (packed, _BACKWARD_KEY_PACKED),
             (grouped or packed, _BACKWARD_KEY_GROUPED),
         )

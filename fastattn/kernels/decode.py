@@ -241,7 +241,7 @@ def forward(
     if splits > 1:
         part = lse.new_empty((splits, batch, heads, num_queries, value_dim))
         part_lse = lse.new_empty((splits, batch, heads, num_queries))
-    plain, *_ = score_class(None, None, alibi_slopes, None, scale, softcap)
+    plain, _ = score_class(None, None, alibi_slopes, None, scale, softcap)
     launch(
         _decode, (programs, splits), query, strides(query), key_cache, strides(key_cache), value_cache, strides(value_cache),
         lengths, block_table, None if block_table is None else block_table.stride(0), alibi_slopes, strides(alibi_slopes),

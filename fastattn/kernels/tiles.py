@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastattn.block_mask import Blocks
+from fastattn.kernels.config import Scores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,13 +62,24 @@ def dropout_threshold(p: float) -> int:
     return round(p * 2**31)
 
 
+def _is_aligned(pair: Tensor) -> bool:
+    """Whether every row of a mask or bias starts at a multiple of 16 numbers, so that it is read in wide words."""
+    *rows, columns = pair_strides(pair) or ()
+    return columns <= 1 and all(stride % 16 == 0 for stride in rows) and pair.data_ptr() % 16 == 0
+
+
 def score_class(
-    mask: Tensor | Blocks | None, bias: Tensor | None, alibi_slopes: Tensor | None, seed: Tensor | None, scale: float, softcap: float
-) -> tuple[bool, bool, bool]:  # fmt: skip
-    """(plain, scored, heavy): whether a logit is just scale·q·k with a positive scale, whether it needs ALiBi or a softcap
-    and nothing that is loaded, and whether it needs many registers. A block mask alone changes none of them."""
+    mask: Tensor | Blocks | None, bias: Tensor | None, alibi_slopes: Tensor | None, seed: Tensor | None, scale: float,
+    softcap: float, window_left: int | None = None,
+) -> tuple[bool, Scores]:  # fmt: skip
+    """(plain, scores): whether a logit is just scale·q·k with a positive scale, and the class of scores that chooses the tiles."""
     # the backward divides log-sum-exps by the scale
-    plain = bias is None and alibi_slopes is None and softcap == 0.0 and scale > 1e-20
-    loads = bias is not None or (mask is not None and (not isinstance(mask, Blocks) or not plain))
-    heavy = loads or seed is not None
-    return plain, not plain and not heavy, heavy
+    computed = alibi_slopes is not None or softcap != 0.0 or scale <= 1e-20
+    listed = isinstance(mask, Blocks)
+    loaded = [pair for pair in (mask, bias) if pair is not None and not isinstance(pair, Blocks)]
+    scattered = bool(loaded) and (window_left is not None or not _is_aligned(loaded[0]))
+    if seed is not None or scattered or len(loaded) + computed + (listed and bool(loaded or computed)) > 1:
+        scores: Scores = "heavy"
+    else:
+        scores = "loaded" if loaded else "scored" if computed else "plain"
+    return bias is None and not computed, scores
