@@ -264,6 +264,11 @@ def _attention_cases() -> Iterator[Case]:
     for head_dim in (32, 64, 96, 128):
         grouped = {"head_dim": head_dim, "heads": 8, "lse_gradient": False}
         yield case(f"bf16 D{head_dim} grouped causal", flags=["causal"], **grouped)
+    for flag in ("mask", "bias", "alibi", "softcap"):
+        for head_dim in (64, 128, 256):
+            yield case(f"bf16 D{head_dim} causal {flag}", head_dim=head_dim, flags=["causal", flag])
+            grouped = {"head_dim": head_dim, "heads": 8, "lse_gradient": False}
+            yield case(f"bf16 D{head_dim} grouped causal {flag}", flags=["causal", flag], **grouped)
     for dtype in ("bfloat16", "float32"):
         yield case(f"{dtype} D128 grouped everything", dtype=dtype, head_dim=128, heads=8, flags=everything)
 

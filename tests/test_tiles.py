@@ -1,0 +1,60 @@
+"""Which class of scores a call belongs to, and that the class decides its tiles."""
+
+import pytest
+import torch
+
+from fastattn.kernels.config import (
+    attention_backward_key_config,
+    attention_backward_query_config,
+    attention_forward_config,
+)
+from fastattn.kernels.launch import Target
+from fastattn.kernels.tiles import score_class
+
+ROWS, KEYS = 32, 48
+MASK, BIAS, SLOPES = torch.ones(1, 1, ROWS, KEYS, dtype=torch.bool), torch.zeros(1, 2, ROWS, KEYS), torch.ones(2)
+# rows that start at no multiple of 16 numbers, columns that are not neighbours, a first number off the grid
+ODD_ROWS = torch.zeros(1, 2, ROWS, KEYS + 1)[..., :KEYS]
+COLUMNS_APART = torch.zeros(1, 2, KEYS, ROWS).mT
+SHIFTED = torch.zeros(1, 2, ROWS, KEYS + 16)[..., 1 : KEYS + 1]
+
+
+def scores_of(mask=None, bias=None, alibi=None, seed=None, scale=0.1, softcap=0.0, left=None):
+    return score_class(mask, bias, alibi, seed, scale, softcap, left)[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "scores"),
+    [
+        ({}, "plain"),
+        ({"left": 8}, "plain"),
+        ({"alibi": SLOPES, "softcap": 30.0, "left": 8}, "scored"),
+        ({"scale": -0.1}, "scored"),
+        ({"mask": MASK}, "loaded"),
+        ({"mask": MASK[..., :1, :]}, "loaded"),
+        ({"mask": MASK[..., :1]}, "loaded"),
+        ({"bias": BIAS}, "loaded"),
+        ({"mask": MASK, "left": 8}, "heavy"),
+        ({"bias": ODD_ROWS}, "heavy"),
+        ({"bias": COLUMNS_APART}, "heavy"),
+        ({"bias": SHIFTED}, "heavy"),
+        ({"mask": MASK, "bias": BIAS}, "heavy"),
+        ({"mask": MASK, "alibi": SLOPES}, "heavy"),
+        ({"bias": BIAS, "softcap": 30.0}, "heavy"),
+        ({"seed": torch.zeros(1, dtype=torch.int64)}, "heavy"),
+    ],
+)
+def test_class_of_scores(options, scores):
+    assert scores_of(**options) == scores
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_light_scores_take_larger_tiles_than_heavy_ones(arch):
+    def size(choose, scores, head_dim):
+        config = choose(Target("cuda", arch, 1 << 17, 100), head_dim, 2, scores)
+        return config.block_m * config.block_n
+
+    for choose in (attention_forward_config, attention_backward_query_config):
+        for scores in ("plain", "scored", "loaded"):
+            assert size(choose, scores, 128) > size(choose, "heavy", 128)
+    assert size(attention_backward_key_config, "loaded", 128) > size(attention_backward_key_config, "heavy", 128)
