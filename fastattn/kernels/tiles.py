@@ -76,10 +76,10 @@ def score_class(
     # the backward divides log-sum-exps by the scale
     computed = alibi_slopes is not None or softcap != 0.0 or scale <= 1e-20
     listed = isinstance(mask, Blocks)
-    loaded = [pair for pair in (mask, bias) if pair is not None and not isinstance(pair, Blocks)]
-    scattered = bool(loaded) and (window_left is not None or not _is_aligned(loaded[0]))
-    if seed is not None or scattered or len(loaded) + computed + (listed and bool(loaded or computed)) > 1:
-        scores: Scores = "heavy"
-    else:
-        scores = "loaded" if loaded else "scored" if computed else "plain"
+    read = ([] if mask is None or isinstance(mask, Blocks) else [mask]) + ([] if bias is None else [bias])
+    scores: Scores = "scored" if computed else "plain"
+    if seed is not None or len(read) + computed + listed > 1:
+        scores = "heavy"
+    elif read:
+        scores = "loaded" if window_left is None and _is_aligned(read[0]) else "heavy"
     return bias is None and not computed, scores
