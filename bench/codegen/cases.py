@@ -261,7 +261,7 @@ def _attention_cases() -> Iterator[Case]:
     for head_dim in (72, 128, 256):
         yield case(f"bf16 D{head_dim} odd everything", head_dim=head_dim, **odd)
         yield case(f"fp32 D{head_dim} odd everything", dtype="float32", head_dim=head_dim, **odd)
-    for head_dim in (32, 64, 96, 128):
+    for head_dim in (32, 64, 96, 128, 256):
         grouped = {"head_dim": head_dim, "heads": 8, "lse_gradient": False}
         yield case(f"bf16 D{head_dim} grouped causal", flags=["causal"], **grouped)
     for flag in ("mask", "bias", "alibi", "softcap"):

@@ -130,11 +130,13 @@ _BACKWARD_QUERY_RAGGED = AttentionConfig(32, 32, 8, 1, chunk=_CHUNK)
 _BACKWARD_KEY_RAGGED = AttentionConfig(32, 32, 8, 1, hoist=False)
 
 # Heads that share a key head, and packed sequences, keep more counters and pointers through the loops: with the tiles above dK and dV
-# spill 8 to 184 bytes (on sm_90 with Triton 3.9.0 alone), packed forwards of 128 on sm_90 8 bytes.
+# spill 8 to 184 bytes (on sm_90 with Triton 3.9.0 alone), packed forwards of 128 on sm_90 8 bytes; heads of 256 need more tensor memory
+# than sm_100 has.
 _BACKWARD_KEY_GROUPED: dict[str, _Table] = {
-    "sm_80": {64: (32, 64, 4, 2), 128: (32, 64, 8, 1)},
+    "sm_80": {64: (32, 64, 4, 2), 128: (32, 64, 8, 1), 256: _BACKWARD_KEY_HEAVY_SM_80[256]},
     "sm_90": {128: (64, 128, 8, 1, False)},
-    "sm_100": {128: (64, 128, 8, 1, False)},
+    "small": {256: _BACKWARD_KEY_HEAVY[256]},
+    "sm_100": {128: (64, 128, 8, 1, False), 256: _KEY_PACKED[256]},
 }
 _FORWARD_PACKED: dict[str, _Table] = {"sm_90": {128: (128, 64, 8, 2)}}
 
