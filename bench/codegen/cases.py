@@ -261,14 +261,14 @@ def _attention_cases() -> Iterator[Case]:
     for head_dim in (72, 128, 256):
         yield case(f"bf16 D{head_dim} odd everything", head_dim=head_dim, **odd)
         yield case(f"fp32 D{head_dim} odd everything", dtype="float32", head_dim=head_dim, **odd)
+    grouped = {"heads": 8, "lse_gradient": False}
     for head_dim in (32, 64, 96, 128, 256):
-        grouped = {"head_dim": head_dim, "heads": 8, "lse_gradient": False}
-        yield case(f"bf16 D{head_dim} grouped causal", flags=["causal"], **grouped)
+        yield case(f"bf16 D{head_dim} grouped causal", head_dim=head_dim, flags=["causal"], **grouped)
     for flag in ("mask", "bias", "alibi", "softcap"):
         for head_dim in (64, 128, 256):
-            yield case(f"bf16 D{head_dim} causal {flag}", head_dim=head_dim, flags=["causal", flag])
-            grouped = {"head_dim": head_dim, "heads": 8, "lse_gradient": False}
-            yield case(f"bf16 D{head_dim} grouped causal {flag}", flags=["causal", flag], **grouped)
+            of_one = {"head_dim": head_dim, "flags": ["causal", flag]}
+            yield case(f"bf16 D{head_dim} causal {flag}", **of_one)
+            yield case(f"bf16 D{head_dim} grouped causal {flag}", **of_one, **grouped)
     for dtype in ("bfloat16", "float32"):
         yield case(f"{dtype} D128 grouped everything", dtype=dtype, head_dim=128, heads=8, flags=everything)
 
