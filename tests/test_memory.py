@@ -40,6 +40,25 @@ def test_linear_cross_entropy_needs_a_fifth_of_torchs_memory(width):
     assert ours < gradients + 60e6, f"{(ours - gradients) / 1e6:.0f} MB on top of the gradients"
 
 
+def norm_step(norm, rows, width):
+    """Bytes that forward and backward of 16-bit rows take at most."""
+    torch.set_num_threads(1)
+
+    def step(rows):
+        input, weight, bias = (torch.randn(s).bfloat16().requires_grad_() for s in ((rows, width), width, width))
+        grad_output = torch.randn(rows, width).bfloat16()
+        return lambda: torch.autograd.grad(norm(input, (width,), weight, bias), (input, weight, bias), grad_output)
+
+    step(16)()
+    return growth(step(rows))
+
+
+def test_layer_norm_of_16_bit_rows_needs_no_more_memory_than_torchs():
+    """Its right sums over rows need x̂, whose memory the gradient of the input then takes."""
+    ours, torchs = (in_child(norm_step, norm, 4096, 768) for norm in (fastattn.layer_norm, F.layer_norm))
+    assert 0 < ours < 1.1 * torchs, f"{ours / 1e6:.1f} MB, torch {torchs / 1e6:.1f} MB"
+
+
 def training(fused, steps):
     """(losses of `steps` training steps of a GPT, bytes that the last of them takes at most)."""
     torch.set_num_threads(1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastattn.eager.random import drop
 
 BLOCK_NUMBERS = 1 << 18  # numbers in a block of rows: it stays in the cache
+ROOM = 2048  # numbers more than a tensor has, so that the next one of its size finds room in its memory (glibc aligns anew)
 
 
 def normalise(hidden: Tensor, dims: int, eps: float, centered: bool) -> Tensor:
@@ -200,35 +201,38 @@ def fused_backward(
     """
     of_fp32, centered = need_sums and h.dtype == torch.float32, mean.numel() > 0
     which, means = [True, of_fp32, of_fp32], mean if centered else torch.zeros_like(rstd)
+    of_16_bits = sums_over_rows(dy, h, mean, rstd) if need_sums and not of_fp32 else ()  # first: dh gets x̂'s memory
     dh, *sums = torch.ops.aten.native_layer_norm_backward.default(
         dy, h, gain.shape, means[:, None], rstd[:, None], gain, gain, which
     )
     if not centered:
         dh += (torch.mv(dy, gain) * (rstd / len(gain)))[:, None]
-    if need_sums and not of_fp32:
-        sums = sums_over_rows(dy, h, mean, rstd)
-    return dh, sums if need_sums else []
+    return dh, [*(of_16_bits or sums)] if need_sums else []
 
 
 def sums_over_rows(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor) -> list[Tensor]:
     """[A, B] = [Σ dy · x̂, Σ dy] of 16-bit rows in fp32.
 
     PyTorch's layer norm sums them in 16 bits: 20,000 ones make 256. Its batch norm sums over rows as well, and in fp32: from
-    x̂ (the batch norm in which each row is a channel, with the statistics known) it gets A and B (the backward of
-    one with mean 0 and deviation 1). x̂ is rounded to 16 bits on the way, as the result will be.
+    x̂ (the batch norm in which each row is a channel of known mean and variance 1, and rstd its weight) it gets A and B (the
+    backward of one with mean 0 and deviation 1). x̂ is rounded to 16 bits on the way, as the result will be.
     """
-    x_hat = torch.native_batch_norm(h[None], None, None, mean, rstd.pow(-2), False, 0.0, 0.0)[0][0]
-    zeros, ones = _constants(h.shape[1], h.device)
+    rows, columns = h.shape
+    room = h.new_empty(h.numel() + ROOM)[: h.numel()].view(1, rows, columns)
+    nothing, (zeros, ones) = rstd.new_empty(0), _constants(columns, h.device)
+    x_hat = torch.native_batch_norm(
+        h[None], rstd, None, mean, _constants(rows, h.device)[1], False, 0.0, 0.0, out=(room, nothing, nothing)
+    )[0][0]
     return torch.ops.aten.native_batch_norm_backward.default(
         dy, x_hat, None, None, None, zeros, ones, True, 0.0, [False, True, True]
     )[1:]
 
 
 @lru_cache(maxsize=64)
-def _constants(columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Zeros and ones, fp32 (columns,)."""
+def _constants(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Zeros and ones, fp32 (length,)."""
     with torch.inference_mode(False):
-        return torch.zeros(columns, device=device), torch.ones(columns, device=device)
+        return torch.zeros(length, device=device), torch.ones(length, device=device)
 
 
 def _sums(sums: list[Tensor], rstd: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:

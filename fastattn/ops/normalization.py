@@ -225,17 +225,17 @@ class _Rounded(torch.autograd.Function):
             )
             return grad, None, grad_weight, grad_bias, None
         gain = ctx.gain
-        grad, _, _ = torch.ops.aten.native_layer_norm_backward.default(
-            grad_output, input, gain.shape, mean, rstd, gain, gain, [True, False, False]
-        )
-        mean, rstd = mean.view(-1), rstd.view(-1)
-        if input.dim() == 2 and gain.dim() == 1:
-            a, b = sums_over_rows(grad_output, input, mean, rstd)
+        means, rstds = mean.view(-1), rstd.view(-1)
+        if input.dim() == 2 and gain.dim() == 1:  # the sums first: the gradient gets the memory that they took
+            a, b = sums_over_rows(grad_output, input, means, rstds)
         else:
-            rows = len(rstd), gain.numel()
+            rows = len(rstds), gain.numel()
             a, b = (
-                x.view(gain.shape) for x in sums_over_rows(grad_output.reshape(rows), input.reshape(rows), mean, rstd)
+                x.view(gain.shape) for x in sums_over_rows(grad_output.reshape(rows), input.reshape(rows), means, rstds)
             )
+        grad = torch.ops.aten.native_layer_norm_backward.default(
+            grad_output, input, gain.shape, mean, rstd, gain, gain, [True, False, False]
+        )[0]
         return grad, None, a, b, None  # autograd casts them to the parameters' dtype, without the way through Python
 
 
