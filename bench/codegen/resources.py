@@ -101,6 +101,8 @@ def _number(pattern: str, text: str) -> int:
 def _read_nvidia(launch: Launch) -> tuple[int, int, dict[str, int]]:
     usage = run_nvidia_tool("cuobjdump", "-res-usage", binary=launch.binary)
     registers, stack = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
+    if "tt.dot" not in launch.text("ttir"):  # nothing for a tensor core; the disassembly takes a while
+        return registers, stack, {}
     program = disassemble(launch.binary)
     counts = {name: program.count(name) for names in (_WARP_LEVEL, *_WIDEST.values()) for name in names}
     return registers, stack, {name: count for name, count in counts.items() if count}

@@ -3,7 +3,7 @@
 Interpreted and compiled kernels do not mix in one process, so tests that interpret ask a worker. The two sides talk
 JSON lines over the worker's standard input and output:
 
-    {"case": "bench.codegen.cases:attention", "arguments": {"head_dim": 64}, "target": "sm_90"}
+    {"case": "bench.codegen.cases:attention", "arguments": {"head_dim": 64}, "target": "sm_90", "loops": true}
     {"launches": [{"resources": {"kernel": ...}, ...}, ...]}   or   {"error": "ValueError: ...", "traceback": ...}
 """
 
@@ -49,9 +49,19 @@ class CompileWorker:
 
     def reports(self, case: str, target: str, **arguments: Any) -> list[dict[str, Any]]:
         """A `KernelReport` as JSON for each kernel that the function `case` ("module:function") launches on `target`."""
+        return self._ask(case, target, arguments, loops=True)
+
+    def launches(self, case: str, target: str, **arguments: Any) -> list[Any]:
+        """The `Resources` of each of these kernels, which takes less time than the whole report."""
+        from bench.codegen.resources import Resources
+
+        reports = self._ask(case, target, arguments, loops=False)
+        return [Resources.from_json(report["resources"]) for report in reports]
+
+    def _ask(self, case: str, target: str, arguments: dict[str, Any], loops: bool) -> list[dict[str, Any]]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        request = {"case": case, "target": target, "arguments": arguments}
+        request = {"case": case, "target": target, "arguments": arguments, "loops": loops}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
@@ -61,12 +71,6 @@ class CompileWorker:
         if "error" in reply:
             raise WorkerError(f"{reply['error']}\n{reply['traceback']}")
         return reply["launches"]
-
-    def launches(self, case: str, target: str, **arguments: Any) -> list[Any]:
-        """The `Resources` of each of these kernels."""
-        from bench.codegen.resources import Resources
-
-        return [Resources.from_json(report["resources"]) for report in self.reports(case, target, **arguments)]
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -82,8 +86,8 @@ class CompileWorker:
         self.close()
 
 
-def report_launches(function: Callable[[], object], target: str) -> list[dict[str, Any]]:
-    """Call `function` under the stand-in driver; a `KernelReport` as JSON per launch, in order."""
+def report_launches(function: Callable[[], object], target: str, loops: bool = True) -> list[dict[str, Any]]:
+    """Call `function` under the stand-in driver; a `KernelReport` as JSON per launch, in order; its resources alone without `loops`."""
     from bench.codegen.analysis import minimum_bytes
     from fastattn.kernels.stand_in import stand_in
 
@@ -91,22 +95,25 @@ def report_launches(function: Callable[[], object], target: str) -> list[dict[st
         function()
     rows = []
     for launch in launches:
-        report = _cached_report(launch)
+        report = _cached_report(launch, loops)
         report["resources"]["grid"] = launch.grid
         rows.append({**report, "arguments": launch.arguments, "minimum_bytes": minimum_bytes(launch.arguments)})
     return rows
 
 
-def _cached_report(launch: Launch) -> dict[str, Any]:
+def _cached_report(launch: Launch, loops: bool) -> dict[str, Any]:
     """The report on a kernel's machine code, kept on disk beside Triton's own cache: disassembly takes a while."""
     from triton.runtime.cache import get_cache_manager
 
     from bench.codegen.analysis import analyse
+    from bench.codegen.resources import read_resources
 
     cache = get_cache_manager(hashlib.sha256(f"{launch.metadata.hash} {_analysis_version()}".encode()).hexdigest())
-    path = cache.get_file("report.json")
+    name = "report.json" if loops else "resources.json"
+    path = cache.get_file(name)
     if path is None:
-        path = cache.put(json.dumps(analyse(launch).as_json()), "report.json", binary=False)
+        report = analyse(launch).as_json() if loops else {"resources": read_resources(launch).as_json()}
+        path = cache.put(json.dumps(report), name, binary=False)
     return json.loads(Path(path).read_text())
 
 
@@ -121,7 +128,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         module_name, function_name = request["case"].split(":")
         function = getattr(importlib.import_module(module_name), function_name)
-        return {"launches": report_launches(lambda: function(**request["arguments"]), request["target"])}
+        launches = report_launches(lambda: function(**request["arguments"]), request["target"], request["loops"])
+        return {"launches": launches}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
 
