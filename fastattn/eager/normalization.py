@@ -201,38 +201,37 @@ def fused_backward(
     """
     of_fp32, centered = need_sums and h.dtype == torch.float32, mean.numel() > 0
     which, means = [True, of_fp32, of_fp32], mean if centered else torch.zeros_like(rstd)
-    of_16_bits = sums_over_rows(dy, h, mean, rstd) if need_sums and not of_fp32 else ()  # first: dh gets x̂'s memory
-    dh, *sums = torch.ops.aten.native_layer_norm_backward.default(
+    sums = sums_over_rows(dy, h, mean, rstd) if need_sums and not of_fp32 else []  # first: dh gets x̂'s memory
+    dh, *fp32_sums = torch.ops.aten.native_layer_norm_backward.default(
         dy, h, gain.shape, means[:, None], rstd[:, None], gain, gain, which
     )
     if not centered:
         dh += (torch.mv(dy, gain) * (rstd / len(gain)))[:, None]
-    return dh, [*(of_16_bits or sums)] if need_sums else []
+    return dh, fp32_sums if of_fp32 else sums
 
 
 def sums_over_rows(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor) -> list[Tensor]:
     """[A, B] = [Σ dy · x̂, Σ dy] of 16-bit rows in fp32.
 
     PyTorch's layer norm sums them in 16 bits: 20,000 ones make 256. Its batch norm sums over rows as well, and in fp32: from
-    x̂ (the batch norm in which each row is a channel of known mean and variance 1, and rstd its weight) it gets A and B (the
-    backward of one with mean 0 and deviation 1). x̂ is rounded to 16 bits on the way, as the result will be.
+    x̂ (the batch norm in which each row is a channel, with the statistics known) it gets A and B (the backward of
+    one with mean 0 and deviation 1). x̂ is rounded to 16 bits on the way, as the result will be.
     """
-    rows, columns = h.shape
-    room = h.new_empty(h.numel() + ROOM)[: h.numel()].view(1, rows, columns)
-    nothing, (zeros, ones) = rstd.new_empty(0), _constants(columns, h.device)
-    x_hat = torch.native_batch_norm(
-        h[None], rstd, None, mean, _constants(rows, h.device)[1], False, 0.0, 0.0, out=(room, nothing, nothing)
-    )[0][0]
+    x_hat, no_statistics = h.new_empty(h.numel() + ROOM)[: h.numel()].view(1, *h.shape), rstd.new_empty(0)
+    torch.native_batch_norm(
+        h[None], None, None, mean, rstd.pow(-2), False, 0.0, 0.0, out=(x_hat, no_statistics, no_statistics)
+    )
+    zeros, ones = _constants(h.shape[1], h.device)
     return torch.ops.aten.native_batch_norm_backward.default(
-        dy, x_hat, None, None, None, zeros, ones, True, 0.0, [False, True, True]
+        dy, x_hat[0], None, None, None, zeros, ones, True, 0.0, [False, True, True]
     )[1:]
 
 
 @lru_cache(maxsize=64)
-def _constants(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Zeros and ones, fp32 (length,)."""
+def _constants(columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Zeros and ones, fp32 (columns,)."""
     with torch.inference_mode(False):
-        return torch.zeros(length, device=device), torch.ones(length, device=device)
+        return torch.zeros(columns, device=device), torch.ones(columns, device=device)
 
 
 def _sums(sums: list[Tensor], rstd: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
