@@ -217,21 +217,21 @@ def sums_over_rows(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor) -> list[Te
     x̂ (the batch norm in which each row is a channel, with the statistics known) it gets A and B (the backward of
     one with mean 0 and deviation 1). x̂ is rounded to 16 bits on the way, as the result will be.
     """
-    x_hat, no_statistics = h.new_empty(h.numel() + ROOM)[: h.numel()].view(1, *h.shape), rstd.new_empty(0)
+    zeros, ones, no_statistics = _constants(h.shape[1], h.device)
+    x_hat = h.new_empty(h.numel() + ROOM).resize_(h.shape)
     torch.native_batch_norm(
-        h[None], None, None, mean, rstd.pow(-2), False, 0.0, 0.0, out=(x_hat, no_statistics, no_statistics)
+        h[None], None, None, mean, rstd.pow(-2), False, 0.0, 0.0, out=(x_hat[None], no_statistics, no_statistics)
     )
-    zeros, ones = _constants(h.shape[1], h.device)
     return torch.ops.aten.native_batch_norm_backward.default(
-        dy, x_hat[0], None, None, None, zeros, ones, True, 0.0, [False, True, True]
+        dy, x_hat, None, None, None, zeros, ones, True, 0.0, [False, True, True]
     )[1:]
 
 
 @lru_cache(maxsize=64)
-def _constants(columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Zeros and ones, fp32 (columns,)."""
+def _constants(columns: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros and ones (columns,), and no numbers at all, for results that there are none of; fp32."""
     with torch.inference_mode(False):
-        return torch.zeros(columns, device=device), torch.ones(columns, device=device)
+        return torch.zeros(columns, device=device), torch.ones(columns, device=device), torch.empty(0, device=device)
 
 
 def _sums(sums: list[Tensor], rstd: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:

@@ -183,9 +183,11 @@ def _by_torch(
             return torch.layer_norm(input, shape, weight, bias, eps)
         if dtype not in checks.FLOAT_DTYPES or observed((input,)):
             return None
-        if not (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (weight, bias))):
+        if weight is None or not (
+            torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+        ):
             return torch.layer_norm(input, shape, weight, bias, eps)
-        return None if weight is None or bias is None else _Rounded.apply(input, shape, weight, bias, eps)
+        return None if bias is None else _Rounded.apply(input, shape, weight, bias, eps)
     except (RuntimeError, TypeError):
         return None  # the checks of the long way name the argument
 
@@ -224,15 +226,13 @@ class _Rounded(torch.autograd.Function):
                 *(0.0, 0.0, False, input.dtype, True),
             )
             return grad, None, grad_weight, grad_bias, None
-        gain = ctx.gain
-        means, rstds = mean.view(-1), rstd.view(-1)
+        gain, means, rstds = ctx.gain, mean.view(-1), rstd.view(-1)
         if input.dim() == 2 and gain.dim() == 1:  # the sums first: the gradient gets the memory that they took
             a, b = sums_over_rows(grad_output, input, means, rstds)
         else:
             rows = len(rstds), gain.numel()
-            a, b = (
-                x.view(gain.shape) for x in sums_over_rows(grad_output.reshape(rows), input.reshape(rows), means, rstds)
-            )
+            sums = sums_over_rows(grad_output.reshape(rows), input.reshape(rows), means, rstds)
+            a, b = (x.view(gain.shape) for x in sums)
         grad = torch.ops.aten.native_layer_norm_backward.default(
             grad_output, input, gain.shape, mean, rstd, gain, gain, [True, False, False]
         )[0]
