@@ -5,24 +5,36 @@ they are the plain PyTorch whose error sets the tolerance.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-def philox_keep(seed: int, shape: tuple[int, int, int, int], p: float) -> Tensor:
-    """Dropout's choice for (batch, head, row, column): Philox-4x32-10 on counter (column // 4, row, head, batch)."""
-    b, h, i, j = np.indices(shape).astype(np.uint64)
+def philox(counter: Sequence[np.ndarray], seed: int, rounds: int = 7) -> list[np.ndarray]:
+    """The four words of Philox-4x32 (Salmon et al., 2011), uint64 arrays; the key is the seed's low and high word."""
     low = np.uint64(0xFFFFFFFF)
-    c = [j // np.uint64(4), i, h, b]
-    k = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)]
-    for _ in range(10):
+    c, k = list(counter), [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)]
+    for _ in range(rounds):
         p0, p1 = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
         c = [(p1 >> np.uint64(32)) ^ c[1] ^ k[0], p1 & low, (p0 >> np.uint64(32)) ^ c[3] ^ k[1], p0 & low]
         k = [(k[0] + np.uint64(0x9E3779B9)) & low, (k[1] + np.uint64(0xBB67AE85)) & low]
-    word = np.choose((j % np.uint64(4)).astype(np.int64), c)
-    return torch.from_numpy((word >> np.uint64(1)) >= np.uint64(round(p * 2**31)))
+    return c
+
+
+def philox_keep(seed: int, shape: tuple[int, int, int, int], p: float) -> Tensor:
+    """Dropout's choice for (batch, head, row, column): in a block of 16 x 32, rows r, r + 8 and columns c, c + 8, c + 16, c + 24
+    take the eight halves of Philox's four words, low halves first."""
+    b, h, i, j = np.indices(shape)
+    counter = [j // 32 * 8 + j % 8, i // 16 * 8 + i % 8, h, b]
+    halves = [
+        half
+        for word in philox([c.astype(np.uint64) for c in counter], seed)
+        for half in (word % np.uint64(2**16), word // np.uint64(2**16))
+    ]
+    half = np.choose(i // 8 % 2 * 4 + j // 8 % 4, halves)
+    return torch.from_numpy(half >= np.uint64(round(p * 2**16)))
 
 
 def attention(

@@ -13,6 +13,7 @@ from fastattn.kernels.tiles import score_class
 
 ROWS, KEYS = 32, 48
 MASK, BIAS, SLOPES = torch.ones(1, 1, ROWS, KEYS, dtype=torch.bool), torch.zeros(1, 2, ROWS, KEYS), torch.ones(2)
+SEED = torch.zeros(1, dtype=torch.int64)
 # rows that start at no multiple of 16 numbers, columns that are not neighbours, a first number off the grid
 ODD_ROWS = torch.zeros(1, 2, ROWS, KEYS + 1)[..., :KEYS]
 COLUMNS_APART = torch.zeros(1, 2, KEYS, ROWS).mT
@@ -41,7 +42,10 @@ def scores_of(mask=None, bias=None, alibi=None, seed=None, scale=0.1, softcap=0.
         ({"mask": MASK, "bias": BIAS}, "heavy"),
         ({"mask": MASK, "alibi": SLOPES}, "heavy"),
         ({"bias": BIAS, "softcap": 30.0}, "heavy"),
-        ({"seed": torch.zeros(1, dtype=torch.int64)}, "heavy"),
+        ({"seed": SEED}, "dropped"),
+        ({"seed": SEED, "left": 8}, "dropped"),
+        ({"seed": SEED, "mask": MASK}, "heavy"),
+        ({"seed": SEED, "alibi": SLOPES}, "heavy"),
     ],
 )
 def test_class_of_scores(options, scores):
@@ -55,6 +59,7 @@ def test_light_scores_take_larger_tiles_than_heavy_ones(arch):
         return config.block_m * config.block_n
 
     for choose in (attention_forward_config, attention_backward_query_config):
-        for scores in ("plain", "scored", "loaded"):
+        for scores in ("plain", "scored", "loaded", "dropped"):
             assert size(choose, scores, 128) > size(choose, "heavy", 128)
-    assert size(attention_backward_key_config, "loaded", 128) > size(attention_backward_key_config, "heavy", 128)
+    for scores in ("loaded", "dropped"):
+        assert size(attention_backward_key_config, scores, 128) > size(attention_backward_key_config, "heavy", 128)

@@ -1,4 +1,4 @@
-"""Philox-4x32-10 in PyTorch: the numbers of `fastattn/kernels/random.py`, on any device."""
+"""Philox-4x32-7 in PyTorch: the numbers of `fastattn/kernels/random.py`, on any device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
+_ROUNDS = 7
 
 
 def philox(seed: Tensor, counters: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -20,14 +21,19 @@ def philox(seed: Tensor, counters: tuple[Tensor, Tensor, Tensor, Tensor]) -> tup
     Returns:
         Four int64 tensors of the broadcast shape, values in [0, 2³²).
     """
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counters)
+    c0, c1, c2, c3 = counters  # what depends on rows or columns alone stays small for two rounds
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
-    for _ in range(10):
+    for _ in range(_ROUNDS):
         # int64 products wrap modulo 2⁶⁴, which keeps their bits; the arithmetic shift's sign bits are masked off
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (p1 >> 32 & _LOW) ^ c1 ^ k0, p1 & _LOW, (p0 >> 32 & _LOW) ^ c3 ^ k1, p0 & _LOW
         k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
     return c0, c1, c2, c3
+
+
+def dropout_threshold(p: float) -> int:
+    """The least of 16 random bits that keep an element, of which 1 - p of all 2¹⁶ are as many, to the nearest."""
+    return min(round(p * 2**16), 2**16 - 1)
 
 
 def keep(seed: Tensor, batch: Tensor, head: Tensor, rows: Tensor, columns: range, p: float) -> Tensor:
@@ -41,11 +47,14 @@ def keep(seed: Tensor, batch: Tensor, head: Tensor, rows: Tensor, columns: range
     Returns:
         bool, of the broadcast shape with the last dimension len(columns).
     """
-    first = columns.start // 4
-    groups = torch.arange(first, (columns.stop + 3) // 4, device=seed.device)
-    words = torch.stack(philox(seed, (groups, rows, head, batch)), dim=-1).flatten(-2)
-    words = words[..., columns.start - 4 * first :][..., : len(columns)]
-    return (words >> 1) >= round(p * 2**31)
+    blocks = torch.arange(columns.start // 32, (columns.stop + 31) // 32, device=seed.device)
+    column = (blocks[:, None] * 8 + torch.arange(8, device=seed.device)).flatten()
+    w0, w1, w2, w3 = philox(seed, (column, rows // 16 * 8 + rows % 8, head, batch))
+    upper = rows // 8 % 2 == 0
+    words, threshold = (torch.where(upper, w0, w2), torch.where(upper, w1, w3)), dropout_threshold(p)
+    parts = [half.unflatten(-1, (-1, 8)) >= threshold for word in words for half in (word & 0xFFFF, word >> 16)]
+    kept = torch.stack(parts, dim=-2).flatten(-3)  # [..., blocks, 4 parts, 8]
+    return kept[..., columns.start % 32 :][..., : len(columns)]
 
 
 def drop(tensor: Tensor, seed: Tensor | None, dropout_p: float, rows: range, columns: int) -> Tensor:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from fastattn.block_mask import Blocks
+from fastattn.eager.random import dropout_threshold
 from fastattn.kernels.attention_backward import backward
 from fastattn.kernels.config import (
     attention_backward_key_config,
@@ -38,9 +39,8 @@ from fastattn.kernels.masks import (
     sequence,
     visible_range,
 )
-from fastattn.kernels.random import keep
+from fastattn.kernels.random import keep_tile
 from fastattn.kernels.tiles import (
-    dropout_threshold,
     head_block,
     is_ragged,
     launch_lists,
@@ -60,7 +60,7 @@ __all__ = ["backward", "forward"]
 @triton.jit
 def add_keys(
     acc, l, m, q, k_ptrs, v_ptrs, mask_ptrs, bias_ptr, bias_stride, slope, seed, start, in_bounds,
-    batch, head, offs_m, row_limit, num_keys, shift, left, right, scale, softcap, threshold, columns_qk, columns_v,
+    batch, head, first_m, offs_m, row_limit, num_keys, shift, left, right, scale, softcap, threshold, columns_qk, columns_v,
     BLOCK_N: tl.constexpr, PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys [start, start + BLOCK_N) to the running (acc, l, m). EDGE: some may be invisible to some row.
@@ -100,7 +100,7 @@ def add_keys(
     rescale = tl.exp2(m - m_new)
     l = l * rescale + tl.sum(p, 1)
     if seed is not None:
-        p = tl.where(keep(seed, batch, head, offs_m[:, None], (start + offs_n)[None, :], threshold), p, 0.0)
+        p = tl.where(keep_tile(seed, batch, head, first_m, start, threshold, acc.shape[0], BLOCK_N), p, 0.0)
     # [BLOCK_N, BLOCK_DV]
     v = load_tile(v_ptrs, in_bounds[:, None] if EDGE else None, columns_v)
     acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
@@ -117,7 +117,7 @@ def finish(acc, l, m, keep_scale):
 @triton.jit
 def _walk_keys(
     acc, l, m, q, k_ptr, k_stride, v_ptr, v_stride, mask_ptr, mask_stride, lists, bias_ptr, bias_stride, slope, seed,
-    low, high, batch, head, offs_m, row_limit, num_keys, shift, left, right, scale, softcap, threshold,
+    low, high, batch, head, first_m, offs_m, row_limit, num_keys, shift, left, right, scale, softcap, threshold,
     columns_qk, columns_v, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
@@ -139,8 +139,8 @@ def _walk_keys(
             mask_ptrs = pair_pointers(mask_ptr, mask_stride, offs_m[:, None], (start + offs_n)[None, :])
         acc, l, m = add_keys(
             acc, l, m, q, k_ptr + at * k_stride + k_offsets, v_ptr + at * v_stride + v_offsets, mask_ptrs, bias_ptr,
-            bias_stride, slope, seed, start, offs_n < num_keys - start, batch, head, offs_m, row_limit, num_keys, shift,
-            left, right, scale, softcap, threshold, columns_qk, columns_v, BLOCK_N, PLAIN, EDGE, PRECISION,
+            bias_stride, slope, seed, start, offs_n < num_keys - start, batch, head, first_m, offs_m, row_limit, num_keys,
+            shift, left, right, scale, softcap, threshold, columns_qk, columns_v, BLOCK_N, PLAIN, EDGE, PRECISION,
         )  # fmt: skip
     return acc, l, m
 
@@ -227,17 +227,17 @@ def _attention_forward(
     if left is not None:
         acc, l, m = _walk_keys(
             acc, l, m, q, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr, bias_strides, slope,
-            seed, low, tl.minimum(full_low, high), batch, head, offs_m, rows, num_keys, shift, left, right, scale, softcap,
+            seed, low, tl.minimum(full_low, high), batch, head, start_m, offs_m, rows, num_keys, shift, left, right, scale, softcap,
             threshold, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN, True, PRECISION, HOIST,
         )  # fmt: skip
     acc, l, m = _walk_keys(
         acc, l, m, q, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr, bias_strides, slope,
-        seed, full_low, full_high, batch, head, offs_m, rows, num_keys, shift, left, right, scale, softcap,
+        seed, full_low, full_high, batch, head, start_m, offs_m, rows, num_keys, shift, left, right, scale, softcap,
         threshold, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN, False, PRECISION, HOIST,
     )  # fmt: skip
     acc, l, m = _walk_keys(
         acc, l, m, q, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr, bias_strides, slope,
-        seed, full_high, high, batch, head, offs_m, rows, num_keys, shift, left, right, scale, softcap,
+        seed, full_high, high, batch, head, start_m, offs_m, rows, num_keys, shift, left, right, scale, softcap,
         threshold, columns_qk, columns_v, BLOCK_D, BLOCK_DV, EDGE_N, PLAIN, True, PRECISION, HOIST,
     )  # fmt: skip
 

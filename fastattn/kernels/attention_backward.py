@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from fastattn.block_mask import Blocks
+from fastattn.eager.random import dropout_threshold
 from fastattn.kernels.attention_bias import attention_backward_bias
 from fastattn.kernels.chunks import (
     dot_add,
@@ -48,11 +49,10 @@ from fastattn.kernels.masks import (
     sequence,
     visible_range,
 )
-from fastattn.kernels.random import keep
+from fastattn.kernels.random import keep_tile
 from fastattn.kernels.recompute import STATISTICS, load_pair, probability, row_statistics, score_gradient
 from fastattn.kernels.tiles import (
     block_kinds,
-    dropout_threshold,
     head_block,
     is_ragged,
     launch_lists,
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
 @triton.jit
 def _walk_keys(
     dq, q, do, minus_lse, minus_delta, k_ptr, k_stride, v_ptr, v_stride, mask_ptr, mask_stride, lists, bias_ptr, bias_stride, slope, seed,
-    low, high, batch, head, offs_m, rows, num_keys, shift, left, right, scale, softcap, threshold, keep_scale,
+    low, high, batch, head, first_m, offs_m, rows, num_keys, shift, left, right, scale, softcap, threshold, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_N: tl.constexpr,
     PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
@@ -121,7 +121,7 @@ def _walk_keys(
         )  # fmt: skip
         kept = None
         if seed is not None:
-            kept = keep(seed, batch, head, offs_m[:, None], columns, threshold)
+            kept = keep_tile(seed, batch, head, first_m, start, threshold, rows.shape[0], BLOCK_N)
         dp = dot_transposed(do, v, None, PRECISION)
         _ds, dx = score_gradient(p, dp, minus_delta[:, None], capped, kept, keep_scale, softcap)
         dq = dot_add(dx, k, dq, PRECISION)
@@ -226,19 +226,19 @@ def _attention_backward_query(
     if left is not None:
         dq = _walk_keys(
             dq, q, do, minus_lse, minus_delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr,
-            bias_strides, slope, seed, low, tl.minimum(full_low, high), batch, head, offs_m, rows, num_keys, shift, left,
+            bias_strides, slope, seed, low, tl.minimum(full_low, high), batch, head, start_m, offs_m, rows, num_keys, shift, left,
             right, score_scale, softcap, threshold, keep_scale, D, DV, CHUNK, CHUNK_V, EDGE_N, PLAIN,
             True, PRECISION, HOIST,
         )  # fmt: skip
     dq = _walk_keys(
         dq, q, do, minus_lse, minus_delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr,
-        bias_strides, slope, seed, full_low, full_high, batch, head, offs_m, rows, num_keys, shift, left,
+        bias_strides, slope, seed, full_low, full_high, batch, head, start_m, offs_m, rows, num_keys, shift, left,
         right, score_scale, softcap, threshold, keep_scale, D, DV, CHUNK, CHUNK_V, BLOCK_N, PLAIN,
         False, PRECISION, HOIST,
     )  # fmt: skip
     dq = _walk_keys(
         dq, q, do, minus_lse, minus_delta, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr,
-        bias_strides, slope, seed, full_high, high, batch, head, offs_m, rows, num_keys, shift, left,
+        bias_strides, slope, seed, full_high, high, batch, head, start_m, offs_m, rows, num_keys, shift, left,
         right, score_scale, softcap, threshold, keep_scale, D, DV, CHUNK, CHUNK_V, EDGE_N, PLAIN,
         True, PRECISION, HOIST,
     )  # fmt: skip
@@ -257,7 +257,7 @@ def _attention_backward_query(
 @triton.jit
 def _walk_queries(
     dk, dv, k, v, q_ptr, q_stride, do_ptr, do_stride, lse_ptr, delta_ptr, mask_ptr, mask_stride, lists, bias_ptr, bias_stride,
-    slope, seed, low, high, batch, head, offs_n, columns_ok, num_queries, shift, left, right, scale, softcap, threshold,
+    slope, seed, low, high, batch, head, first_n, offs_n, columns_ok, num_queries, shift, left, right, scale, softcap, threshold,
     keep_scale, D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_M: tl.constexpr,
     PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
@@ -317,7 +317,9 @@ def _walk_queries(
         kept = None
         p_kept = p
         if seed is not None:
-            kept = keep(seed, batch, head, queries, offs_n[:, None], threshold)
+            kept = keep_tile(
+                seed, batch, head, start, first_n, threshold, BLOCK_M, columns_ok.shape[0], COLUMNS_FIRST=True
+            )
             p_kept = tl.where(kept, p * keep_scale, 0.0)
         dv = dot_add(p_kept, do, dv, PRECISION)
         dp = dot_transposed(v, do, minus_delta if seed is None else None, PRECISION)
@@ -417,19 +419,19 @@ def _attention_backward_key(
             dk, dv = _walk_queries(
                 dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_head, delta_head,
                 mask_head, mask_strides, lists, bias_head, bias_strides, slope, seed, low, tl.minimum(full_low, high), batch, head,
-                offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
+                first, offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
                 D, DV, CHUNK, CHUNK_V, EDGE_M, PLAIN, True, PRECISION, HOIST,
             )  # fmt: skip
         dk, dv = _walk_queries(
             dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_head, delta_head,
             mask_head, mask_strides, lists, bias_head, bias_strides, slope, seed, full_low, full_high, batch, head,
-            offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
+            first, offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
             D, DV, CHUNK, CHUNK_V, BLOCK_M, PLAIN, False, PRECISION, HOIST,
         )  # fmt: skip
         dk, dv = _walk_queries(
             dk, dv, k, v, q_head, q_strides[2], do_head, do_strides[2], lse_head, delta_head,
             mask_head, mask_strides, lists, bias_head, bias_strides, slope, seed, full_high, high, batch, head,
-            offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
+            first, offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
             D, DV, CHUNK, CHUNK_V, EDGE_M, PLAIN, True, PRECISION, HOIST,
         )  # fmt: skip
     batch, kv_head, start_n = _key_block(tl.program_id(0) + hidden_zero(num_kv_heads), num_kv_heads, max_keys, BLOCK_N)
@@ -509,7 +511,7 @@ def backward(
         *scalars, heads, group, *lengths, **chunks(config), HOIST=config.hoist, **constants, **_blocks(config),
     )  # fmt: skip
     if bias is not None and grad_bias is not None:
-        config = attention_backward_bias_config(target, width, query.element_size(), ragged)
+        config = attention_backward_bias_config(target, width, query.element_size(), ragged, seed is not None)
         bias_batch, bias_heads, bias_rows, bias_columns = bias.shape
         row_blocks, column_blocks = triton.cdiv(num_queries, config.block_m), triton.cdiv(num_keys, config.block_n)
         sum_rows, sum_columns = bias_rows == 1, bias_columns == 1

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.masks import BLOCK, EMPTY, block_kind, is_visible, load_tile, mixed_tile, visible_range
-from fastattn.kernels.random import keep
+from fastattn.kernels.random import keep_tile
 from fastattn.kernels.recompute import load_pair, probability, row_statistics, score_gradient
 
 
@@ -92,7 +92,7 @@ def attention_backward_bias(
                 product, minus_lse[:, None], mask, bias, slope, distance, visible, score_scale, softcap, PLAIN
             )  # fmt: skip
             if seed_ptr is not None:
-                kept = keep(seed, batch, head, offs_m[:, None], offs_n[None, :], threshold)
+                kept = keep_tile(seed, batch, head, start_m, start_n, threshold, BLOCK_M, BLOCK_N)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             ds, _dx = score_gradient(p, dp, minus_delta[:, None], capped, kept, keep_scale, softcap)
             total += ds

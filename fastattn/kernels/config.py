@@ -36,8 +36,8 @@ class AttentionConfig:
 
 
 # What a score takes beyond a scale, a window, sinks and a block mask: nothing; ALiBi or a softcap; a mask or a bias, read from
-# memory in wide words, without a window to the left; dropout, or several of these, or one of them and a block mask.
-Scores: TypeAlias = Literal["plain", "scored", "loaded", "heavy"]
+# memory in wide words, without a window to the left; dropout; or several of these, or one of them and a block mask.
+Scores: TypeAlias = Literal["plain", "scored", "loaded", "dropped", "heavy"]
 _Table: TypeAlias = dict[int, tuple[Any, ...]]
 _Widths: TypeAlias = dict[str, tuple[int, ...]]
 
@@ -73,15 +73,14 @@ _BACKWARD_KEY: dict[str, _Table] = {
 # dBias of heads wider than 64 it makes a spill.
 _CHUNK = 64
 
-# With several of mask, bias, ALiBi and softcap each score needs more registers, and with dropout its ten rounds of integer
-# products outweigh the tensor cores anyway: small tiles. dK and dV of heads wider than 128 in one chunk spill 64 bytes on
-# sm_80 (packed), in chunks of 64 none, with a tenth fewer instructions at a width of 192; with every feature on they spill 32 there
-# unless addresses stay in the loop. Forwards of that width: on sm_100 64 rows go to tensor memory, for up to twice the predicted share
-# of 32; on sm_120 32 rows spill 8 to 16 bytes, with and without a limit, 64 none for a 30th more, and 16 with a bias and odd strides
-# if addresses leave the loop; of heads of 128 there, 64 rows spill 16 with everything and odd strides, 32 none, for 0.94 to 1.1 times
-# the share. The dQ pass of heads of 64 spills 8 there with a bias and odd strides, with 8 warps none, for more of the share.
+# With several of mask, bias, ALiBi, softcap and dropout each score needs more registers: small tiles. dK and dV of heads wider than
+# 128 in one chunk spill 64 bytes on sm_80 (packed), in chunks of 64 none, with a tenth fewer instructions at a width of 192; with every
+# feature on they spill 32 there unless addresses stay in the loop. Forwards of that width: on sm_100 64 rows go to tensor memory, for up
+# to twice the predicted share of 32, and spill 16 bytes with odd strides if addresses leave the loop; on sm_120 64 rows spill 64 bytes
+# with dropout, 32 none with 8 warps; of heads of 128 there, 64 rows spill 16 with everything and odd strides, 32 none, for 0.94 to 1.1
+# times the share. The dQ pass of heads of 64 spills 8 there with a bias and odd strides, with 8 warps none, for more of the share.
 _FORWARD_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 4, 1)}
-_FORWARD_HEAVY_SM_100: _Table = {**_FORWARD_HEAVY, 256: (64, 16, 8, 1)}
+_FORWARD_HEAVY_SM_100: _Table = {**_FORWARD_HEAVY, 256: (64, 16, 8, 1, False)}
 _FORWARD_HEAVY_SMALL: _Table = {**_FORWARD_HEAVY_SM_100, 128: (32, 32, 4, 1), 256: (64, 16, 8, 1, False)}
 _BACKWARD_QUERY_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)}
 _BACKWARD_QUERY_HEAVY_SMALL: _Table = {**_BACKWARD_QUERY_HEAVY, 64: (64, 32, 8, 1)}
@@ -173,6 +172,24 @@ _BACKWARD_KEY_LOADED: dict[str, _Table] = {
     "small": {64: (32, 64, 4, 1), 256: _BACKWARD_KEY_HEAVY[256]},
 }
 
+# Dropout alone takes two integer products a score (`kernels.random.keep_tile`): up to a width of 128 the tiles of plain scores, but for
+# these, where those spill 8 to 120 bytes.
+_FORWARD_DROPPED: dict[str, _Table] = {
+    "sm_80": {64: (128, 64, 4, 2, True, MAX_HEAD, 255)},
+    "sm_90": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2)},
+    "sm_100": {64: (128, 64, 8, 2)},
+}
+_BACKWARD_QUERY_DROPPED: dict[str, _Table] = {
+    "sm_90": {128: (128, 64, 8, 2, False)},
+    "sm_100": {128: (128, 128, 8, 1, False)},
+}
+_BACKWARD_KEY_DROPPED: dict[str, _Table] = {
+    "sm_80": {64: (32, 64, 4, 1), 128: (32, 64, 8, 1)},
+    "sm_90": {128: (32, 128, 8, 1, False)},
+    "sm_100": {64: (64, 64, 8, 1), 128: (32, 128, 8, 1, False)},
+    "small": {64: (32, 64, 4, 1), 128: (32, 64, 8, 1, True, MAX_HEAD, 255)},
+}
+
 
 def _family(target: Target) -> str:
     if target.backend == "hip":
@@ -185,11 +202,12 @@ def _width(head_dim: int) -> int:
     return next(width for width in (64, 128, MAX_HEAD) if head_dim <= width)
 
 
-def _needs_small_tiles(scores: Scores, blocks: bool, itemsize: int, ragged: bool, family: str) -> bool:
+def _needs_small_tiles(scores: Scores, blocks: bool, head_dim: int, itemsize: int, ragged: bool, family: str) -> bool:
     """Whether scores leave too few registers for the tiles of plain ones."""
     if scores == "plain" and not blocks:
         return False
-    return scores == "heavy" or itemsize == 4 or ragged or family == "amd"
+    many = scores == "heavy" or (scores == "dropped" and head_dim > 128)
+    return many or itemsize == 4 or ragged or family == "amd"
 
 
 def _first(family: str, head_dim: int, *tables: tuple[bool, dict[str, _Table]]) -> AttentionConfig:
@@ -215,7 +233,7 @@ def attention_forward_config(
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     family = _family(target)
-    heavy = _needs_small_tiles(scores, blocks, itemsize, ragged, family)
+    heavy = _needs_small_tiles(scores, blocks, head_dim, itemsize, ragged, family)
     if itemsize == 4 and head_dim > 128:
         most = 255 if not blocks or family == "sm_80" else None
         return AttentionConfig(16, 16, 4 if blocks else 8, 1, max_registers=most)
@@ -225,6 +243,7 @@ def attention_forward_config(
     if not heavy:
         exceptions = (
             (blocks, _FORWARD_LISTED),
+            (scores == "dropped", _FORWARD_DROPPED),
             (packed, _FORWARD_PACKED),
             (scores == "scored", _FORWARD_SCORED),
             (scores == "loaded", _FORWARD_LOADED),
@@ -246,7 +265,7 @@ def attention_backward_query_config(
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1, chunk=_CHUNK)
     family = _family(target)
-    heavy = _needs_small_tiles(scores, blocks, itemsize, ragged, family)
+    heavy = _needs_small_tiles(scores, blocks, head_dim, itemsize, ragged, family)
     if itemsize == 4 and head_dim > 128:
         return AttentionConfig(16, 16, 4 if target.backend == "hip" else 8, 1, False, _CHUNK, max_registers=255)
     if itemsize == 4:
@@ -257,6 +276,7 @@ def attention_backward_query_config(
     if not heavy:
         exceptions = (
             (blocks, _BACKWARD_QUERY_LISTED),
+            (scores == "dropped", _BACKWARD_QUERY_DROPPED),
             (scores == "scored", _BACKWARD_QUERY_SCORED),
             (scores == "loaded", _BACKWARD_QUERY_LOADED),
         )
@@ -285,7 +305,7 @@ def attention_backward_key_config(
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1, chunk=_CHUNK)
     family = _family(target)
-    heavy = _needs_small_tiles(scores, blocks, itemsize, ragged, family) or (scores == "loaded" and grouped)
+    heavy = _needs_small_tiles(scores, blocks, head_dim, itemsize, ragged, family) or (scores == "loaded" and grouped)
     if itemsize == 4 and head_dim > 128:
         block_n, warps = (16, 4) if target.backend == "hip" else (16 if heavy else 32, 8)
         return AttentionConfig(16, block_n, warps, 1, not heavy, _CHUNK, max_registers=255)
@@ -303,6 +323,7 @@ def attention_backward_key_config(
         exceptions = (
             (blocks, _BACKWARD_KEY_LISTED),
             (blocks, _BACKWARD_KEY),
+            (scores == "dropped", _BACKWARD_KEY_DROPPED),
             (scores == "scored", _BACKWARD_KEY_SCORED),
             (scores == "loaded", _BACKWARD_KEY_LOADED),
             (packed, _BACKWARD_KEY_PACKED),
@@ -316,14 +337,19 @@ def attention_backward_key_config(
 
 
 def attention_backward_bias_config(
-    target: Target, head_dim: int, itemsize: int, ragged: bool = False
+    target: Target, head_dim: int, itemsize: int, ragged: bool = False, dropped: bool = False
 ) -> AttentionConfig:
-    """For dBias: a tile of the bias stays in registers, and Q, dO, K and V are read whole for each of its terms."""
+    """For dBias: a tile of the bias stays in registers, and Q, dO, K and V are read whole for each of its terms. dropped: there is
+    dropout."""
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     block = 32 if (head_dim <= 128 and itemsize == 2) or head_dim <= 64 else 16
-    warps = 8 if ragged and itemsize == 2 and block == 32 and target.backend == "cuda" else 4
-    return AttentionConfig(block, block, warps, 1, max_registers=255 if itemsize == 4 and head_dim <= 32 else None)
+    # with dropout, 4 warps of wide fp32 heads spill 8 bytes
+    spills = (ragged and block == 32) if itemsize == 2 else (dropped and head_dim > 128)
+    warps = 8 if spills and target.backend == "cuda" else 4
+    # left alone, ptxas spills 8 bytes of these
+    narrow = head_dim <= 32 if itemsize == 4 else dropped and _family(target) == "sm_90" and 32 < head_dim <= 64
+    return AttentionConfig(block, block, warps, 1, max_registers=255 if narrow else None)
 
 
 # Decoding reads the cache once, whatever the tile: the fewest rows that a dot takes, keys enough to keep loads in flight.

@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.eager.random import dropout_threshold
 from fastattn.kernels.activations import activate
 from fastattn.kernels.config import ELEMENTWISE_BLOCK, matmul_config
 from fastattn.kernels.launch import current_target, launch
 from fastattn.kernels.random import dropout, keep
-from fastattn.kernels.tiles import dropout_threshold
 
 
 @triton.jit

@@ -22,12 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.eager.random import dropout_threshold
 from fastattn.kernels.config import norm_backward_config, norm_forward_config
 from fastattn.kernels.launch import current_target, launch
 from fastattn.kernels.norm_tiles import as_rows, load_gain, load_tile, parameter
 from fastattn.kernels.normalization_backward import backward
 from fastattn.kernels.random import dropout
-from fastattn.kernels.tiles import dropout_threshold
 
 __all__ = ["backward", "forward"]
 

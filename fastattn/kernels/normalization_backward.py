@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastattn.eager.random import dropout_threshold
 from fastattn.kernels.config import REDUCE_COLUMNS, REDUCE_ROWS, norm_backward_config
 from fastattn.kernels.launch import current_target, launch
 from fastattn.kernels.norm_tiles import as_rows, load_gain, load_tile, parameter
 from fastattn.kernels.random import dropout
-from fastattn.kernels.tiles import dropout_threshold
 
 
 @triton.jit

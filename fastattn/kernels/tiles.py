@@ -57,11 +57,6 @@ def block_kinds(blocks: Blocks | None) -> tuple[Any, ...] | None:
     return blocks.tiles, blocks.kinds, None, 0 if batch == 1 else heads * rows, 0 if heads == 1 else rows, others
 
 
-def dropout_threshold(p: float) -> int:
-    """What `kernels.random.keep` compares 31 random bits with."""
-    return round(p * 2**31)
-
-
 def _is_aligned(pair: Tensor) -> bool:
     """Whether every row of a mask or bias starts at a multiple of 16 numbers, so that it is read in wide words."""
     *rows, columns = pair_strides(pair) or ()
@@ -78,8 +73,10 @@ def score_class(
     listed = isinstance(mask, Blocks)
     read = ([] if mask is None or isinstance(mask, Blocks) else [mask]) + ([] if bias is None else [bias])
     scores: Scores = "scored" if computed else "plain"
-    if seed is not None or len(read) + computed + listed > 1:
+    if len(read) + computed + listed + (seed is not None) > 1:
         scores = "heavy"
+    elif seed is not None:
+        scores = "dropped"
     elif read:
         scores = "loaded" if window_left is None and _is_aligned(read[0]) else "heavy"
     return bias is None and not computed, scores

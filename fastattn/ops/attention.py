@@ -363,7 +363,8 @@ def attention(
         softcap: None, or the bound c > 0 of c·tanh(score / c).
         sinks: (Hq,), floating: a logit per head that takes part in the denominator only.
         dropout_p: probability in [0, 1) of dropping an attention weight. The seed comes from torch's generator; the choice
-            depends on (seed, batch, head, row, column) alone and is the same on every backend.
+            depends on (seed, batch, head, row, column) alone and is the same on every backend; it takes 16 random bits, so
+            that the share is p to the nearest 2⁻¹⁶.
         scale: multiplies Q Kᵀ; None = 1 / sqrt(D).
         return_lse: also return the log-sum-exp of the scores.
 

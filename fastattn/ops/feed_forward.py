@@ -83,7 +83,8 @@ def feed_forward(
         activation: as in `linear`.
         gate_weight, gate_bias: as weight1 and bias1.
         dropout_p: probability in [0, 1) of dropping a number of y. The seed comes from torch's generator; the choice
-            depends on (seed, row, column) alone and is the same on every backend.
+            depends on (seed, row, column) alone and is the same on every backend; it takes 16 random bits, so that the
+            share is p to the nearest 2⁻¹⁶.
         residual: (..., d_out), dtype of `input`: added last.
         recompute: what the backward computes again instead of keeping it, per row in numbers of the input's dtype:
             "none" keeps 2 · d_hidden (gated 3), "activation" keeps 1 · d_hidden (gated 2) and repeats only the

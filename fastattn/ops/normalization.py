@@ -70,7 +70,8 @@ def layer_norm(
         scale: broadcastable to `input`: adaptive layer norm (Peebles and Xie, 2023, https://arxiv.org/abs/2212.09748).
         shift: broadcastable to `input`.
         dropout_p: probability in [0, 1) of dropping a number of `input`, before the residual is added. The seed comes from
-            torch's generator; the choice depends on (seed, row, column) alone and is the same on every backend.
+            torch's generator; the choice depends on (seed, row, column) alone and is the same on every backend; it takes
+            16 random bits, so that the share is p to the nearest 2⁻¹⁶.
         weight_offset: added to the weight: 1 for weights that are stored minus one.
 
     Returns:
