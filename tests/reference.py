@@ -37,6 +37,15 @@ def philox_keep(seed: int, shape: tuple[int, int, int, int], p: float) -> Tensor
     return torch.from_numpy(half >= np.uint64(round(p * 2**16)))
 
 
+def philox_keep_rows(seed: int, rows: int, columns: int, p: float) -> Tensor:
+    """Dropout's choice for (row, column) of a tensor of rows: a word of Philox on (column // 4, row, 0, 0)."""
+    i, j = (x.astype(np.uint64) for x in np.indices((rows, columns)))
+    word = np.choose(
+        (j % np.uint64(4)).astype(np.int64), philox([j // np.uint64(4), i, i * np.uint64(0), i * np.uint64(0)], seed)
+    )
+    return torch.from_numpy(word >= np.uint64(round(p * 2**16) << 16))
+
+
 def attention(
     query: Tensor,
     key: Tensor,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fastattn.eager import random as eager
-from fastattn.kernels.random import keep, keep_tile
+from fastattn.kernels.random import keep_of_rows, keep_tile
 from tests import reference
 
 SEED = 0x1234_5678_9ABC_DEF0
@@ -38,8 +38,8 @@ def write_choices(
 ):  # fmt: skip
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     offsets = rows[:, None] * COLUMNS + columns[None, :]
-    if HOW == "elements":
-        kept = keep(seed, batch, head, (first_row + rows)[:, None], (first_column + columns)[None, :], threshold)
+    if HOW == "rows":
+        kept = keep_of_rows(seed, (first_row + rows)[:, None], (first_column + columns)[None, :], threshold)
     elif HOW == "tile":
         kept = keep_tile(seed, batch, head, first_row, first_column, threshold, ROWS, COLUMNS)
     else:
@@ -48,7 +48,7 @@ def write_choices(
     tl.store(OUT + offsets, kept.to(tl.int8))
 
 
-@pytest.mark.parametrize("how", ["elements", "tile", "columns first"])
+@pytest.mark.parametrize("how", ["rows", "tile", "columns first"])
 @pytest.mark.parametrize("shape", [(16, 16), (16, 32), (64, 16), (32, 128), (128, 64)])
 def test_kernels_choose_as_the_definition(how, shape):
     rows, columns = shape
@@ -57,6 +57,10 @@ def test_kernels_choose_as_the_definition(how, shape):
     out = torch.full(shape, -1, dtype=torch.int8)
     threshold = eager.dropout_threshold(p)
     write_choices[(1,)](out, SEED, 1, 2, first_row, first_column, threshold, ROWS=rows, COLUMNS=columns, HOW=how)
+    if how == "rows":
+        whole = reference.philox_keep_rows(SEED, first_row + rows, first_column + columns, p)[None, None].expand(
+            2, 3, -1, -1
+        )
     torch.testing.assert_close(out.bool(), whole[1, 2, first_row:, first_column:], rtol=0, atol=0)
 
 
@@ -67,6 +71,13 @@ def test_eager_chooses_as_the_definition(columns):
     one = torch.tensor(1)
     kept = eager.keep(torch.tensor([SEED]), one, one + 1, rows[:, None], columns, 0.3)
     torch.testing.assert_close(kept, whole[rows][:, columns.start : columns.stop], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("columns", [1, 4, 77])
+def test_eager_chooses_of_rows_as_the_definition(columns):
+    rows = torch.tensor([9, 0, 7, 8])
+    kept = eager.keep_of_rows(torch.tensor([SEED]), rows[:, None], columns, 0.3)
+    torch.testing.assert_close(kept, reference.philox_keep_rows(SEED, 10, columns, 0.3)[rows], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-6, 0.1, 0.5, 0.9, 1 - 1e-9])

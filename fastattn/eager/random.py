@@ -37,7 +37,7 @@ def dropout_threshold(p: float) -> int:
 
 
 def keep(seed: Tensor, batch: Tensor, head: Tensor, rows: Tensor, columns: range, p: float) -> Tensor:
-    """Dropout's choice: True = keep, with probability 1 - p. See `fastattn.kernels.random.keep`.
+    """Dropout's choice of attention weights: True = keep, with probability 1 - p. See `fastattn.kernels.random.keep_tile`.
 
     Args:
         seed: int64 (1,).
@@ -57,10 +57,16 @@ def keep(seed: Tensor, batch: Tensor, head: Tensor, rows: Tensor, columns: range
     return kept[..., columns.start % 32 :][..., : len(columns)]
 
 
+def keep_of_rows(seed: Tensor, rows: Tensor, columns: int, p: float) -> Tensor:
+    """The same for a tensor of rows, (rows, columns): see `fastattn.kernels.random.keep_of_rows`. rows: int64 (rows, 1)."""
+    zero, groups = seed.new_zeros(()), torch.arange((columns + 3) // 4, device=seed.device)
+    words = torch.stack(philox(seed, (groups, rows, zero, zero)), dim=-1).flatten(-2)[..., :columns]
+    return words >= dropout_threshold(p) << 16
+
+
 def drop(tensor: Tensor, seed: Tensor | None, dropout_p: float, rows: range, columns: int) -> Tensor:
     """tensor · keep / (1 - p) in fp32, of (rows, columns), with the choice of element (row, column) of the whole."""
     if seed is None:
         return tensor.float()
-    zero, row = seed.new_zeros(()), torch.arange(rows.start, rows.stop, device=seed.device)[:, None]
-    kept = keep(seed, zero, zero, row, range(columns), dropout_p)
+    kept = keep_of_rows(seed, torch.arange(rows.start, rows.stop, device=seed.device)[:, None], columns, dropout_p)
     return torch.where(kept, tensor.float() / (1.0 - dropout_p), 0.0)

@@ -344,11 +344,11 @@ def attention_backward_bias_config(
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
     block = 32 if (head_dim <= 128 and itemsize == 2) or head_dim <= 64 else 16
-    # with dropout, 4 warps of wide fp32 heads spill 8 bytes
-    spills = (ragged and block == 32) if itemsize == 2 else (dropped and head_dim > 128)
+    # with dropout, 4 warps of fp32 heads wider than 64 spill 8 bytes
+    spills = (ragged and block == 32) if itemsize == 2 else (dropped and block == 16)
     warps = 8 if spills and target.backend == "cuda" else 4
     # left alone, ptxas spills 8 bytes of these
-    narrow = head_dim <= 32 if itemsize == 4 else dropped and _family(target) == "sm_90" and 32 < head_dim <= 64
+    narrow = (itemsize == 4 and head_dim <= 32) or (dropped and 32 < head_dim <= 64)
     return AttentionConfig(block, block, warps, 1, max_registers=255 if narrow else None)
 
 

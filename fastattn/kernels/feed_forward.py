@@ -24,7 +24,7 @@ from fastattn.eager.random import dropout_threshold
 from fastattn.kernels.activations import activate
 from fastattn.kernels.config import ELEMENTWISE_BLOCK, matmul_config
 from fastattn.kernels.launch import current_target, launch
-from fastattn.kernels.random import dropout, keep
+from fastattn.kernels.random import dropout, keep_of_rows
 
 
 @triton.jit
@@ -233,7 +233,7 @@ def dropout_backward_kernel(DY, SEED, OUT, numbers, columns, threshold, keep_sca
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numbers
     row, column = (offsets // columns).to(tl.int32), (offsets % columns).to(tl.int32)
-    kept = keep(tl.load(SEED), 0, 0, row, column, threshold)
+    kept = keep_of_rows(tl.load(SEED), row, column, threshold)
     store_block(OUT, tl.where(kept, load_block(DY, offsets, mask) * keep_scale, 0.0), offsets, mask)
 
 

@@ -1,7 +1,7 @@
 """Random numbers by counter: Philox-4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
 
-Seven rounds are the fewest that pass their tests. Eight elements share a counter, and each takes half of one of its four words:
-rows r and r + 8, columns c, c + 8, c + 16 and c + 24 of a block of 16 x 32. These are elements of a product's tile that one
+Seven rounds are the fewest that pass their tests. Eight attention weights share a counter, and each takes half of one of its four
+words: rows r and r + 8, columns c, c + 8, c + 16 and c + 24 of a block of 16 x 32. These are elements of a product's tile that one
 thread holds, so that none is computed twice and nothing moves between threads; the choice depends on (seed, batch, head, row,
 column) alone, never on tile sizes. `fastattn/eager/random.py` computes the same numbers in PyTorch.
 """
@@ -38,13 +38,8 @@ def _half(w0, w1, w2, w3, row_part, column_part):
 
 
 @triton.jit
-def keep(seed, batch, head, rows, columns, threshold):
-    """Dropout's choice for elements (batch, head, row, column): True = keep, with probability 1 - threshold / 2¹⁶.
-
-    Args:
-        rows, columns: int32 tiles that broadcast against each other.
-        threshold: see `fastattn.eager.random.dropout_threshold`.
-    """
+def _keep_elements(seed, batch, head, rows, columns, threshold):
+    """The choice for elements of int32 rows and columns that broadcast against each other, each by itself."""
     zero = rows * 0 + columns * 0
     column, row = (columns >> 5) * 8 + (columns & 7) + zero, (rows >> 4) * 8 + (rows & 7) + zero
     w0, w1, w2, w3 = philox(seed, column, row, head + zero, batch + zero)
@@ -56,10 +51,11 @@ def keep_tile(
     seed, batch, head, first_row, first_column, threshold,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, COLUMNS_FIRST: tl.constexpr = False,
 ):  # fmt: skip
-    """`keep` of a tile: where it has whole groups, with an eighth of the integer products.
+    """Dropout's choice for a tile of attention weights: True = keep, with probability 1 - threshold / 2¹⁶.
 
     Args:
         first_row, first_column: of the tile; ROWS and COLUMNS divide them, and 16 divides both.
+        threshold: see `fastattn.eager.random.dropout_threshold`.
 
     Returns:
         bool (ROWS, COLUMNS), or (COLUMNS, ROWS) if COLUMNS_FIRST.
@@ -67,9 +63,9 @@ def keep_tile(
     if COLUMNS < 32:  # half of a group's columns, of which sharing costs registers
         rows, columns = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
         if COLUMNS_FIRST:
-            kept = keep(seed, batch, head, rows[None, :], columns[:, None], threshold)
+            kept = _keep_elements(seed, batch, head, rows[None, :], columns[:, None], threshold)
         else:
-            kept = keep(seed, batch, head, rows[:, None], columns[None, :], threshold)
+            kept = _keep_elements(seed, batch, head, rows[:, None], columns[None, :], threshold)
     else:  # [row blocks, 2 parts, 8, column blocks, 4 parts, 8]
         row = (first_row >> 4) * 8 + tl.arange(0, ROWS // 2)
         column = (first_column >> 5) * 8 + tl.arange(0, COLUMNS // 4)
@@ -91,9 +87,22 @@ def keep_tile(
 
 
 @triton.jit
+def keep_of_rows(seed, rows, columns, threshold):
+    """Dropout's choice for elements (row, column), int32 tiles that broadcast against each other, of a tensor of rows.
+
+    A thread loads neighbours: four columns share the counter (column // 4, row, 0, 0), and each takes a word.
+    """
+    zero = rows * 0 + columns * 0
+    w0, w1, w2, w3 = tl.philox(seed, (columns >> 2) + zero, rows + zero, zero, zero, n_rounds=ROUNDS)
+    word = (columns & 3) + zero
+    bits = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
+    return bits >= threshold.to(tl.uint32) << 16
+
+
+@triton.jit
 def dropout(tile, SEED, offs_m, offs_n, threshold, keep_scale):
     """tile · keep / (1 - p), with the choice of element (row, column) of the whole tensor."""
     if SEED is not None:
-        kept = keep(tl.load(SEED), 0, 0, offs_m.to(tl.int32)[:, None], offs_n[None, :], threshold)
+        kept = keep_of_rows(tl.load(SEED), offs_m.to(tl.int32)[:, None], offs_n[None, :], threshold)
         tile = tl.where(kept, tile * keep_scale, 0.0)
     return tile
