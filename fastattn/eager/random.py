@@ -33,7 +33,7 @@ def philox(seed: Tensor, counters: tuple[Tensor, Tensor, Tensor, Tensor]) -> tup
 
 def dropout_threshold(p: float) -> int:
     """The least of 16 random bits that keep an element, of which 1 - p of all 2¹⁶ are as many, to the nearest."""
-    return min(round(p * 2**16), 2**16 - 1)
+    return min(round(p * 2**16), 2**16 - 1) if p else 0
 
 
 def keep(seed: Tensor, batch: Tensor, head: Tensor, rows: Tensor, columns: range, p: float) -> Tensor:
