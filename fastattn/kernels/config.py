@@ -81,7 +81,7 @@ _CHUNK = 64
 # times the share. The dQ pass of heads of 64 spills 8 there with a bias and odd strides, with 8 warps none, for more of the share.
 _FORWARD_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 4, 1)}
 _FORWARD_HEAVY_SM_100: _Table = {**_FORWARD_HEAVY, 256: (64, 16, 8, 1, False)}
-_FORWARD_HEAVY_SMALL: _Table = {**_FORWARD_HEAVY_SM_100, 128: (32, 32, 4, 1), 256: (64, 16, 8, 1, False)}
+_FORWARD_HEAVY_SMALL: _Table = {**_FORWARD_HEAVY, 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)}
 _BACKWARD_QUERY_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)}
 _BACKWARD_QUERY_HEAVY_SMALL: _Table = {**_BACKWARD_QUERY_HEAVY, 64: (64, 32, 8, 1)}
 _BACKWARD_KEY_HEAVY: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1, True, _CHUNK)}
