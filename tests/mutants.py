@@ -169,6 +169,13 @@ MUTANTS = (
         "w1",
         ("tests/test_random.py",),
     ),
+    Mutant(
+        "dropout: neighbours in a row share a word",
+        "kernels/random.py",
+        "word = (columns & 3) + zero",
+        "word = (columns & 2) + zero",
+        ("tests/test_random.py",),
+    ),
     Mutant("dropout: six rounds", "kernels/random.py", "tl.constexpr(7)", "tl.constexpr(6)", ("tests/test_random.py",)),
     Mutant(
         "eager: dropout's rows that lie 8 apart share their choice",

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 
-def philox(counter: Sequence[np.ndarray], seed: int, rounds: int = 7) -> list[np.ndarray]:
-    """The four words of Philox-4x32 (Salmon et al., 2011), uint64 arrays; the key is the seed's low and high word."""
+def philox(counter: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
+    """The four words of Philox-4x32-7 (Salmon et al., 2011), uint64 arrays; the key is the seed's low and high word."""
     low = np.uint64(0xFFFFFFFF)
     c, k = list(counter), [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)]
-    for _ in range(rounds):
+    for _ in range(7):
         p0, p1 = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
         c = [(p1 >> np.uint64(32)) ^ c[1] ^ k[0], p1 & low, (p0 >> np.uint64(32)) ^ c[3] ^ k[1], p0 & low]
         k = [(k[0] + np.uint64(0x9E3779B9)) & low, (k[1] + np.uint64(0xBB67AE85)) & low]

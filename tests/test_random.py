@@ -44,7 +44,7 @@ def write_choices(
         kept = keep_tile(seed, batch, head, first_row, first_column, threshold, ROWS, COLUMNS)
     else:
         kept = keep_tile(seed, batch, head, first_row, first_column, threshold, ROWS, COLUMNS, COLUMNS_FIRST=True)
-        offsets = columns[:, None] * 1 + rows[None, :] * COLUMNS
+        offsets = columns[:, None] + rows[None, :] * COLUMNS
     tl.store(OUT + offsets, kept.to(tl.int8))
 
 
