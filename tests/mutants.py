@@ -277,6 +277,21 @@ MUTANTS = (
         "aten.gelu_backward",
         EAGER_FEED_FORWARD,
     ),
+    Mutant(
+        "GELU's tanh form is the exact one",
+        "eager/activations.py",
+        '"gelu", [], "tanh"',
+        '"gelu", [], "none"',
+        EAGER_FEED_FORWARD,
+    ),
+    Mutant("log of a probability of 0", "eager/loss.py", "_PROBABILITY = 1e-25", "_PROBABILITY = -1.0", EAGER_LOSS),
+    Mutant(
+        "input gradients of the last rows come first",
+        "eager/loss.py",
+        "product.split(PRODUCT_ROWS), gradient.split",
+        "product.split(PRODUCT_ROWS), gradient.flip(0).split",
+        EAGER_LOSS,
+    ),
     Mutant("z-loss of half the log-sum-exp", "eager/loss.py", "- p.amax(1).log_()", "+ p.amax(1).log_()", EAGER_LOSS),
     Mutant("blocks of dW are added twice", "eager/loss.py", "part.view(-1)\n", "part.view(-1) * 2\n", EAGER_LOSS),
     Mutant(

@@ -292,9 +292,10 @@ def test_products_of_a_few_rows(rows, columns, has_bias, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gelu_tanh_and_its_gradient_on_the_cpu(dtype):
+@pytest.mark.parametrize("rows", [3, 200], ids=["by_pytorch", "by_onednn"])
+def test_gelu_tanh_and_its_gradient_on_the_cpu(rows, dtype):
     """dY is overwritten where that is allowed, and nowhere else; extreme values stay finite."""
-    z = (3.0 * torch.randn(3, 701, generator=torch.manual_seed(0))).to(dtype)
+    z = (3.0 * torch.randn(rows, 701, generator=torch.manual_seed(0))).to(dtype)
     z[0, :4] = torch.tensor([-60000.0, 60000.0, -20.0, 20.0])
     dy = torch.randn(z.shape, generator=torch.manual_seed(1)).to(dtype)
 
@@ -309,8 +310,10 @@ def test_gelu_tanh_and_its_gradient_on_the_cpu(dtype):
         dz, value = gradient(dy, z, "gelu_tanh", overwrite=overwrite, need_value=True)
         assert torch.equal(dy, dz if overwrite else kept)
         assert_close("dz", dz, d_truth, d_plain)
-        assert_close("value with gradient", value, truth, plain)
-    assert_close("value", activate(z, "gelu_tanh"), truth, plain)
+        values = {"value with gradient": value, "value": activate(z, "gelu_tanh")}
+        for name, y in values.items():
+            for part in (slice(1), slice(1, None)):  # (large values have large errors)
+                assert_close(name, y[part], truth[part], plain[part])
 
 
 @pytest.mark.parametrize("gated", [False, True])

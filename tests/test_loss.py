@@ -1,5 +1,7 @@
 """Linear projection and cross entropy in one: the contract, chunks, memory, and what torch's cross entropy does."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,6 +101,7 @@ def _small_chunks(monkeypatch):
     for module in (eager, kernels):
         monkeypatch.setattr(module, "chunk_rows", lambda classes: 18)
     monkeypatch.setattr(eager, "BLOCK_NUMBERS", 3 * 33)
+    monkeypatch.setattr(eager, "PRODUCT_ROWS", 7)
     monkeypatch.setattr(
         kernels, "cross_entropy_config", lambda target, classes, itemsize: (itemsize, 8, 16 // itemsize, 1)
     )
@@ -166,6 +169,17 @@ def test_large_logits_do_not_overflow(backend):
         (grad,) = torch.autograd.grad(got.sum(), x)
     assert torch.equal(got, torch.tensor([0.0, 2e4]))
     assert torch.equal(grad, torch.tensor([[0.0], [-2.0]]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_target_that_is_next_to_impossible(backend):
+    """Its probability, e^-100 / 2, is no fp32 number that a logarithm could be taken of."""
+    x, target = torch.tensor([[100.0, 100.0, 0.0]], requires_grad=True), torch.tensor([2])
+    with fastattn.backend.use(backend):
+        got = fastattn.linear_cross_entropy(x, torch.eye(3), target)
+        (grad,) = torch.autograd.grad(got, x)
+    torch.testing.assert_close(got, torch.tensor(100.0).add(math.log(2.0)))
+    torch.testing.assert_close(grad, torch.tensor([[0.5, 0.5, -1.0]]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

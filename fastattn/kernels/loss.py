@@ -325,6 +325,11 @@ def backward(
     return gradient
 
 
+def times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
+    """∂L/∂x · W of a chunk of logits: (rows, classes) and (classes, in)."""
+    return gradient @ weight
+
+
 def add_to(total: Tensor, part: Tensor) -> None:
     """total += part, one kernel of PyTorch's."""
     total += part

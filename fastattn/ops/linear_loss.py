@@ -159,7 +159,7 @@ def _forward(
             if predict:
                 predictions[chunk] = best
             if needs[0]:
-                grad_input[chunk] = torch.mm(logits, w)
+                grad_input[chunk] = launcher.times_weight(logits, w)
             if needs[1] and dtype == torch.float32:
                 torch.addmm(grad_weight, logits.t(), x[chunk], beta=start > 0, out=grad_weight)
             elif needs[1]:
