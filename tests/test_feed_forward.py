@@ -242,7 +242,7 @@ def test_tf32_only_where_torch_allows_it(monkeypatch):
 X, W1, W2 = torch.zeros(2, 3, 4), torch.zeros(6, 4), torch.zeros(4, 6)
 ERRORS = {
     "activation": (ValueError, r"activation must be one of relu, .*, got 'swish'", (X, W1, None, W2, None), {"activation": "swish"}),
-    "recompute": (ValueError, r"recompute must be one of none, activation, hidden, auto, got 'all'", (X, W1, None, W2, None), {"recompute": "all"}),
+    "recompute": (ValueError, r"recompute must be one of none, activation, hidden, got 'all'", (X, W1, None, W2, None), {"recompute": "all"}),
     "weight1": (ValueError, r"weight1 must have shape \(out_features, 4\), got \(6, 5\)", (X, torch.zeros(6, 5), None, W2, None), {}),
     "weight2": (ValueError, r"weight2 must have shape \(out_features, 6\), got \(4, 7\)", (X, W1, None, torch.zeros(4, 7), None), {}),
     "bias1": (ValueError, r"bias1 must have shape \(6,\)", (X, W1, torch.zeros(4), W2, None), {}),
