@@ -196,7 +196,6 @@ def test_parameter_gradients_add_in_fp32(dtype, backend):
         (True, "none", 3),
         (True, "activation", 2),
         (True, "hidden", 0),
-        (False, "auto", 2),  # on a CPU
     ],
 )
 def test_recompute_keeps_what_it_says(gated, recompute, kept):
