@@ -64,7 +64,7 @@ def _read_jsonl(path: Path) -> list[Example]:
     if not path.is_file():
         raise DataError(f"{str(path)!r} is neither a .jsonl file nor a task ({', '.join(TASKS)}, text:SOURCE)")
     examples = []
-    for number, line in enumerate(corpus.read_file(path).splitlines(), 1):
+    for number, line in enumerate(corpus.read_file(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -90,15 +90,19 @@ def read_file(path: Path) -> str:
 
 
 def _read_rows(path: Path) -> list[Document]:
-    text = read_file(path)
+    text, number, documents = read_file(path), 0, []
     try:
-        if path.suffix.lower() == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            rows = list(csv.DictReader(io.StringIO(text, newline="")))
-        return [Document(row["text"], None if row.get("label") is None else str(row["label"])) for row in rows]
-    except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
-        raise DataError(f"{path}: every row needs the field text ({error!r})") from error
+        lines = text.split("\n")  # (`splitlines` would cut strings at characters that JSON allows in them)
+        of_json = (json.loads(line) for line in lines if line.strip())
+        rows = of_json if path.suffix.lower() == ".jsonl" else csv.DictReader(io.StringIO(text, newline=""))
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                fields = ", ".join(map(str, row)) if isinstance(row, dict) else "no fields at all"
+                raise DataError(f"{path}: every row needs the field text, row {number} has {fields or 'none'}")
+            documents.append(Document(row["text"], None if row.get("label") is None else str(row["label"])))
+    except (ValueError, csv.Error) as error:
+        raise DataError(f"{path}: row {number + 1} cannot be read: {error}") from error
+    return documents
 
 
 def _read_package(source: str) -> list[Document]:
@@ -206,7 +210,7 @@ def prepare(source: str, root: Path, vocab_size: int, val_fraction: float) -> Co
     for name, part in parts.items():
         encoded = tokenizer.encode_batch(_pieces(part))
         tokens = np.concatenate([np.empty(0, dtype), *(np.array(piece.ids, dtype) for piece in encoded)])
-        counts[f"{name}_tokens"], counts[f"{name}_bytes"] = len(tokens), len(part.encode())
+        counts[f"{name}_tokens"], counts[f"{name}_bytes"] = len(tokens), len(part.replace(END_OF_TEXT, "").encode())
         with atomic_write(folder / f"{name}.bin") as file:
             file.write(tokens.tobytes())
     with atomic_write(folder / "tokenizer.json") as file:

@@ -143,15 +143,16 @@ def test_long_texts_keep_both_ends_and_batches_every_text() -> None:
     ("name", "content", "message"),
     [
         ("a.csv", b"", "is empty"),
-        ("a.csv", b"words,label\nx,y\n", "every row needs the field text"),
+        ("a.csv", b"words,label\nx,y\n", "every row needs the field text, row 1 has words, label"),
         ("a.csv", b"text,mark\nx,y\n", "needs a label for every text"),
         ("a.csv", b"text,label\nx,y\n", "needs at least two classes"),
         ("a.csv", "text,label\ncaf\u00e9,y\n".encode("latin-1"), "is not UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n', "needs a label for every text"),
-        ("a.jsonl", b"{", "every row needs the field text"),
-        ("a.jsonl", b"[1]", "every row needs the field text"),
+        ("a.jsonl", b'{"text": "x", "label": 1}\n{', "row 2 cannot be read: Expecting property name"),
+        ("a.jsonl", b"[1]", "every row needs the field text, row 1 has no fields at all"),
+        ("a.jsonl", b'{"text": 1}', "every row needs the field text, row 1 has text"),
     ],
-    ids=["empty", "columns", "no labels", "one class", "latin-1", "no label", "broken", "list"],
+    ids=["empty", "columns", "no labels", "one class", "latin-1", "no label", "broken", "list", "number"],
 )
 def test_bad_files(train: Callable[..., str], tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
