@@ -5,7 +5,8 @@
     python examples/attention_map.py runs/classifier --data imdb --index 7          the text of that number of a source
 
 Writes OUT.png and OUT.html, one file each that loads nothing. "received" is the mean attention that a word receives from all
-that see it; "last" is what the last word of a prompt attends to, from which a GPT tells the next one. Memory grows with
+that see it; "last" is what the last word of a prompt attends to, from which a GPT tells the next one. The bars compare with a
+model that attends to all that it sees alike (in a GPT, the first words are seen with few others). Memory grows with
 the length of the text, not with its square. Attention says what was read, not why a label was given.
 """
 
@@ -39,11 +40,17 @@ class TextMap:
         pieces: (what stands before the token, the token's own characters), for each token that was read.
         rest: what stands after the last.
         weights: "received" and, of a model that reads one row out, "last": (layers, heads, tokens).
+        alike: for each of them what it would be if the model attended to all that it sees alike: (tokens,).
     """
 
     pieces: list[tuple[str, str]]
     rest: str
     weights: dict[str, np.ndarray]
+    alike: dict[str, np.ndarray]
+
+    def relative(self, name: str) -> np.ndarray:
+        """The mean of all heads, over what it would be if all were alike: (tokens,)."""
+        return self.weights[name].mean((0, 1)) / self.alike[name]
 
 
 def map_text(model: GPT | Classifier, encoding: Encoding, text: str) -> TextMap:
@@ -67,7 +74,19 @@ def map_text(model: GPT | Classifier, encoding: Encoding, text: str) -> TextMap:
         pieces.append((text[end:start] if index == before + 1 else " [...] ", text[max(start, end) : stop]))
         end = stop
     weights = {name: part.cpu().numpy() for name, part in maps._asdict().items() if part is not None}
-    return TextMap(pieces, text[end:], weights)
+    return TextMap(pieces, text[end:], weights, _alike(model, len(pieces)))
+
+
+def _alike(model: GPT | Classifier, tokens: int) -> dict[str, np.ndarray]:
+    """See `TextMap.alike`."""
+    if isinstance(model, Classifier):
+        everything = np.full(tokens, 1.0 / (tokens + (model.config.pooling == "cls")))
+        return {"received": everything, "last": everything}
+    reach = min(model.config.window or tokens, tokens)
+    weight = 1.0 / np.minimum(np.arange(tokens) + 1, reach)  # of each word that a row sees
+    sums, start = np.cumsum([0.0, *weight]), np.arange(tokens)
+    end = np.minimum(start + reach, tokens)
+    return {"received": (sums[end] - sums[start]) / (end - start), "last": np.full(tokens, weight[-1])}
 
 
 def draw(found: TextMap, path: Path, title: str) -> None:
@@ -93,12 +112,12 @@ def draw(found: TextMap, path: Path, title: str) -> None:
         if shown:
             heat.set_xticks(range(len(words)), [plain(word) for word in words], rotation=90)
         heat.set(title=f"attention {name} (each row up to its largest)", xlabel="" if shown else "token")
-        mean = weights.mean((0, 1)) * len(words)
-        top = np.argsort(-mean, kind="stable")[:20]
-        bars.bar(range(len(top)), mean[top], color="tab:orange")
+        relative = found.relative(name)
+        top = np.argsort(-relative, kind="stable")[:20]
+        bars.bar(range(len(top)), relative[top], color="tab:orange")
         bars.axhline(1, color="gray", linestyle="--", linewidth=0.8, label="if all were alike")
         bars.set_xticks(range(len(top)), [plain(words[i]) for i in top], rotation=90)
-        bars.set(title=f"attention {name}: the most, mean of all heads, in shares of the average")
+        bars.set(title=f"attention {name}: the most, mean of all heads (1: all alike)")
         bars.legend()
     figure.suptitle(title)
     with atomic_write(path) as file:
@@ -208,9 +227,8 @@ def look(arguments: argparse.Namespace) -> None:
         file.write(page(found, arguments.model.name, verdict).encode())
     if verdict:
         print(verdict)
-    for name, weights in found.weights.items():
-        mean = weights.mean((0, 1))
-        top = [plain(found.pieces[i][1]) for i in np.argsort(-mean, kind="stable")[:10]]
+    for name in found.weights:
+        top = [plain(found.pieces[i][1]) for i in np.argsort(-found.relative(name), kind="stable")[:10]]
         print(f"attention {name}, most first: {' '.join(top)}")
     print(f"picture {out}.png, page {out}.html")
 

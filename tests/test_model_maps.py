@@ -118,6 +118,24 @@ def test_the_script_draws_a_text_and_a_page(reviewer: Path, capsys: pytest.Captu
     assert "http" not in page
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_model_that_attends_to_all_alike_is_even(window: int | None) -> None:
+    """Without queries all scores are 0."""
+    import attention_map
+    import corpus
+
+    config = GPTConfig(vocab_size=300, context_length=16, num_layers=2, num_heads=2, d_model=8, window=window)
+    model = GPT(config)
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.attention.in_proj.weight)
+    tokenizer = corpus.train_tokenizer("a b c d", 300)
+    found = attention_map.map_text(model, tokenizer.encode("a b c d e f g h"), "a b c d e f g h")
+    np.testing.assert_allclose(found.relative("received"), 1.0, rtol=1e-5)
+    seen = found.relative("last")
+    np.testing.assert_allclose(seen[-(window or len(seen)) :], 1.0, rtol=1e-5)
+    np.testing.assert_array_equal(seen[: len(seen) - (window or len(seen))], 0.0)
+
+
 def test_a_long_text_keeps_both_ends(reviewer: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("good start " + "film " * 20 + "bad end")
     printed = call(capsys, reviewer, "--file", tmp_path / "long.txt", "--out", tmp_path / "new" / "map")
