@@ -12,6 +12,7 @@ import io
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -92,9 +93,9 @@ def read_file(path: Path) -> str:
 def _read_rows(path: Path) -> list[Document]:
     text, number, documents = read_file(path), 0, []
     try:
-        lines = text.split("\n")  # (`splitlines` would cut strings at characters that JSON allows in them)
-        of_json = (json.loads(line) for line in lines if line.strip())
-        rows = of_json if path.suffix.lower() == ".jsonl" else csv.DictReader(io.StringIO(text, newline=""))
+        rows: Iterable[Any] = csv.DictReader(io.StringIO(text, newline=""))
+        if path.suffix.lower() == ".jsonl":  # (`splitlines` would cut strings at characters that JSON allows in them)
+            rows = (json.loads(line) for line in text.split("\n") if line.strip())
         for number, row in enumerate(rows, 1):
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                 fields = ", ".join(map(str, row)) if isinstance(row, dict) else "no fields at all"

@@ -5,8 +5,8 @@ overwritten. Each is one call of PyTorch's: the value and the gradient of GELU's
 in the cache made them a fifth faster on quiet cores, but with another process on one of them a core waits for the other at
 the end of each call, for milliseconds, and there were 18 times as many.
 
-The value of GELU's tanh form is oneDNN's, which computes it two to four times as fast as PyTorch's own kernel. It has it for the
-results of a product only, and the one that changes nothing is a convolution of each column with a one.
+The value of GELU's tanh form is oneDNN's, which computes it faster than PyTorch's own kernel (`python -m bench.report feed_forward`).
+It has it for the results of a product only, and the one that changes nothing is a convolution of each column with a one.
 """
 
 from __future__ import annotations
@@ -60,14 +60,19 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @cache
-def _by_onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN computes GELU's tanh form of this dtype, with code of its own for this CPU."""
-    if _convolution is None or not torch.backends.mkldnn.is_available():
-        return False
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+def onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is there and computes in this dtype on this CPU."""
+    if not torch.backends.mkldnn.is_available():
         return False
     known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     return dtype not in known or bool(getattr(torch.ops.mkldnn, known[dtype])())
+
+
+@cache
+def _by_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes GELU's tanh form of this dtype, with code of its own for this CPU."""
+    vector = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return _convolution is not None and vector and onednn_takes(dtype)
 
 
 def _gelu_tanh(z: Tensor) -> Tensor | None:

@@ -5,14 +5,13 @@ The launchers have the signatures of `fastattn/kernels/feed_forward.py`; the equ
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.eager.activations import ACTIVATIONS, activate, gradient
+from fastattn.eager.activations import ACTIVATIONS, activate, gradient, onednn_takes
 from fastattn.eager.random import drop
 
 
@@ -69,16 +68,10 @@ _EPILOGUES = {
 _fused: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-@cache
-def _has_fused() -> bool:
-    known = _fused is not None and torch.backends.mkldnn.is_available()
-    return known and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def _fuses(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's product with bias and activation does the job, faster than PyTorch's calls one after the other."""
     plain = x.dtype == torch.bfloat16 and x.is_cpu and x.is_contiguous() and weight.is_contiguous()
-    return plain and 0 not in weight.shape and _has_fused()
+    return plain and 0 not in weight.shape and _fused is not None and onednn_takes(torch.bfloat16)
 
 
 def _activated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
