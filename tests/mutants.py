@@ -30,6 +30,7 @@ EAGER_ATTENTION = ("tests/test_attention.py", "-k", "eager")
 NORM = ("tests/test_precision.py", "tests/test_normalization.py", "-k", "triton")
 SHORT_DECODE = ("tests/test_decode.py", "-k", "short_way")
 PRODUCTS = ("tests/test_attention_products.py",)
+ORDER = ("tests/test_order.py",)
 EAGER_FEED_FORWARD = ("tests/test_feed_forward.py", "-k", "eager or on_the_cpu")
 EAGER_LOSS = ("tests/test_loss.py", "-k", "eager")
 EAGER_NORM = ("tests/test_normalization.py", "-k", "eager")
@@ -63,6 +64,14 @@ MUTANTS = (
         "mixed_tile(lists, kind) + bits",
         BLOCK_MASK,
     ),
+    Mutant(
+        "the last heads are mixed as if there were more",
+        "kernels/order.py",
+        "tl.minimum(together, tl.num_programs(0) // blocks - first)",
+        "together",
+        ORDER,
+    ),
+    Mutant("the shortest first", "kernels/order.py", "(blocks - 1 - place) * BLOCK_M", "place * BLOCK_M", ORDER),
     Mutant("wrong key head under GQA", FORWARD, "(head // group).to(tl.int64)", "(head % 2).to(tl.int64)", ATTENTION),
     Mutant("no guard for rows that see nothing", FORWARD, "tl.where(l > 0, l, 1.0)", "l", ATTENTION),
     Mutant(

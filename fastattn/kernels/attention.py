@@ -39,6 +39,7 @@ from fastattn.kernels.masks import (
     sequence,
     visible_range,
 )
+from fastattn.kernels.order import heads_together, query_block
 from fastattn.kernels.random import keep_tile
 from fastattn.kernels.tiles import (
     head_block,
@@ -81,8 +82,9 @@ def add_keys(
                 row_limit, in_bounds[None, :] if EDGE else None,
             ).to(tl.float32)  # fmt: skip
         s = base2_score(
-            capped_score(s, scale, softcap), bias, slope, (offs_m + shift - start)[:, None] - offs_n[None, :]
-        )
+            capped_score(s, scale, softcap, q.dtype == tl.float32), bias, slope,
+            (offs_m + shift - start)[:, None] - offs_n[None, :],
+        )  # fmt: skip
     if EDGE:
         x, y = (offs_m - start)[:, None], offs_n[None, :]
         s = tl.where(is_visible(x, y, num_keys - start, shift, left, right), s, float("-inf"))
@@ -145,7 +147,9 @@ def _walk_keys(
     return acc, l, m
 
 
-@triton.jit(do_not_specialize=["num_heads", "group", "num_queries", "num_keys", "left", "right", "threshold"])
+@triton.jit(
+    do_not_specialize=["together", "num_heads", "group", "num_queries", "num_keys", "left", "right", "threshold"]
+)
 def _attention_forward(
     q_ptr, q_strides,  # (B, Hq, Nq, D)
     k_ptr, k_strides,  # (B, Hkv, Nk, D)
@@ -159,16 +163,11 @@ def _attention_forward(
     cu_q_ptr, cu_k_ptr,  # int32 (sequences + 1,): packed sequences, B is 1 and Nq and Nk their largest lengths; or None
     out_ptr, out_strides,  # (B, Hq, Nq, DV)
     lse_ptr, lse_strides,  # fp32 (B, Hq, Nq)
-    scale, softcap, threshold, keep_scale, num_heads, group, num_queries, num_keys, left, right,
+    scale, softcap, threshold, keep_scale, together, num_heads, group, num_queries, num_keys, left, right,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(num_queries, BLOCK_M)
-    batch_head = tl.program_id(0) // blocks
-    # the last rows see the most keys under a causal mask: longest first, and one head's programs side by side
-    start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
-    batch = batch_head // num_heads
-    head = batch_head % num_heads
+    batch, head, start_m = query_block(tl.program_id(0), num_heads, num_queries, together, BLOCK_M)
     b, h, kv_h = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
     if slopes_ptr is not None:
         slopes_ptr += b * slopes_strides[0] + h * slopes_strides[1]
@@ -264,6 +263,8 @@ def forward(
         out.zero_()
         lse.fill_(float("-inf"))
     plain, scores = score_class(given_mask, bias, alibi_slopes, seed, scale, softcap, window_left)
+    head_bytes = num_keys * (head_dim + value_dim) * query.element_size() // (heads // key.shape[1])
+    together = heads_together(batch * heads, head_bytes, window_left, window_right, blocks is not None)
     config = attention_forward_config(
         current_target(), max(block_d, block_dv), query.element_size(), scores, blocks is not None,
         is_ragged(head_dim, value_dim), packing is not None,
@@ -274,7 +275,7 @@ def forward(
         alibi_slopes, strides(alibi_slopes), sinks, seed, *((None, None) if packing is None else packing[:2]),
         out, strides(out), lse, lse.stride(),
         scale * LOG2E.value if plain else scale, softcap or None, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
-        heads, heads // key.shape[1], num_queries, num_keys, window_left, window_right,
+        together, heads, heads // key.shape[1], num_queries, num_keys, window_left, window_right,
     )  # fmt: skip
     launch(
         _attention_forward, (batch * heads * triton.cdiv(num_queries, config.block_m),), *arguments,

@@ -49,6 +49,7 @@ from fastattn.kernels.masks import (
     sequence,
     visible_range,
 )
+from fastattn.kernels.order import heads_together, key_block, query_block
 from fastattn.kernels.random import keep_tile
 from fastattn.kernels.recompute import STATISTICS, load_pair, probability, row_statistics, score_gradient
 from fastattn.kernels.tiles import (
@@ -117,7 +118,8 @@ def _walk_keys(
         product = dot_transposed(q, k, None, PRECISION)
         distance = (offs_m + shift)[:, None] - columns
         p, capped = probability(
-            product, minus_lse[:, None], mask, bias, slope, distance, visible, scale, softcap, PLAIN
+            product, minus_lse[:, None], mask, bias, slope, distance, visible, scale, softcap, PLAIN,
+            q[0].dtype == tl.float32,
         )  # fmt: skip
         kept = None
         if seed is not None:
@@ -128,15 +130,9 @@ def _walk_keys(
     return dq
 
 
-@triton.jit
-def _query_block(number, num_heads, num_queries, BLOCK_M: tl.constexpr):
-    """(batch, head, first row) of a program; under a causal mask the last rows see most: longest first."""
-    blocks = tl.cdiv(num_queries, BLOCK_M)
-    batch_head = number // blocks
-    return batch_head // num_heads, batch_head % num_heads, (blocks - 1 - number % blocks) * BLOCK_M
-
-
-@triton.jit(do_not_specialize=["num_heads", "group", "num_queries", "num_keys", "left", "right", "threshold"])
+@triton.jit(
+    do_not_specialize=["together", "num_heads", "group", "num_queries", "num_keys", "left", "right", "threshold"]
+)
 def _attention_backward_query(
     q_ptr, q_strides,  # (B, Hq, Nq, D)
     k_ptr, k_strides,  # (B, Hkv, Nk, D)
@@ -151,13 +147,13 @@ def _attention_backward_query(
     lse_ptr, dlse_ptr, lse_strides,  # fp32 (B, Hq, Nq); dlse may be None
     statistics_ptr,  # fp32 (B, Hq, 2, Nq padded): minus the LSE, -inf where a row sees nothing, and minus delta
     dq_ptr, dq_strides,  # (B, Hq, Nq, D)
-    score_scale, scale, softcap, threshold, keep_scale, num_heads, group, num_queries, num_keys, left, right,
+    score_scale, scale, softcap, threshold, keep_scale, together, num_heads, group, num_queries, num_keys, left, right,
     D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
     STATISTICS: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """dQ of one block of rows; stores the rows' statistics for the other passes."""
-    batch, head, start_m = _query_block(tl.program_id(0), num_heads, num_queries, BLOCK_M)
+    batch, head, start_m = query_block(tl.program_id(0), num_heads, num_queries, together, BLOCK_M)
     batch_head = batch * num_heads + head
     max_queries = num_queries
     b, h, kv_h = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
@@ -242,7 +238,8 @@ def _attention_backward_query(
         right, score_scale, softcap, threshold, keep_scale, D, DV, CHUNK, CHUNK_V, EDGE_N, PLAIN,
         True, PRECISION, HOIST,
     )  # fmt: skip
-    batch, head, start_m = _query_block(tl.program_id(0) + hidden_zero(num_heads), num_heads, max_queries, BLOCK_M)
+    number = tl.program_id(0) + hidden_zero(num_heads)
+    batch, head, start_m = query_block(number, num_heads, max_queries, together, BLOCK_M)
     b, h, m = batch.to(tl.int64), head.to(tl.int64), start_m.to(tl.int64)
     if cu_q_ptr is not None:
         first_q, num_queries = sequence(cu_q_ptr, batch)
@@ -312,7 +309,8 @@ def _walk_queries(
         product = dot_transposed(k, q, minus_lse if PLAIN else None, PRECISION)
         distance = queries + shift - offs_n[:, None]
         p, capped = probability(
-            product, None if PLAIN else minus_lse, mask, bias, slope, distance, visible, scale, softcap, PLAIN
+            product, None if PLAIN else minus_lse, mask, bias, slope, distance, visible, scale, softcap, PLAIN,
+            q[0].dtype == tl.float32,
         )  # fmt: skip
         kept = None
         p_kept = p
@@ -328,16 +326,7 @@ def _walk_queries(
     return dk, dv
 
 
-@triton.jit
-def _key_block(number, num_kv_heads, num_keys, BLOCK_N: tl.constexpr):
-    """(batch, key head, first key) of a program."""
-    blocks = tl.cdiv(num_keys, BLOCK_N)
-    batch_head = number // blocks
-    # under a causal mask the first keys are seen most: longest first
-    return batch_head // num_kv_heads, batch_head % num_kv_heads, number % blocks * BLOCK_N
-
-
-@triton.jit(do_not_specialize=["num_kv_heads", "num_queries", "num_keys", "left", "right", "threshold"])
+@triton.jit(do_not_specialize=["together", "num_kv_heads", "num_queries", "num_keys", "left", "right", "threshold"])
 def _attention_backward_key(
     q_ptr, q_strides,  # (B, Hq, Nq, D)
     k_ptr, k_strides,  # (B, Hkv, Nk, D)
@@ -352,13 +341,13 @@ def _attention_backward_key(
     statistics_ptr,  # fp32 (B, Hq, 2, Nq padded): minus the LSE, and minus delta
     dk_ptr, dk_strides,  # (B, Hkv, Nk, D)
     dv_ptr, dv_strides,  # (B, Hkv, Nk, DV)
-    score_scale, scale, softcap, threshold, keep_scale, num_kv_heads, num_queries, num_keys, left, right,
+    score_scale, scale, softcap, threshold, keep_scale, together, num_kv_heads, num_queries, num_keys, left, right,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
     STATISTICS: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of keys: the sum over the query heads that share it, in a fixed order."""
-    batch, kv_head, start_n = _key_block(tl.program_id(0), num_kv_heads, num_keys, BLOCK_N)
+    batch, kv_head, start_n = key_block(tl.program_id(0), num_kv_heads, num_keys, together, BLOCK_N)
     b, kv_h = batch.to(tl.int64), kv_head.to(tl.int64)
     num_heads = num_kv_heads * GROUP
     max_queries, max_keys = num_queries, num_keys
@@ -434,7 +423,8 @@ def _attention_backward_key(
             first, offs_n, columns_ok, num_queries, shift, left, right, score_scale, softcap, threshold, keep_scale,
             D, DV, CHUNK, CHUNK_V, EDGE_M, PLAIN, True, PRECISION, HOIST,
         )  # fmt: skip
-    batch, kv_head, start_n = _key_block(tl.program_id(0) + hidden_zero(num_kv_heads), num_kv_heads, max_keys, BLOCK_N)
+    number = tl.program_id(0) + hidden_zero(num_kv_heads)
+    batch, kv_head, start_n = key_block(number, num_kv_heads, max_keys, together, BLOCK_N)
     b, kv_h, n = batch.to(tl.int64), kv_head.to(tl.int64), start_n.to(tl.int64)
     if cu_k_ptr is not None:
         first_k, num_keys = sequence(cu_k_ptr, batch)
@@ -504,11 +494,15 @@ def backward(
     def chunks(config: AttentionConfig) -> dict[str, int]:
         return dict(CHUNK=min(config.chunk, block_d), CHUNK_V=min(config.chunk, block_dv))
 
+    def together(heads: int, streamed: int) -> int | None:
+        head_bytes = streamed * (head_dim + value_dim) * query.element_size()
+        return heads_together(heads, head_bytes, window_left, window_right, blocks is not None)
+
     config = attention_backward_query_config(target, width, query.element_size(), scores, blocks is not None, ragged)
     launch(
         _attention_backward_query, (batch * heads * triton.cdiv(num_queries, config.block_m),), *inputs(launch_lists(blocks)), *sequences, out,
         strides(out), grad_out, strides(grad_out), lse, grad_lse, lse.stride(), statistics, grad_query, strides(grad_query),
-        *scalars, heads, group, *lengths, **chunks(config), HOIST=config.hoist, **constants, **_blocks(config),
+        *scalars, together(batch * heads, num_keys // group), heads, group, *lengths, **chunks(config), HOIST=config.hoist, **constants, **_blocks(config),
     )  # fmt: skip
     if bias is not None and grad_bias is not None:
         config = attention_backward_bias_config(target, width, query.element_size(), ragged, seed is not None)
@@ -527,8 +521,8 @@ def backward(
     )
     launch(
         _attention_backward_key, (batch * kv_heads * triton.cdiv(num_keys, config.block_n),), *inputs(launch_lists(blocks, by_column=True)), *sequences, grad_out,
-        strides(grad_out), statistics, grad_key, strides(grad_key), grad_value, strides(grad_value), *scalars, kv_heads,
-        *lengths, GROUP=group, **chunks(config), HOIST=config.hoist, **constants, **_blocks(config),
+        strides(grad_out), statistics, grad_key, strides(grad_key), grad_value, strides(grad_value), *scalars, together(batch * kv_heads, num_queries * group),
+        kv_heads, *lengths, GROUP=group, **chunks(config), HOIST=config.hoist, **constants, **_blocks(config),
     )  # fmt: skip
     if sinks is not None and need_sinks:
         # the sink's probability exp(sink - LSE), 0 for a row that sees nothing, times -delta

@@ -89,7 +89,8 @@ def attention_backward_bias(
             distance = (offs_m + shift)[:, None] - offs_n[None, :]
             product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             p, capped = probability(
-                product, minus_lse[:, None], mask, bias, slope, distance, visible, score_scale, softcap, PLAIN
+                product, minus_lse[:, None], mask, bias, slope, distance, visible, score_scale, softcap, PLAIN,
+                q.dtype == tl.float32,
             )  # fmt: skip
             if seed_ptr is not None:
                 kept = keep_tile(seed, batch, head, start_m, start_n, threshold, BLOCK_M, BLOCK_N)

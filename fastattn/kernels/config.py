@@ -43,26 +43,27 @@ _Widths: TypeAlias = dict[str, tuple[int, ...]]
 
 # 16-bit attention, by architecture and width of a head: the best predicted share of the tensor cores' peak that
 # `python -m bench.tune` found without register spills (causal and not). "small" is every GPU with about 100 KB of shared
-# memory (sm_86, sm_89, sm_120) and whatever is unknown; on AMD nothing is pipelined.
+# memory (sm_86, sm_89, sm_120) and whatever is unknown; on AMD nothing is pipelined. Heads of 256 owe their tiles to addresses that
+# stay in the loop, and the backward to halves of a head at a time (bench/codegen/TECHNIQUES.md has the figures).
 _FORWARD: dict[str, _Table] = {
-    "sm_80": {64: (128, 64, 4, 3), 128: (128, 32, 4, 2), 256: (64, 32, 8, 2)},
+    "sm_80": {64: (128, 64, 4, 3), 128: (128, 32, 4, 2), 256: (64, 64, 8, 2, False)},
     "sm_90": {64: (128, 128, 8, 2), 128: (128, 128, 8, 2, False), 256: (128, 32, 8, 2)},
-    "sm_100": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2, True, MAX_HEAD, 240)},
+    "sm_100": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2, False)},
     "small": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
     "amd": {64: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (64, 32, 4, 1)},
 }
 _BACKWARD_QUERY: dict[str, _Table] = {
-    "sm_80": {64: (128, 32, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 1)},
-    "sm_90": {64: (64, 64, 4, 2), 128: (128, 128, 8, 2, False), 256: (32, 32, 4, 1)},
-    "sm_100": {64: (128, 128, 8, 1, True, MAX_HEAD, 255), 128: (128, 128, 8, 2, False), 256: (128, 32, 8, 1)},
-    "small": {64: (128, 32, 8, 2), 128: (128, 32, 8, 2), 256: (64, 16, 8, 1)},
+    "sm_80": {64: (128, 32, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 4, 2, False, 128)},
+    "sm_90": {64: (64, 64, 4, 2), 128: (128, 128, 8, 2, False), 256: (64, 64, 4, 2, False)},
+    "sm_100": {64: (128, 128, 8, 1, True, MAX_HEAD, 255), 128: (128, 128, 8, 2, False), 256: (128, 64, 8, 1, False)},
+    "small": {64: (128, 32, 8, 2), 128: (128, 32, 8, 2), 256: (32, 64, 4, 1, False)},
     "amd": {64: (128, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
 }
 _BACKWARD_KEY: dict[str, _Table] = {
-    "sm_80": {64: (16, 128, 4, 2), 128: (32, 64, 4, 2), 256: (16, 64, 8, 1)},
-    "sm_90": {64: (64, 128, 8, 1), 128: (64, 128, 8, 2, False), 256: (16, 32, 4, 1)},
+    "sm_80": {64: (16, 128, 4, 2), 128: (128, 32, 4, 2, False), 256: (64, 32, 4, 2, False, 128)},
+    "sm_90": {64: (64, 128, 8, 1), 128: (64, 128, 8, 2, False), 256: (64, 64, 8, 2, False, 128)},
     "sm_100": {64: (64, 128, 8, 1, True, MAX_HEAD, 192), 128: (64, 128, 8, 1), 256: (64, 64, 8, 1)},
-    "small": {64: (32, 64, 4, 2), 128: (32, 64, 8, 1), 256: (16, 64, 8, 1)},
+    "small": {64: (32, 64, 4, 2), 128: (32, 64, 8, 1), 256: (16, 32, 4, 2, False)},
     "amd": {64: (32, 128, 4, 1), 128: (32, 64, 4, 1), 256: (16, 32, 4, 1)},
 }
 # fp32 products at IEEE precision run on the FMA units, from registers: 8 warps share a small tile, and the backward takes
@@ -80,35 +81,39 @@ _CHUNK = 64
 # with dropout, 32 none with 8 warps; of heads of 128 there, 64 rows spill 16 with everything and odd strides, 32 none, for 0.94 to 1.1
 # times the share. The dQ pass of heads of 64 spills 8 there with a bias and odd strides, with 8 warps none, for more of the share.
 _FORWARD_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 4, 1)}
+_FORWARD_HEAVY_SM_80: _Table = {**_FORWARD_HEAVY, 128: (64, 32, 8, 1, False)}
 _FORWARD_HEAVY_SM_100: _Table = {**_FORWARD_HEAVY, 256: (64, 16, 8, 1, False)}
 _FORWARD_HEAVY_SMALL: _Table = {**_FORWARD_HEAVY, 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)}
-_BACKWARD_QUERY_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)}
-_BACKWARD_QUERY_HEAVY_SMALL: _Table = {**_BACKWARD_QUERY_HEAVY, 64: (64, 32, 8, 1)}
+_BACKWARD_QUERY_HEAVY: dict[str, _Table] = {
+    "sm_80": {64: (64, 32, 4, 1), 128: (64, 32, 8, 1, False), 256: (32, 32, 8, 1)},
+    "sm_90": {64: (64, 32, 4, 1), 128: (64, 32, 8, 1, False), 256: (64, 32, 8, 1, False)},
+    "sm_100": {64: (64, 32, 4, 1), 128: (128, 32, 8, 1, False), 256: (128, 32, 8, 1, False)},
+    "small": {64: (64, 32, 8, 1), 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)},
+}
 _BACKWARD_KEY_HEAVY: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1, True, _CHUNK)}
 _BACKWARD_KEY_HEAVY_SM_80: _Table = {**_BACKWARD_KEY_HEAVY, 256: (32, 32, 8, 1, False, _CHUNK)}
+_BACKWARD_KEY_HEAVY_SM_90: _Table = {**_BACKWARD_KEY_HEAVY, 256: (16, 32, 8, 1, False, _CHUNK)}
 _BACKWARD_HEAVY_AMD: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1)}
 # Widths of these at which ptxas, left alone, stops at 80, 96, 128 or 168 registers of the 159 to 255 that it needs, and spills 8 to
 # 32 bytes: of a softcapped score, of dropout alone or with a mask, of packed sequences with everything, as architectures differ.
-_FORWARD_LIMITED: _Widths = {"sm_80": (64, 128, 256), "sm_90": (256,), "sm_100": (64, 128, 256), "small": (64, 128)}
-_BACKWARD_QUERY_LIMITED: _Widths = {"sm_80": (128,), "sm_90": (128,), "sm_100": (128, 256), "small": (64, 128)}
+_FORWARD_LIMITED: _Widths = {"sm_80": (64, 256), "sm_90": (256,), "sm_100": (64, 128, 256), "small": (64, 128)}
+_BACKWARD_QUERY_LIMITED: _Widths = {"small": (64, 128)}
 _BACKWARD_KEY_LIMITED: _Widths = {"sm_80": (128,), "sm_90": (64,), "sm_100": (64,), "small": (64, 128)}
 # A block mask's lists put addresses into the loop that depend on what was loaded: with other features small tiles, too. Alone it
 # takes the tiles of no mask, which makes 2 to 8 times the predicted share, but for these, where they spill 8 to 4,248 bytes.
 _FORWARD_LISTED: dict[str, _Table] = {
     "sm_80": {64: (64, 64, 4, 2), 128: (128, 64, 8, 1, False)},
-    "sm_90": {256: (32, 32, 8, 1)},
+    "sm_90": {256: (64, 64, 8, 1, False)},
     "sm_100": {128: (128, 64, 8, 2, False), 256: (64, 64, 8, 1)},
     "small": {128: (64, 64, 8, 1)},
 }
 _BACKWARD_QUERY_LISTED: dict[str, _Table] = {
-    "sm_80": {64: (64, 64, 4, 2)},
-    "sm_90": {256: (32, 32, 8, 1)},
-    "sm_100": {256: (64, 64, 8, 1, False)},
+    "sm_80": {64: (64, 64, 4, 2), 256: (64, 32, 8, 2, False)},
     "small": {64: (64, 32, 8, 1), 128: (64, 32, 4, 1)},
 }
 _BACKWARD_KEY_LISTED: dict[str, _Table] = {
-    "sm_80": {128: (64, 64, 8, 1), 256: (32, 64, 8, 1, False)},
-    "sm_90": {256: (32, 32, 8, 1, True, _CHUNK)},
+    "sm_80": {128: (64, 64, 8, 1)},
+    "sm_90": {256: (32, 64, 8, 2, False, 128)},
     "sm_100": {128: (64, 128, 8, 1, False, MAX_HEAD, 255), 256: (64, 64, 8, 1, False)},
     "small": {64: (64, 64, 8, 1, False), 256: (16, 64, 8, 1, False)},
 }
@@ -132,12 +137,12 @@ _BACKWARD_KEY_RAGGED = AttentionConfig(32, 32, 8, 1, hoist=False)
 # spill 8 to 184 bytes (on sm_90 with Triton 3.9.0 alone), packed forwards of 128 on sm_90 8 bytes; heads of 256 need more tensor memory
 # than sm_100 has.
 _BACKWARD_KEY_GROUPED: dict[str, _Table] = {
-    "sm_80": {64: (32, 64, 4, 2), 128: (32, 64, 8, 1), 256: _BACKWARD_KEY_HEAVY_SM_80[256]},
-    "sm_90": {128: (64, 128, 8, 1, False)},
+    "sm_80": {64: (32, 64, 4, 2), 128: (128, 32, 8, 2, False), 256: (32, 32, 8, 2, False, 128)},
+    "sm_90": {128: (64, 128, 8, 1, False), 256: (32, 64, 8, 1, False, 64)},
     "small": {256: _BACKWARD_KEY_HEAVY[256]},
     "sm_100": {128: (64, 128, 8, 1, False), 256: _KEY_PACKED[256]},
 }
-_FORWARD_PACKED: dict[str, _Table] = {"sm_90": {128: (128, 64, 8, 2)}}
+_FORWARD_PACKED: dict[str, _Table] = {"sm_90": {128: (128, 64, 8, 2)}, "sm_100": {256: (128, 64, 8, 1, False)}}
 
 # ALiBi or a softcap takes registers, but no addresses, and a mask or a bias alone not many: but for the small tiles of AMD, they take
 # those of plain scores, which make 1.1 to 6 times the predicted share of the small ones. But for these, where those spill 8 to 592
@@ -147,28 +152,29 @@ _FORWARD_SCORED: dict[str, _Table] = {
     "small": {128: (128, 32, 8, 1)},
 }
 _FORWARD_LOADED: dict[str, _Table] = {
-    "sm_80": {64: (128, 32, 4, 2), 128: (128, 32, 8, 2)},
+    "sm_80": {64: (64, 128, 8, 2, False), 128: (128, 32, 8, 2)},
     "sm_90": {128: (128, 64, 8, 2), 256: (128, 32, 8, 2, False)},
-    "small": {64: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
+    "small": {64: (64, 64, 8, 2), 256: (64, 32, 8, 1, False)},
 }
 _BACKWARD_QUERY_SCORED: dict[str, _Table] = {
     "sm_90": {128: (128, 64, 8, 2, False)},
-    "sm_100": {64: (128, 128, 8, 1, False)},
+    "sm_100": {64: (128, 64, 8, 1, False)},
 }
 _BACKWARD_QUERY_LOADED: dict[str, _Table] = {
     "sm_80": {64: (128, 32, 4, 1)},
     "sm_90": {128: (128, 64, 8, 2, False)},
     "sm_100": {128: (128, 128, 8, 1, False)},
-    "small": {128: (64, 32, 4, 2)},
+    "small": {128: (64, 32, 4, 2), 256: (64, 32, 8, 1, False)},
 }
 _BACKWARD_KEY_SCORED: dict[str, _Table] = {
-    "sm_80": {64: (32, 64, 4, 1), 256: _BACKWARD_KEY_HEAVY_SM_80[256]},
-    "sm_90": {128: (32, 128, 8, 1, False)},
+    "sm_80": {64: (32, 64, 4, 1), 128: (32, 64, 4, 2), 256: _BACKWARD_KEY_HEAVY_SM_80[256]},
+    "sm_90": {128: (32, 128, 8, 1, False), 256: (32, 64, 8, 1, False, 64)},
 }
+_BACKWARD_KEY_SCORED_GROUPED: dict[str, _Table] = {"sm_80": {128: (32, 64, 8, 1)}}
 _BACKWARD_KEY_LOADED: dict[str, _Table] = {
     "sm_80": {64: (32, 64, 8, 1), 128: (32, 64, 8, 1), 256: _BACKWARD_KEY_HEAVY_SM_80[256]},
-    "sm_90": {64: (64, 64, 4, 1), 128: (32, 128, 8, 1, False), 256: (16, 32, 4, 1, False)},
-    "sm_100": {64: (64, 128, 8, 1), 128: (64, 128, 8, 1, False), 256: (32, 64, 8, 1, False)},
+    "sm_90": {64: (64, 64, 4, 1), 128: (32, 128, 8, 1, False), 256: (32, 64, 8, 1, False, 64)},
+    "sm_100": {64: (64, 128, 8, 1), 128: (64, 128, 8, 1, False), 256: (64, 64, 8, 1, False, MAX_HEAD, 255)},
     "small": {64: (32, 64, 4, 1), 256: _BACKWARD_KEY_HEAVY[256]},
 }
 
@@ -239,7 +245,8 @@ def attention_forward_config(
         return AttentionConfig(16, 16, 4 if blocks else 8, 1, max_registers=most)
     if itemsize == 4:
         block_n = 16 if heavy or head_dim > 64 else 32
-        return AttentionConfig(32, block_n, 8, 1, max_registers=255 if heavy else None)
+        # left alone, ptxas stops at 64 registers of causal heads of 16 and spills 8 bytes
+        return AttentionConfig(32, block_n, 8, 1, max_registers=255 if heavy or head_dim <= 16 else None)
     if not heavy:
         exceptions = (
             (blocks, _FORWARD_LISTED),
@@ -253,7 +260,7 @@ def attention_forward_config(
         return _FORWARD_RAGGED
     if blocks and family != "amd":
         return AttentionConfig(*_FORWARD_BLOCKS[_width(head_dim)])
-    tables = {"sm_100": _FORWARD_HEAVY_SM_100, "small": _FORWARD_HEAVY_SMALL}
+    tables = {"sm_80": _FORWARD_HEAVY_SM_80, "sm_100": _FORWARD_HEAVY_SM_100, "small": _FORWARD_HEAVY_SMALL}
     return _from_heavy_table(tables.get(family, _FORWARD_HEAVY), _FORWARD_LIMITED, family, head_dim)
 
 
@@ -285,8 +292,8 @@ def attention_backward_query_config(
         return _BACKWARD_QUERY_RAGGED
     if blocks and family != "amd":
         return AttentionConfig(*_BACKWARD_QUERY_BLOCKS[_width(head_dim)])
-    tables = {"amd": _BACKWARD_HEAVY_AMD, "small": _BACKWARD_QUERY_HEAVY_SMALL}
-    return _from_heavy_table(tables.get(family, _BACKWARD_QUERY_HEAVY), _BACKWARD_QUERY_LIMITED, family, head_dim)
+    table = _BACKWARD_HEAVY_AMD if family == "amd" else _BACKWARD_QUERY_HEAVY[family]
+    return _from_heavy_table(table, _BACKWARD_QUERY_LIMITED, family, head_dim)
 
 
 @cache
@@ -324,6 +331,7 @@ def attention_backward_key_config(
             (blocks, _BACKWARD_KEY_LISTED),
             (blocks, _BACKWARD_KEY),
             (scores == "dropped", _BACKWARD_KEY_DROPPED),
+            (scores == "scored" and (grouped or packed), _BACKWARD_KEY_SCORED_GROUPED),
             (scores == "scored", _BACKWARD_KEY_SCORED),
             (scores == "loaded", _BACKWARD_KEY_LOADED),
             (packed, _BACKWARD_KEY_PACKED),
@@ -332,7 +340,7 @@ def attention_backward_key_config(
         return _first(family, head_dim, *exceptions, (True, _BACKWARD_KEY))
     if ragged and head_dim <= 128 and family != "amd":
         return _BACKWARD_KEY_RAGGED
-    tables = {"amd": _BACKWARD_HEAVY_AMD, "sm_80": _BACKWARD_KEY_HEAVY_SM_80}
+    tables = {"amd": _BACKWARD_HEAVY_AMD, "sm_80": _BACKWARD_KEY_HEAVY_SM_80, "sm_90": _BACKWARD_KEY_HEAVY_SM_90}
     return _from_heavy_table(tables.get(family, _BACKWARD_KEY_HEAVY), _BACKWARD_KEY_LIMITED, family, head_dim)
 
 
@@ -347,6 +355,8 @@ def attention_backward_bias_config(
     # with dropout, 4 warps of fp32 heads wider than 64 spill 8 bytes
     spills = (ragged and block == 32) if itemsize == 2 else (dropped and block == 16)
     warps = 8 if spills and target.backend == "cuda" else 4
+    if target.backend == "hip" and block == 16 and head_dim > 128:
+        warps = 2  # 4 spill 20 bytes with everything on
     # left alone, ptxas spills 8 bytes of these
     narrow = (itemsize == 4 and head_dim <= 32) or (dropped and 32 < head_dim <= 64)
     return AttentionConfig(block, block, warps, 1, max_registers=255 if narrow else None)

@@ -42,12 +42,12 @@ def load_logits(POINTERS, column, classes, softcap, EDGE: tl.constexpr):
         inside = (column >= 0) & (column < classes)
         z = tl.load(POINTERS, mask=inside, other=0.0).to(tl.float32)
         if softcap is not None:
-            z = capped_score(z, 1.0, softcap)
+            z = capped_score(z, 1.0, softcap, True)
         z = tl.where(inside, z, -float("inf"))
     else:
         z = tl.load(POINTERS).to(tl.float32)
         if softcap is not None:
-            z = capped_score(z, 1.0, softcap)
+            z = capped_score(z, 1.0, softcap, True)
     return z
 
 
@@ -143,7 +143,7 @@ def cross_entropy_kernel(
     valid, is_class = target != ignore_index, (target >= 0) & (target < classes)
     z_target = tl.load(LOGITS + row * stride_row + target, mask=is_class, other=0.0).to(tl.float32)
     if softcap is not None:
-        z_target = capped_score(z_target, 1.0, softcap)
+        z_target = capped_score(z_target, 1.0, softcap, True)
 
     offset, shift = aligned_start(row, stride_row, VECTOR)
     LOGITS += offset

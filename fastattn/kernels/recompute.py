@@ -17,14 +17,16 @@ def row_statistics(ptr, batch_head, num_queries, STATISTICS: tl.constexpr):
 
 
 @triton.jit
-def probability(product, minus_lse, mask, bias, slope, distance, visible, scale, softcap, PLAIN: tl.constexpr):
+def probability(
+    product, minus_lse, mask, bias, slope, distance, visible, scale, softcap, PLAIN: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
     """-> (P, the capped score). `minus_lse` broadcasts over the tile, and is None where `product` began with it; `mask` and
-    `visible` may be None, too."""
+    `visible` may be None, too. EXACT: see `capped_score`."""
     capped = product
     if PLAIN:
         logit = product
     else:
-        capped = capped_score(product, scale, softcap)
+        capped = capped_score(product, scale, softcap, EXACT)
         logit = base2_score(capped, bias, slope, distance)
     if visible is not None:
         logit = tl.where(visible, logit, float("-inf"))
