@@ -6,6 +6,9 @@ A candidate that spills, needs more memory than the GPU has, or does not compile
 bound on tensor-core utilisation with tensor and other work in turns, then with perfect overlap, then by resident warps;
 of equals, the larger tile wins (fewer passes over the other operand). The bounds are predictions of a model
 (`bench.codegen.bounds`), not measurements: paste the table next to the configuration that it chose.
+
+What is shown is compiled again with heads that share a key head, with lengths that 16 does not divide, with a window and
+sinks, and packed where the features allow it; what is wrong there stands at the end of its row.
 """
 
 from __future__ import annotations
@@ -15,8 +18,11 @@ import itertools
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
+
+if TYPE_CHECKING:
+    from fastattn.kernels.config import AttentionConfig
 
 os.environ["TRITON_INTERPRET"] = "0"  # read at triton's first import
 
@@ -32,6 +38,7 @@ class Kernel:
     columns: tuple[int, ...]
     warps: tuple[int, ...] = (4, 8)
     stages: tuple[int, ...] = (1, 2, 3)
+    chunks: tuple[int, ...] = ()  # columns of a head that one product takes, of heads wider than that
 
 
 KERNELS = {
@@ -50,23 +57,32 @@ KERNELS = {
             "_attention_backward_query",
             rows=(32, 64, 128),
             columns=(32, 64, 128),
+            chunks=(128,),
         ),
         Kernel(
             "attention_backward_key",
             "fastattn.kernels.attention_backward.attention_backward_key_config",
             "_attention_backward_key",
-            rows=(32, 64, 128),
+            rows=(16, 32, 64, 128),
             columns=(32, 64, 128),
+            chunks=(128,),
         ),
     )
 }
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {"heads": 8, "lse_gradient": False},
+    {"queries": 101, "keys": 131},
+    {"more_flags": ["window", "sinks"]},
+    {"packed": True},
+)
+PACKED = {"causal", "window", "alibi", "softcap", "sinks", "dropout"}  # what packed sequences have
 
 
 @dataclass(frozen=True)
 class Trial:
     """One candidate with what the compiler made of it; `problem` is empty where it may be used."""
 
-    config: tuple[int, int, int, int]
+    config: AttentionConfig
     problem: str = ""
     registers: int = 0
     shared_bytes: int = 0
@@ -76,22 +92,27 @@ class Trial:
     alternating: float = 0.0
 
     def rank(self) -> tuple[float, ...]:
-        rows, columns, warps, _ = self.config
-        values = (round(self.alternating, 2), round(self.overlapped, 2), rows * columns / warps, self.warps_resident)
+        tile = self.config.block_m * self.config.block_n / self.config.num_warps
+        values = (round(self.alternating, 2), round(self.overlapped, 2), tile, self.warps_resident)
         return (bool(self.problem), *(-value for value in values))
 
 
-def try_config(kernel: Kernel, target: str, config: tuple[int, int, int, int], arguments: dict[str, Any]) -> Trial:
-    """Compile one candidate; anything that goes wrong is its `problem`."""
+def try_config(kernel: Kernel, target: str, config: AttentionConfig, arguments: dict[str, Any]) -> Trial:
+    """Compile one candidate; anything that goes wrong is its `problem`. `arguments` are those of a case, and what VARIANTS have."""
+    arguments = dict(arguments)
     import fastattn.kernels.attention  # noqa: F401  mock.patch needs the module to be loaded
     from bench.codegen import cases
     from bench.codegen.analysis import analyse
-    from fastattn.kernels.config import AttentionConfig
     from fastattn.kernels.stand_in import stand_in
 
+    packed, more_flags = arguments.pop("packed", False), arguments.pop("more_flags", [])
+    arguments["flags"] = [*arguments["flags"], *more_flags]
     try:
-        with mock.patch(kernel.configure, return_value=AttentionConfig(*config)), stand_in(target) as launches:
-            cases.attention(backward="backward" in kernel.name, **arguments)
+        with mock.patch(kernel.configure, return_value=config), stand_in(target) as launches:
+            if packed:
+                cases.varlen_attention(**arguments)
+            else:
+                cases.attention(backward="backward" in kernel.name, **arguments)
     except Exception as error:
         return Trial(config, problem=f"{type(error).__name__}: {error}".splitlines()[0][:60])
     report = analyse(next(launch for launch in launches if launch.kernel == kernel.kernel))
@@ -108,16 +129,20 @@ def try_config(kernel: Kernel, target: str, config: tuple[int, int, int, int], a
     )
 
 
-def candidates(kernel: Kernel, head_dim: int) -> list[tuple[int, int, int, int]]:
+def candidates(kernel: Kernel, head_dim: int) -> list[AttentionConfig]:
     """All combinations less those whose accumulators alone cannot fit the registers of the block."""
-    product = itertools.product(kernel.rows, kernel.columns, kernel.warps, kernel.stages)
+    from fastattn.kernels.config import MAX_HEAD, AttentionConfig
+
+    chunks = (MAX_HEAD, *(chunk for chunk in kernel.chunks if chunk < head_dim and head_dim > 128))
+    product = itertools.product(kernel.rows, kernel.columns, kernel.warps, kernel.stages, (True, False), chunks)
     is_key_kernel = kernel.name.endswith("key")
     kept = []
-    for rows, columns, warps, stages in product:
+    for rows, columns, warps, stages, hoist, chunk in product:
         held = columns * head_dim * 2 if is_key_kernel else rows * head_dim
         per_thread = (held + rows * columns) / (warps * 32)
-        if 16 <= per_thread <= 224:
-            kept.append((rows, columns, warps, stages))
+        # chunks are for who is short of registers, as addresses in the loop are, and then three stages do not fit
+        if 16 <= per_thread <= 224 and (chunk == MAX_HEAD if hoist else stages < 3):
+            kept.append(AttentionConfig(rows, columns, warps, stages, hoist, chunk))
     return kept
 
 
@@ -142,12 +167,20 @@ def main() -> None:
             ranked = sorted((trial.result() for trial in trials), key=Trial.rank)
             usable = sum(not trial.problem for trial in ranked)
             print(f"\n{kernel.name} {target} D{head_dim} {options.dtype} {flags}: {usable} of {len(ranked)} usable")
-            print("  rows cols warps stages | alternating overlapped | registers shared resident instructions")
+            print(
+                "  rows cols warps stages hoist chunk | alternating overlapped | registers shared resident instructions"
+            )
             for trial in ranked[: options.show]:
-                rows, columns, warps, stages = trial.config
+                c, problem = trial.config, trial.problem
+                if not problem:
+                    variants = [v for v in VARIANTS if "packed" not in v or PACKED.issuperset(flags)]
+                    again = [pool.submit(try_config, kernel, target, c, {**arguments, **v}) for v in variants]
+                    found = [result.problem for result in (one.result() for one in again) if result.problem]
+                    problem = f"({found[0]})" if found else ""
+                tile = f"{c.block_m:4} {c.block_n:4} {c.num_warps:5} {c.num_stages:6} {c.hoist!s:5} {c.chunk:5}"
                 bounds = f"{trial.alternating:11.0%} {trial.overlapped:10.0%}"
                 needs = f"{trial.registers:9} {trial.shared_bytes:6} {trial.warps_resident:8} {trial.instructions:12}"
-                print(f"  {rows:4} {columns:4} {warps:5} {stages:6} | {bounds} | {needs}  {trial.problem}", flush=True)
+                print(f"  {tile} | {bounds} | {needs}  {problem}", flush=True)
 
 
 if __name__ == "__main__":
