@@ -71,6 +71,13 @@ MUTANTS = (
         "together",
         ORDER,
     ),
+    Mutant(
+        "16-bit scores are capped twice as late",
+        "kernels/masks.py",
+        "(2.0 * LOG2E / softcap)",
+        "(LOG2E / softcap)",
+        ATTENTION,
+    ),
     Mutant("the shortest first", "kernels/order.py", "(blocks - 1 - place) * BLOCK_M", "place * BLOCK_M", ORDER),
     Mutant("wrong key head under GQA", FORWARD, "(head // group).to(tl.int64)", "(head % 2).to(tl.int64)", ATTENTION),
     Mutant("no guard for rows that see nothing", FORWARD, "tl.where(l > 0, l, 1.0)", "l", ATTENTION),

@@ -70,9 +70,17 @@ def test_time_of_the_last():
     assert schedule.unevenness([2, 1, 1], 2) == 1.0
 
 
+@pytest.fixture
+def fresh():
+    """No answers from before, and none left."""
+    order.heads_together.cache_clear()
+    yield
+    order.heads_together.cache_clear()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter")
 @pytest.mark.parametrize("together", [1, 2, 4])
-def test_attention_of_mixed_heads(together, monkeypatch):
+def test_attention_of_mixed_heads(together, monkeypatch, fresh):
     """Three samples of two key heads and four query heads, so that no group of heads ends with a sample."""
     from fastattn import attention, backend
 

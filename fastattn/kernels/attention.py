@@ -263,10 +263,11 @@ def forward(
         out.zero_()
         lse.fill_(float("-inf"))
     plain, scores = score_class(given_mask, bias, alibi_slopes, seed, scale, softcap, window_left)
-    head_bytes = num_keys * (head_dim + value_dim) * query.element_size() // (heads // key.shape[1])
+    itemsize = query.element_size()
+    head_bytes = num_keys * (head_dim + value_dim) * itemsize // (heads // key.shape[1])
     together = heads_together(batch * heads, head_bytes, window_left, window_right, blocks is not None)
     config = attention_forward_config(
-        current_target(), max(block_d, block_dv), query.element_size(), scores, blocks is not None,
+        current_target(), max(block_d, block_dv), itemsize, scores, blocks is not None,
         is_ragged(head_dim, value_dim), packing is not None,
     )  # fmt: skip
     arguments: tuple[Any, ...] = (

@@ -494,18 +494,18 @@ def backward(
     def chunks(config: AttentionConfig) -> dict[str, int]:
         return dict(CHUNK=min(config.chunk, block_d), CHUNK_V=min(config.chunk, block_dv))
 
-    def together(heads: int, streamed: int) -> int | None:
-        head_bytes = streamed * (head_dim + value_dim) * query.element_size()
-        return heads_together(heads, head_bytes, window_left, window_right, blocks is not None)
-
-    config = attention_backward_query_config(target, width, query.element_size(), scores, blocks is not None, ragged)
+    itemsize, listed = query.element_size(), blocks is not None
+    together = heads_together(
+        batch * heads, num_keys * (head_dim + value_dim) * itemsize // group, window_left, window_right, listed
+    )
+    config = attention_backward_query_config(target, width, itemsize, scores, listed, ragged)
     launch(
         _attention_backward_query, (batch * heads * triton.cdiv(num_queries, config.block_m),), *inputs(launch_lists(blocks)), *sequences, out,
         strides(out), grad_out, strides(grad_out), lse, grad_lse, lse.stride(), statistics, grad_query, strides(grad_query),
-        *scalars, together(batch * heads, num_keys // group), heads, group, *lengths, **chunks(config), HOIST=config.hoist, **constants, **_blocks(config),
+        *scalars, together, heads, group, *lengths, **chunks(config), HOIST=config.hoist, **constants, **_blocks(config),
     )  # fmt: skip
     if bias is not None and grad_bias is not None:
-        config = attention_backward_bias_config(target, width, query.element_size(), ragged, seed is not None)
+        config = attention_backward_bias_config(target, width, itemsize, ragged, seed is not None)
         bias_batch, bias_heads, bias_rows, bias_columns = bias.shape
         row_blocks, column_blocks = triton.cdiv(num_queries, config.block_m), triton.cdiv(num_keys, config.block_n)
         sum_rows, sum_columns = bias_rows == 1, bias_columns == 1
@@ -516,12 +516,15 @@ def backward(
             bias_heads, batch // bias_batch, heads // bias_heads, row_blocks if sum_rows else 1,
             column_blocks if sum_columns else 1, SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, BLOCK_D=block_d, BLOCK_DV=block_dv, **constants, **_blocks(config),
         )  # fmt: skip
+    together = heads_together(
+        batch * kv_heads, num_queries * group * (head_dim + value_dim) * itemsize, window_left, window_right, listed
+    )
     config = attention_backward_key_config(
-        target, width, query.element_size(), scores, packing is not None, blocks is not None, ragged, group > 1
+        target, width, itemsize, scores, packing is not None, listed, ragged, group > 1
     )
     launch(
         _attention_backward_key, (batch * kv_heads * triton.cdiv(num_keys, config.block_n),), *inputs(launch_lists(blocks, by_column=True)), *sequences, grad_out,
-        strides(grad_out), statistics, grad_key, strides(grad_key), grad_value, strides(grad_value), *scalars, together(batch * kv_heads, num_queries * group),
+        strides(grad_out), statistics, grad_key, strides(grad_key), grad_value, strides(grad_value), *scalars, together,
         kv_heads, *lengths, GROUP=group, **chunks(config), HOIST=config.hoist, **constants, **_blocks(config),
     )  # fmt: skip
     if sinks is not None and need_sinks:
