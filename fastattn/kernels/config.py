@@ -138,7 +138,7 @@ _BACKWARD_KEY_RAGGED = AttentionConfig(32, 32, 8, 1, hoist=False)
 # than sm_100 has.
 _BACKWARD_KEY_GROUPED: dict[str, _Table] = {
     "sm_80": {64: (32, 64, 4, 2), 128: (128, 32, 8, 2, False), 256: (32, 32, 8, 2, False, 128)},
-    "sm_90": {128: (64, 128, 8, 1, False), 256: (32, 64, 8, 1, False, 64)},
+    "sm_90": {128: (32, 128, 8, 1, False), 256: (32, 64, 8, 1, False, 64)},
     "small": {256: _BACKWARD_KEY_HEAVY[256]},
     "sm_100": {128: (64, 128, 8, 1, False), 256: _KEY_PACKED[256]},
 }
