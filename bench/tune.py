@@ -99,14 +99,13 @@ class Trial:
 
 def try_config(kernel: Kernel, target: str, config: AttentionConfig, arguments: dict[str, Any]) -> Trial:
     """Compile one candidate; anything that goes wrong is its `problem`. `arguments` are those of a case, and what VARIANTS have."""
-    arguments = dict(arguments)
     import fastattn.kernels.attention  # noqa: F401  mock.patch needs the module to be loaded
     from bench.codegen import cases
     from bench.codegen.analysis import analyse
     from fastattn.kernels.stand_in import stand_in
 
-    packed, more_flags = arguments.pop("packed", False), arguments.pop("more_flags", [])
-    arguments["flags"] = [*arguments["flags"], *more_flags]
+    arguments = {**arguments, "flags": [*arguments["flags"], *arguments.get("more_flags", [])]}
+    packed, _ = arguments.pop("packed", False), arguments.pop("more_flags", None)
     try:
         with mock.patch(kernel.configure, return_value=config), stand_in(target) as launches:
             if packed:

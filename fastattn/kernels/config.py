@@ -88,7 +88,7 @@ _BACKWARD_QUERY_HEAVY: dict[str, _Table] = {
     "sm_80": {64: (64, 32, 4, 1), 128: (64, 32, 8, 1, False), 256: (32, 32, 8, 1)},
     "sm_90": {64: (64, 32, 4, 1), 128: (64, 32, 8, 1, False), 256: (64, 32, 8, 1, False)},
     "sm_100": {64: (64, 32, 4, 1), 128: (128, 32, 8, 1, False), 256: (128, 32, 8, 1, False)},
-    "small": {64: (64, 32, 8, 1), 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)},
+    "small": {64: (64, 32, 8, 1, True, MAX_HEAD, 255), 128: (32, 32, 4, 1, True, MAX_HEAD, 255), 256: (32, 32, 8, 1)},
 }
 _BACKWARD_KEY_HEAVY: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1, True, _CHUNK)}
 _BACKWARD_KEY_HEAVY_SM_80: _Table = {**_BACKWARD_KEY_HEAVY, 256: (32, 32, 8, 1, False, _CHUNK)}
@@ -97,7 +97,6 @@ _BACKWARD_HEAVY_AMD: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16
 # Widths of these at which ptxas, left alone, stops at 80, 96, 128 or 168 registers of the 159 to 255 that it needs, and spills 8 to
 # 32 bytes: of a softcapped score, of dropout alone or with a mask, of packed sequences with everything, as architectures differ.
 _FORWARD_LIMITED: _Widths = {"sm_80": (64, 256), "sm_90": (256,), "sm_100": (64, 128, 256), "small": (64, 128)}
-_BACKWARD_QUERY_LIMITED: _Widths = {"small": (64, 128)}
 _BACKWARD_KEY_LIMITED: _Widths = {"sm_80": (128,), "sm_90": (64,), "sm_100": (64,), "small": (64, 128)}
 # A block mask's lists put addresses into the loop that depend on what was loaded: with other features small tiles, too. Alone it
 # takes the tiles of no mask, which makes 2 to 8 times the predicted share, but for these, where they spill 8 to 4,248 bytes.
@@ -170,6 +169,7 @@ _BACKWARD_KEY_SCORED: dict[str, _Table] = {
     "sm_80": {64: (32, 64, 4, 1), 128: (32, 64, 4, 2), 256: _BACKWARD_KEY_HEAVY_SM_80[256]},
     "sm_90": {128: (32, 128, 8, 1, False), 256: (32, 64, 8, 1, False, 64)},
 }
+# ... on sm_80 with heads that share a key head, or packed, others than that:
 _BACKWARD_KEY_SCORED_GROUPED: dict[str, _Table] = {"sm_80": {128: (32, 64, 8, 1)}}
 _BACKWARD_KEY_LOADED: dict[str, _Table] = {
     "sm_80": {64: (32, 64, 8, 1), 128: (32, 64, 8, 1), 256: _BACKWARD_KEY_HEAVY_SM_80[256]},
@@ -293,7 +293,7 @@ def attention_backward_query_config(
     if blocks and family != "amd":
         return AttentionConfig(*_BACKWARD_QUERY_BLOCKS[_width(head_dim)])
     table = _BACKWARD_HEAVY_AMD if family == "amd" else _BACKWARD_QUERY_HEAVY[family]
-    return _from_heavy_table(table, _BACKWARD_QUERY_LIMITED, family, head_dim)
+    return AttentionConfig(*table[_width(head_dim)])
 
 
 @cache

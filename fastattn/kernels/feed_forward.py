@@ -24,6 +24,7 @@ from fastattn.eager.random import dropout_threshold
 from fastattn.kernels.activations import activate
 from fastattn.kernels.config import ELEMENTWISE_BLOCK, matmul_config
 from fastattn.kernels.launch import current_target, launch
+from fastattn.kernels.order import side_by_side
 from fastattn.kernels.random import dropout, keep_of_rows
 
 
@@ -31,9 +32,8 @@ from fastattn.kernels.random import dropout, keep_of_rows
 def block_of_program(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """(first row, first column) of this program's block: column after column, GROUP_M block rows at a time."""
     blocks_m, blocks_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
-    group, place = tl.program_id(0) // (GROUP_M * blocks_n), tl.program_id(0) % (GROUP_M * blocks_n)
-    height = tl.minimum(blocks_m - group * GROUP_M, GROUP_M)
-    return (group * GROUP_M + place % height) * BLOCK_M, (place // height) * BLOCK_N
+    row, column = side_by_side(tl.program_id(0), blocks_m, blocks_n, GROUP_M)
+    return row * BLOCK_M, column * BLOCK_N
 
 
 @triton.jit

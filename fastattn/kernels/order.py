@@ -36,6 +36,15 @@ def heads_together(heads: int, head_bytes: int, left: int | None, right: int | N
 
 
 @triton.jit
+def side_by_side(number, rows, columns, together):
+    """(row, column) of a program: column after column, `together` rows at a time (fewer where they end)."""
+    first = number // (together * columns) * together
+    mixed = tl.minimum(together, rows - first)
+    among = number - first * columns
+    return first + among % mixed, among // mixed
+
+
+@triton.jit
 def head_and_block(number, blocks, together):
     """(head among all samples', place in the order of its blocks) of a program.
 
@@ -44,10 +53,7 @@ def head_and_block(number, blocks, together):
     if together is None:
         head, place = number // blocks, number % blocks
     else:
-        first = number // (together * blocks) * together
-        mixed = tl.minimum(together, tl.num_programs(0) // blocks - first)
-        among = number - first * blocks
-        head, place = first + among % mixed, among // mixed
+        head, place = side_by_side(number, tl.num_programs(0) // blocks, blocks, together)
     return head, place
 
 
