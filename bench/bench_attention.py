@@ -1,4 +1,4 @@
-"""Attention: full, causal, grouped-query, windowed, ALiBi, bias with causal, softcap; forward, and forward with backward."""
+"""Attention: full, causal, grouped-query, windowed, ALiBi, bias with causal, softcap, boolean mask; forward, and with backward."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from bench import machine
 from bench.cases import DTYPES, OpCase, Unavailable, comparison, in_one_graph, need
 from tests import reference
 
-FEATURES = ("full", "causal", "gqa", "window", "alibi", "bias_causal", "softcap")
+FEATURES = ("full", "causal", "gqa", "window", "alibi", "bias_causal", "softcap", "mask")
 WINDOW = 256
 SOFTCAP = 30.0
 
 
 @dataclass(frozen=True)
 class Attention(OpCase["Attention"]):
-    """`feature` is one of FEATURES."""
+    """`feature` is one of FEATURES. "mask": a boolean tensor, causal, with an eighth of the keys hidden behind the others, such as
+    Hugging Face's models make of padded sequences."""
 
     feature: str
     n: int
@@ -50,7 +51,7 @@ class Attention(OpCase["Attention"]):
         """Visible (row, column) pairs of one head."""
         if self.feature == "full":
             return self.n**2
-        hidden = max(0, self.n - self.window - 1) if self.feature == "window" else 0
+        hidden = {"window": max(0, self.n - self.window - 1), "mask": self.n // 8}.get(self.feature, 0)
         return self.n * (self.n + 1) / 2 - hidden * (hidden + 1) / 2
 
     @property
@@ -88,10 +89,16 @@ class Attention(OpCase["Attention"]):
         causal = self.feature != "full"
         window = (self.window, None) if self.feature == "window" else None
         slopes = self.slopes(query.device) if self.feature == "alibi" else None
+        mask = self.visible() if self.feature == "mask" else None
         softcap = SOFTCAP if self.feature == "softcap" else None
         return reference.attention(
-            query, key, value, causal=causal, window=window, bias=bias, alibi_slopes=slopes, softcap=softcap
+            query, key, value, causal=causal, window=window, mask=mask, bias=bias, alibi_slopes=slopes, softcap=softcap
         )[0]
+
+    def visible(self) -> Tensor:
+        """The boolean mask of "mask", (1, 1, N, N)."""
+        positions = torch.arange(self.n, device=machine.device())
+        return ((positions[:, None] >= positions) & (positions < self.n - self.n // 8))[None, None]
 
     def mask(self) -> Tensor:
         """What is added to the scores for window, ALiBi and causality, (1, 1 or heads, N, N)."""
@@ -104,6 +111,8 @@ class Attention(OpCase["Attention"]):
             mask = mask.masked_fill(gap < 0, -torch.inf)
         if self.feature == "window":
             mask = mask.masked_fill(gap > self.window, -torch.inf)
+        if self.feature == "mask":
+            mask = mask.masked_fill(~self.visible(), -torch.inf)
         return mask.to(DTYPES[self.dtype]).view(1, -1, self.n, self.n)
 
 
@@ -111,7 +120,9 @@ def ours(case: Attention) -> Callable[..., Tensor]:
     def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
         return fastattn.attention(query, key, value, bias=bias, **options)
 
-    options: dict[str, Any] = {"causal": case.feature != "full"}
+    options: dict[str, Any] = {"causal": case.feature not in ("full", "mask")}
+    if case.feature == "mask":
+        options["mask"] = case.visible()
     if case.feature == "window":
         options["window"] = (case.window, None)
     if case.feature == "alibi":
@@ -128,7 +139,7 @@ def sdpa(case: Attention) -> Callable[..., Tensor]:
     if case.feature in ("full", "causal", "gqa"):
         causal, gqa = case.feature != "full", case.feature == "gqa"
         return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)
-    mask = case.mask()
+    mask = case.visible() if case.feature == "mask" else case.mask()
 
     def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, mask if bias is None else mask + bias)
@@ -184,6 +195,8 @@ def flex(case: Attention) -> Callable[..., Tensor]:
     attend, slopes = in_one_graph(flex_attention), case.slopes(machine.device())
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if case.feature == "mask":
+            return (i >= j) & (j < case.n - case.n // 8)
         return (i >= j) & (i - j <= case.window) if case.feature == "window" else i >= j
 
     blocks = None
@@ -207,8 +220,8 @@ def flex(case: Attention) -> Callable[..., Tensor]:
 def flash_attn(case: Attention) -> Callable[..., Tensor]:
     """The package flash-attn, on an NVIDIA GPU."""
     package = need("flash_attn")
-    if case.dtype == "fp32" or case.feature == "bias_causal":
-        raise Unavailable("flash-attn has neither fp32 nor a bias")
+    if case.dtype == "fp32" or case.feature in ("bias_causal", "mask"):
+        raise Unavailable("flash-attn has neither fp32 nor a bias nor a mask")
     options: dict[str, Any] = {"causal": case.feature != "full"}
     if case.feature == "window":
         options["window_size"] = (case.window, 0)

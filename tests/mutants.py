@@ -31,6 +31,7 @@ NORM = ("tests/test_precision.py", "tests/test_normalization.py", "-k", "triton"
 SHORT_DECODE = ("tests/test_decode.py", "-k", "short_way")
 PRODUCTS = ("tests/test_attention_products.py",)
 ORDER = ("tests/test_order.py",)
+MASK_BLOCKS = ("tests/test_mask_blocks.py",)
 EAGER_FEED_FORWARD = ("tests/test_feed_forward.py", "-k", "eager or on_the_cpu")
 EAGER_LOSS = ("tests/test_loss.py", "-k", "eager")
 EAGER_NORM = ("tests/test_normalization.py", "-k", "eager")
@@ -79,6 +80,37 @@ MUTANTS = (
         ATTENTION,
     ),
     Mutant("the shortest first", "kernels/order.py", "(blocks - 1 - place) * BLOCK_M", "place * BLOCK_M", ORDER),
+    Mutant(
+        "a block with a hole counts as full",
+        "kernels/mask_blocks.py",
+        "count == BLOCK * BLOCK",
+        "count > BLOCK",
+        MASK_BLOCKS,
+    ),
+    Mutant(
+        "mixed blocks over the full ones", "kernels/mask_blocks.py", "next_mixed = full", "next_mixed = 0", MASK_BLOCKS
+    ),
+    Mutant(
+        "a dense mask's window stands at the top left",
+        "kernels/mask_blocks.py",
+        "num_keys - num_queries, left",
+        "0, left",
+        MASK_BLOCKS,
+    ),
+    Mutant(
+        "a dense mask's last column is dropped",
+        "eager/attention.py",
+        "b * size) for",
+        "(b - 1) * size) for",
+        MASK_BLOCKS,
+    ),
+    Mutant(
+        "a dense mask's rows begin one block late",
+        "eager/attention.py",
+        "self.hulls[rows.start // BLOCK :",
+        "self.hulls[rows.start // BLOCK + 1 :",
+        MASK_BLOCKS,
+    ),
     Mutant("wrong key head under GQA", FORWARD, "(head // group).to(tl.int64)", "(head % 2).to(tl.int64)", ATTENTION),
     Mutant("no guard for rows that see nothing", FORWARD, "tl.where(l > 0, l, 1.0)", "l", ATTENTION),
     Mutant(

@@ -20,16 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.block_mask import Blocks
+from fastattn.block_mask import BLOCK, EMPTY, Blocks
 from fastattn.eager import attention_products
 from fastattn.eager.exponential import exp, exp_
 from fastattn.eager.random import keep
 from fastattn.layout import as_gradient, as_output, new_gradient, new_output
 from fastattn.replay import replay
 
-# Rows of a fused block that needs an additive mask: of 128, 256 and 512 the best for `python -m bench.report attention`.
-_FUSED_ROWS = 256
-_FUSED_ROWS_16BIT_BACKWARD = 768  # from here on PyTorch's backward has larger tiles; it pays where columns hardly vary
+# Rows of a fused block: few skip more columns, from 768 on PyTorch's kernels have larger tiles. `_SLOWER`: what a pair takes below,
+# in fp32 and in 16 bits (`python -m bench.report attention`).
+_FEW_ROWS, _MANY_ROWS = 256, 768
+_SLOWER = {"forward": (1.15, 1.13), "backward": (1.1, 1.45)}
+_ADDITIVE = 1 << 22  # numbers of a block's additive mask where it could have fewer rows
+# of a dtype: the integers of its size, and how far left of -1 the bits of -inf begin
+_MINUS_INFINITY = {torch.float32: (torch.int32, 23), torch.bfloat16: (torch.int16, 7), torch.float16: (torch.int16, 10)}
 _BLOCK_SCORES = 1 << 20  # scores of one block of matrix products: 4 MiB of fp32
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -72,23 +76,35 @@ class Block:
     first_batch: int = 0  # batch index of the first sample, for dropout's choice
     mirrored: bool = False  # keys and values are given last first
     floor: float = -math.inf  # ALiBi below it hides a key, whose weight would be lost in rounding
+    concrete: bool = False  # not inside a transform
+    hulls: tuple[range, ...] = ()  # the columns outside of which each 128 rows see nothing, where the mask tells
 
-    def narrow(self, rows: range) -> Block:
-        """The block of these rows: fewer columns where the window allows, mask and bias cut to size."""
+    def columns_for(self, rows: range) -> range:
+        """The columns outside of which these rows see nothing; never empty."""
         low, high = self.columns.start, self.columns.stop
         if self.window_left is not None:
             low = min(max(rows.start + self.shift - self.window_left, low), high - 1)
         if self.window_right is not None:
             high = max(min(rows.stop + self.shift + self.window_right, high), low + 1)
-        columns = range(low, high)
-        if isinstance(self.mask, Blocks):
-            columns = self.mask.hull(rows, columns)
+        if self.hulls:
+            hulls = self.hulls[rows.start // BLOCK : -(-rows.stop // BLOCK)]
+            low = min(max(min(hull.start for hull in hulls), low), high - 1)
+            high = max(min(max(hull.stop for hull in hulls), high), low + 1)
+        elif isinstance(self.mask, Blocks):
+            return self.mask.hull(rows, range(low, high))
+        return range(low, high)
+
+    def narrow(self, rows: range) -> Block:
+        """The block of these rows: fewer columns where window or mask allow, mask and bias cut to size."""
+        columns = self.columns_for(rows)
         cut = [_cut(pair, rows, columns) for pair in (self.mask, self.bias)]
         return replace(self, mask=cut[0], bias=cut[1], rows=rows, columns=columns)
 
+    def strips(self, size: int) -> Iterator[range]:
+        return (range(start, min(start + size, len(self.rows))) for start in range(0, len(self.rows), size))
+
     def split(self, size: int) -> Iterator[Block]:
-        for start in range(0, len(self.rows), size):
-            yield self.narrow(range(start, min(start + size, len(self.rows))))
+        return map(self.narrow, self.strips(size))
 
     def positions(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(rows, 1) and (columns,): where rows and columns stand."""
@@ -111,22 +127,47 @@ class Block:
             hidden = ~self.mask if hidden is None else hidden | ~self.mask
         return hidden
 
-    def additive(self, device: torch.device) -> Tensor | None:
+    def additive(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor | None:
         """Broadcastable to (B, Hq, rows, columns): bias and ALiBi, -inf where invisible. None = nothing to add.
 
-        fp32, or the bias's dtype where there is no ALiBi: those are its very numbers, to be added in fp32.
+        fp32, or the bias's dtype where there is no ALiBi: those are its very numbers, to be added in fp32. A mask alone, which
+        is 0 and -inf, may come in `dtype`.
         """
         total = self.bias
         if self.alibi_slopes is not None:
             i, j = self.positions(device)
             alibi = -self.alibi_slopes[..., None, None] * (i - j).abs()
             total = alibi if total is None else total + alibi
+        if total is not None and self.concrete:
+            return self._hiding(total)
         hidden = self.hidden(device)
         if hidden is None:
             return total
-        if total is None:
-            return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
-        return torch.where(hidden, float("-inf"), total)
+        if self.concrete:  # a tenth of the time of filling
+            integer, shift = _MINUS_INFINITY[dtype]
+            return hidden.view(torch.int8).neg().to(integer).bitwise_left_shift_(shift).view(dtype)
+        return torch.where(hidden, float("-inf"), 0.0 if total is None else total)
+
+    def _hiding(self, total: Tensor) -> Tensor:
+        """`total` with -inf where invisible. Only the columns that a side of the window crosses are looked at for it."""
+        rows, columns, mask = len(self.rows), len(self.columns), self.mask
+        first, last = (row + self.shift - self.columns.start for row in (self.rows.start, self.rows.stop - 1))
+        start = columns if self.window_right is None else max(first + self.window_right + 1, 0)
+        stop = 0 if self.window_left is None else min(last - self.window_left, columns)
+        if start >= columns and stop <= 0 and mask is None:
+            return total
+        assert not isinstance(mask, Blocks)  # `narrow` has cut it
+        shape = torch.broadcast_shapes(total.shape, (1,) if mask is None else mask.shape, (rows, columns))
+        out = total.expand(shape).clone(memory_format=torch.contiguous_format)
+        if mask is not None:
+            out.masked_fill_(~mask, -math.inf)
+        if start < columns:
+            crossed, diagonal = out[..., start:], first + (self.window_right or 0) - start
+            crossed.tril_(diagonal).add_(torch.full(crossed.shape[-2:], -math.inf).triu_(diagonal + 1))
+        if stop > 0:
+            crossed, diagonal = out[..., :stop], first - (self.window_left or 0)
+            crossed.triu_(diagonal).add_(torch.full(crossed.shape[-2:], -math.inf).tril_(diagonal - 1))
+        return out
 
     def by_distance(self, device: torch.device) -> Tensor | None:
         """`additive` of a mirrored block, (B or 1, Hq or 1, rows, columns), without a mask or bias; None = nothing to add.
@@ -189,6 +230,25 @@ def _cut(pair: Tensor | Blocks | None, rows: range, columns: range) -> Tensor | 
     if pair.shape[2] != 1:
         pair = pair[:, :, rows.start : rows.stop]
     return pair if pair.shape[3] == 1 else pair[..., columns.start : columns.stop]
+
+
+def _concrete(whole: Block, is_cpu: bool) -> Block:
+    """The whole, with what the mask's values tell: for launchers, which are never inside a transform. (A GPU would wait for it.)"""
+    mask = whole.mask
+    small = isinstance(mask, Tensor) and (mask.shape[2] < _MANY_ROWS or mask.shape[3] == 1 or mask.numel() == 0)
+    if not is_cpu or mask is None or small:
+        return replace(whole, concrete=is_cpu)
+    if isinstance(mask, Blocks):
+        seen, size = (mask.kinds != EMPTY).flatten(0, 1).any(0).int(), BLOCK
+    else:
+        bits, rows = mask.view(torch.uint8), mask.shape[2] // BLOCK * BLOCK  # (`any` takes 30 times as long as `amax`)
+        parts = [bits[:, :, :rows].view(*bits.shape[:2], -1, BLOCK, bits.shape[3]).amax(3).amax((0, 1))] if rows else []
+        parts += [bits[:, :, rows:].amax(2).amax((0, 1))[None]] if rows < mask.shape[2] else []
+        seen, size = torch.cat(parts).int(), 1
+    count = seen.shape[1]
+    from_left = torch.arange(1, count + 1, dtype=torch.int32)
+    low, high = (seen * torch.stack([count + 1 - from_left, from_left])[:, None]).amax(2).tolist()
+    return replace(whole, concrete=True, hulls=tuple(range((count - a) * size, b * size) for a, b in zip(low, high)))
 
 
 def _logits(q: Tensor, k: Tensor, block: Block) -> tuple[Tensor, Tensor | None]:
@@ -295,10 +355,27 @@ def _fused_blocks(
             return [whole], True
     if whole.mask is None and whole.bias is None:
         whole = replace(whole, mirrored=True, floor=_floor(query, key, whole))
-    if whole.mirrored and whole.window_left is None and whole.window_right is None:
-        return [whole], False
-    large = backward and query.dtype != torch.float32 and whole.window_left is None
-    return list(whole.split(_FUSED_ROWS_16BIT_BACKWARD if large else _FUSED_ROWS)), False
+    most = max(_FEW_ROWS, _most_rows(whole))
+    if not whole.hulls and whole.window_left is None and whole.window_right is None:
+        return [whole] if most >= len(whole.rows) else list(whole.split(most)), False
+    few = _SLOWER["backward" if backward else "forward"][query.dtype != torch.float32]
+
+    def cost(size: int) -> float:
+        pairs = sum(len(rows) * len(whole.columns_for(rows)) for rows in whole.strips(size))
+        return pairs * (few if size < _MANY_ROWS <= len(whole.rows) else 1.0)
+
+    return list(whole.split(min(sorted({_FEW_ROWS, _MANY_ROWS, most}, reverse=True), key=cost))), False
+
+
+def _most_rows(block: Block) -> int:
+    """Rows whose additive mask does not take more than `_ADDITIVE` numbers."""
+    if block.mirrored or (block.mask is None and block.alibi_slopes is None):
+        return len(block.rows)  # one vector, or a bias that is there already
+    planes = [1, 1]
+    for pair in (block.mask, block.bias, block.alibi_slopes):
+        shape = pair.kinds.shape if isinstance(pair, Blocks) else () if pair is None else pair.shape
+        planes = [max(sizes) for sizes in zip(planes, (*shape[:2], 1, 1))]
+    return _ADDITIVE // (planes[0] * planes[1] * len(block.columns))
 
 
 def _floor(query: Tensor, key: Tensor, block: Block) -> float:
@@ -318,7 +395,7 @@ def _fused_mask(block: Block, is_causal: bool, query: Tensor) -> Tensor | None:
     """The additive mask of a block in the fused kernel's form: 4 dimensions, whole in the last two."""
     if block.mirrored:
         return block.by_distance(query.device)
-    additive = None if is_causal else block.additive(query.device)
+    additive = None if is_causal else block.additive(query.device, query.dtype)
     if additive is None:
         return None
     if additive.dtype != query.dtype:  # the two dtypes that the kernel reads: the query's and fp32
@@ -345,6 +422,7 @@ def forward(
         query, key, mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p,
         first_batch,
     )  # fmt: skip
+    whole = _concrete(whole, query.is_cpu)
     fused = _fused_blocks(query, key, value, whole)
     if fused is None:
         blocks, is_causal = list(whole.split(product_rows(query, key))), False
@@ -359,7 +437,7 @@ def forward(
             continue
         additive = _fused_mask(block, is_causal, query)
         out, lse = _fused(q, k, v, 0.0, is_causal, attn_mask=additive, scale=scale)
-        if additive is not None and (lse == 0.0).any():  # the fused kernel says 0 for a row that sees nothing
+        if additive is not None and not lse.all():  # the fused kernel says 0 for a row that sees nothing
             lse = lse.masked_fill((lse == 0.0) & (additive.amax(-1) == float("-inf")), float("-inf"))
         if sinks is not None:
             with_sink = torch.logaddexp(lse, sinks.float()[:, None])
@@ -382,6 +460,19 @@ def _reduce_like(x: Tensor, pair: Tensor) -> Tensor:
     return x.sum(over, keepdim=True) if over else x
 
 
+def _add_bias_gradient(grad_bias: Tensor, ds: Tensor, block: Block) -> None:
+    """Writes a block's rows of the bias's gradient, or adds them where all rows share one. ds: (B, Hq, rows, columns)"""
+    part = _cut(grad_bias, block.rows, block.columns)
+    assert part is not None
+    if grad_bias.shape[2] == 1:
+        part += _reduce_like(ds, part)
+        return
+    part.copy_(_reduce_like(ds, part))
+    if grad_bias.shape[3] != 1:
+        block.of_rows(grad_bias)[..., : block.columns.start].zero_()
+        block.of_rows(grad_bias)[..., block.columns.stop :].zero_()
+
+
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     mask: Tensor | Blocks | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None,
@@ -398,7 +489,9 @@ def backward(
         assert delta is not None
         probability = torch.exp(sinks.float()[:, None] - lse).masked_fill(lse == float("-inf"), 0.0)
         grad_sinks = -(probability * delta).sum((0, 2)).to(sinks.dtype)
-    grad_bias = None if not need_bias or bias is None else torch.zeros(bias.shape, device=bias.device)
+    grad_bias = None if not need_bias or bias is None else torch.empty(bias.shape, device=bias.device)
+    if grad_bias is not None and (grad_bias.shape[2] == 1 or 0 in (query.numel(), key.numel())):
+        grad_bias.zero_()
     if 0 in (query.shape[2], key.shape[2]) or query.numel() == 0:
         zeros = [as_gradient(torch.zeros_like(t)) for t in (query, key, value)]
         return (
@@ -412,6 +505,7 @@ def backward(
         query, key, mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p,
         first_batch,
     )  # fmt: skip
+    whole = _concrete(whole, query.is_cpu)
     fused = None if grad_lse is not None or need_bias else _fused_blocks(query, key, value, whole, backward=True)
     if fused is None:
         blocks, is_causal = list(whole.split(product_rows(query, key))), False
@@ -441,9 +535,7 @@ def backward(
                 do.float(), q.float(), k.float(), v.float(), row_lse, block.of_rows(delta), block
             )
             if grad_bias is not None:
-                part = _cut(grad_bias, block.rows, block.columns)
-                assert part is not None
-                part += _reduce_like(ds, part)
+                _add_bias_gradient(grad_bias, ds, block)
         block.of_rows(dq).copy_(dq_part)
         block.of_columns(dk).add_(dk_part)
         block.of_columns(dv).add_(dv_part)
@@ -522,7 +614,7 @@ def double_backward(
 
 def explain(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> list[str]:
     """How `forward` does this call, in words."""
-    whole = whole_block(query, key, *rules)
+    whole = _concrete(whole_block(query, key, *rules), query.is_cpu)
     fused = _fused_blocks(query, key, value, whole)
     if fused is None:
         rows = min(product_rows(query, key), query.shape[2])
@@ -530,4 +622,6 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> list[str]
     blocks, is_causal = fused
     if len(blocks) == 1:
         return [f"PyTorch's fused CPU attention, one call{' (is_causal)' if is_causal else ''}"]
-    return [f"PyTorch's fused CPU attention, {len(blocks)} blocks of {_FUSED_ROWS} rows with the keys that each sees"]
+    return [
+        f"PyTorch's fused CPU attention, {len(blocks)} blocks of {len(blocks[0].rows)} rows with the keys that each sees"
+    ]

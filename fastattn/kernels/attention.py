@@ -23,6 +23,7 @@ from fastattn.kernels.config import (
     attention_forward_config,
 )
 from fastattn.kernels.launch import current_target, launch
+from fastattn.kernels.mask_blocks import by_blocks, is_listed
 from fastattn.kernels.masks import (
     BLOCK,
     LN2,
@@ -252,6 +253,7 @@ def forward(
     softcap: float, dropout_p: float, precision: str, packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse). Shapes as in `fastattn.ops.attention`; with `packing` as in `fastattn.ops.varlen`."""
+    mask, window_left, window_right = by_blocks(mask, window_left, window_right)
     given_mask, (mask, blocks) = mask, split_mask(mask)
     batch, heads, num_queries, head_dim = query.shape
     num_keys, value_dim = value.shape[2:]
@@ -292,6 +294,7 @@ def explain(
     softcap: float, dropout_p: float,
 ) -> list[str]:  # fmt: skip
     """The tiles that the kernels of this call would use."""
+    blocks = is_listed(mask)
     _, scores = score_class(mask, bias, alibi_slopes, seed, scale, softcap, window_left)
     target, width = current_target(), max(head_block(query.shape[3]), head_block(value.shape[3]))
     configs: dict[str, Any] = {
@@ -300,9 +303,13 @@ def explain(
         "backward, dK and dV": partial(attention_backward_key_config, grouped=query.shape[1] > key.shape[1]),
     }
     lines = [f"target {target.backend}" + (f" sm_{target.arch}" if target.arch else "")]
+    if blocks and not isinstance(mask, Blocks):
+        lines.append(
+            "mask: read once for its blocks of 128 x 128 pairs; empty ones are skipped, full ones need no mask"
+        )
     for name, choose in configs.items():
         ragged = is_ragged(query.shape[3], value.shape[3])
-        config = choose(target, width, query.element_size(), scores, blocks=isinstance(mask, Blocks), ragged=ragged)
+        config = choose(target, width, query.element_size(), scores, blocks=blocks, ragged=ragged)
         tile = f"{config.block_m} rows x {config.block_n} keys"
         lines.append(f"{name}: {tile} a step, {config.num_warps} warps, {config.num_stages} stages")
     return lines

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from fastattn.block_mask import Blocks
 from fastattn.kernels.config import Scores
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from fastattn.kernels.mask_blocks import is_listed
 
 
 def head_block(head_dim: int) -> int:
@@ -70,8 +70,8 @@ def score_class(
     """(plain, scores): whether a logit is just scale·q·k with a positive scale, and the class of scores that chooses the tiles."""
     # the backward divides log-sum-exps by the scale
     computed = alibi_slopes is not None or softcap != 0.0 or scale <= 1e-20
-    listed = isinstance(mask, Blocks)
-    read = ([] if mask is None or isinstance(mask, Blocks) else [mask]) + ([] if bias is None else [bias])
+    listed = is_listed(mask)
+    read = [pair for pair in (None if listed else mask, bias) if isinstance(pair, Tensor)]
     scores: Scores = "scored" if computed else "plain"
     if len(read) + computed + listed + (seed is not None) > 1:
         scores = "heavy"
