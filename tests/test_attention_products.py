@@ -12,6 +12,8 @@ CASES = {
     "plain": (2, 2, 40, 40, 16, False, False),
     "causal": (3, 3, 33, 33, 24, True, False),
     "causal_in_halves": (2, 1, 131, 131, 8, True, False),
+    "causal_more_keys": (2, 2, 33, 70, 8, True, False),  # from the top left: row i sees the keys up to i
+    "causal_more_queries": (2, 1, 160, 70, 8, True, False),
     "one_row": (2, 2, 1, 1, 8, True, False),
     "grouped_and_causal": (6, 2, 20, 20, 16, True, False),
     "padded_keys": (2, 2, 30, 50, 16, False, True),
@@ -39,9 +41,12 @@ def test_gradients(name, scores, monkeypatch):
     if padded:
         mask[0, ..., columns // 2 :], mask[1] = False, False  # the second sample sees nothing
 
+    if causal:
+        mask = mask & torch.ones(rows, columns, dtype=torch.bool).tril()
+
     def run(dtype):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
-        out, lse = reference.attention(*leaves, causal=causal, mask=mask, scale=0.3)
+        out, lse = reference.attention(*leaves, mask=mask, scale=0.3)
         return out.detach(), lse.detach(), torch.autograd.grad(out, leaves, grad.to(dtype))
 
     (out, lse, truth), (_, _, plain) = run(torch.float64), run(torch.bfloat16)

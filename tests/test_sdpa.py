@@ -52,6 +52,8 @@ def test_explain_says_which_implementation_and_why():
     q = torch.zeros(1, 8, 1024, 64)
     with fastattn.backend.use("eager"):
         assert "one call (is_causal)" in fastattn.explain(fastattn.attention, q, q, q, causal=True)
+        top_left = fastattn.explain(fastattn.scaled_dot_product_attention, q, q[:, :, :3], q[:, :, :3], is_causal=True)
+        assert "one call (is_causal)" in top_left
         assert "4 blocks of 256 rows" in fastattn.explain(fastattn.attention, q, q, q, window=(64, 0))
         assert "matrix products" in fastattn.explain(fastattn.attention, q, q, q, softcap=30.0)
     with fastattn.backend.use("triton"):

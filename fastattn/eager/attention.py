@@ -350,8 +350,8 @@ def _fused_blocks(
         if whole.window_left is None and whole.window_right is None:
             return [whole], False
         plain = whole.mask is None and whole.bias is None and whole.window_left is None
-        # (PyTorch's own causal mask multiplies -inf by the scale, which must therefore be positive)
-        if plain and whole.window_right == 0 and whole.shift == 0 and whole.scale > 0.0:
+        # (PyTorch's own causal mask starts at the top left, and multiplies -inf by the scale, which must therefore be positive)
+        if plain and whole.window_right == -whole.shift and whole.scale > 0.0:
             return [whole], True
     if whole.mask is None and whole.bias is None:
         whole = replace(whole, mirrored=True, floor=_floor(query, key, whole))

@@ -99,7 +99,7 @@ def _of_heads(
     p_low, ds_low = (part[:size].view(batch, heads, rows, columns) for part in low_room)
     half = rows // 2 if is_causal and rows >= _HALVED else 0
     for block in (slice(0, half), slice(half, rows)) if half else (slice(0, rows),):
-        seen = block.stop if is_causal else columns
+        seen = min(block.stop, columns) if is_causal else columns
         shape = products, (block.stop - block.start) * heads // kv_heads, seen
         p, ds = (part[: math.prod(shape)].view(shape) for part in room)
         torch.bmm(q[:, :, block].reshape(*shape[:2], -1), k[..., :seen], out=p)

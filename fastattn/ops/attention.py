@@ -465,7 +465,9 @@ def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[st
     given = inspect.signature(function).bind(*args, **options)
     given.apply_defaults()
     o = given.arguments
-    left, right = check_window(o.get("window"), o.get("causal", o.get("is_causal", False)))
+    left, right = check_window(o.get("window"), o.get("causal", False))
+    if o.get("is_causal"):
+        right = o["query"].shape[-2] - o["key"].shape[-2]
     arguments = canonical(
         o["query"], o["key"], o["value"], o.get("mask"), o.get("bias"), o.get("alibi_slopes"), o.get("sinks"), o["scale"],
         left, right, o.get("softcap"), o["dropout_p"],
