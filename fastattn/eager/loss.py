@@ -93,7 +93,7 @@ def _pass(
         if predict:
             predictions[block] = z.argmax(1)
         if p is not None and token_weight is not None:
-            logits[block] = _gradient(token_weight[block], p, z, of_rows, targets, *rules, softcap)
+            _gradient(logits[block], token_weight[block], p, z, of_rows, targets, *rules, softcap)
     return losses, lse, predictions
 
 
@@ -115,7 +115,7 @@ def backward(
     for rows in _blocks(logits):
         z = _capped(logits[rows].float(), softcap)
         targets = _targets(target[rows], class_weight, ignore_index, z.shape[1], label_smoothing)
-        gradient[rows] = _gradient(grad_losses[rows], z.softmax(1), z, lse[rows], targets, *rules)
+        _gradient(gradient[rows], grad_losses[rows], z.softmax(1), z, lse[rows], targets, *rules)
     return gradient
 
 
@@ -188,6 +188,7 @@ def _losses(
 
 
 def _gradient(
+    out: Tensor,
     grad_losses: Tensor,
     p: Tensor,
     z: Tensor,
@@ -197,15 +198,19 @@ def _gradient(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
-) -> Tensor:
-    """∂L/∂x of a block of rows in fp32, over P."""
-    lse, scale = lse[:, None], torch.where(targets.valid, grad_losses, 0.0)[:, None]
-    gradient = p.mul_(scale * (targets.total + 2.0 * z_loss * lse))
+) -> None:
+    """Writes ∂L/∂x of a block of rows to `out`, which may be z's memory where there is no softcap; in fp32 until then, over P."""
+    scale = torch.where(targets.valid, grad_losses, 0.0)[:, None]
+    factor = scale * (targets.total + 2.0 * z_loss * lse[:, None]) if z_loss else scale * targets.total
+    gradient = torch.mul(p, factor, out=out if out.dtype == p.dtype else p)
     if label_smoothing:
         smooth = label_smoothing / z.shape[1]
         gradient -= scale * smooth if class_weight is None else scale * (smooth * class_weight.float())
     gradient.scatter_add_(1, targets.index, -scale * targets.weight)
-    return gradient.mul_(1.0 - (z / softcap).square_()) if softcap else gradient
+    if softcap:
+        gradient.mul_(1.0 - (z / softcap).square_())
+    if gradient is not out:
+        out.copy_(gradient)
 
 
 def times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
