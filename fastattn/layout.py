@@ -55,3 +55,10 @@ def as_gradient(tensor: Tensor) -> Tensor:
     """`tensor` (B, H, N, D), copied into the layout of `new_gradient` unless it has it already."""
     together = tensor.transpose(1, 2)
     return tensor if together.is_contiguous() else together.contiguous().transpose(1, 2)
+
+
+def shared_planes(pair: Tensor) -> Tensor:
+    """A mask (B or 1, H or 1, Nq, Nk) without the batches and heads that are only expanded."""
+    for dim in (0, 1):
+        pair = pair.narrow(dim, 0, 1) if pair.shape[dim] > 1 and pair.stride(dim) == 0 else pair
+    return pair

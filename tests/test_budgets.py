@@ -35,8 +35,11 @@ def test_every_budget_is_free_of_spills():
     assert [key for key, budget in RECORDED["budgets"].items() if budget["spill_bytes"]] == []
 
 
+# (what finds a mask's blocks reads N² bytes for N²·D products a head: bench/codegen/TECHNIQUES.md has its figures)
 MEMORY_BOUND = {
-    key: budget for key, budget in RECORDED["budgets"].items() if budget.get("pipe_per_dram") and "kv cache" not in key
+    key: budget
+    for key, budget in RECORDED["budgets"].items()
+    if budget.get("pipe_per_dram") and "kv cache" not in key and not key.endswith(("_find_kinds", "_list_blocks"))
 }
 
 

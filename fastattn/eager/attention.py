@@ -24,7 +24,7 @@ from fastattn.block_mask import BLOCK, EMPTY, Blocks
 from fastattn.eager import attention_products
 from fastattn.eager.exponential import exp, exp_
 from fastattn.eager.random import keep
-from fastattn.layout import as_gradient, as_output, new_gradient, new_output
+from fastattn.layout import as_gradient, as_output, new_gradient, new_output, shared_planes
 from fastattn.replay import replay
 
 # Rows of a fused block: few skip more columns, from 768 on PyTorch's kernels have larger tiles. `_SLOWER`: what a pair takes below,
@@ -234,21 +234,22 @@ def _cut(pair: Tensor | Blocks | None, rows: range, columns: range) -> Tensor | 
 
 def _concrete(whole: Block, is_cpu: bool) -> Block:
     """The whole, with what the mask's values tell: for launchers, which are never inside a transform. (A GPU would wait for it.)"""
-    mask = whole.mask
+    mask = whole.mask if whole.mask is None or isinstance(whole.mask, Blocks) else shared_planes(whole.mask)
+    whole = replace(whole, mask=mask, concrete=is_cpu)
     small = isinstance(mask, Tensor) and (mask.shape[2] < _MANY_ROWS or mask.shape[3] == 1 or mask.numel() == 0)
     if not is_cpu or mask is None or small:
-        return replace(whole, concrete=is_cpu)
+        return whole
     if isinstance(mask, Blocks):
         seen, size = (mask.kinds != EMPTY).flatten(0, 1).any(0).int(), BLOCK
     else:
         bits, rows = mask.view(torch.uint8), mask.shape[2] // BLOCK * BLOCK  # (`any` takes 30 times as long as `amax`)
         parts = [bits[:, :, :rows].view(*bits.shape[:2], -1, BLOCK, bits.shape[3]).amax(3).amax((0, 1))] if rows else []
         parts += [bits[:, :, rows:].amax(2).amax((0, 1))[None]] if rows < mask.shape[2] else []
-        seen, size = torch.cat(parts).int(), 1
+        seen, size = (torch.cat(parts) != 0).int(), 1
     count = seen.shape[1]
     from_left = torch.arange(1, count + 1, dtype=torch.int32)
     low, high = (seen * torch.stack([count + 1 - from_left, from_left])[:, None]).amax(2).tolist()
-    return replace(whole, concrete=True, hulls=tuple(range((count - a) * size, b * size) for a, b in zip(low, high)))
+    return replace(whole, hulls=tuple(range((count - a) * size, b * size) for a, b in zip(low, high)))
 
 
 def _logits(q: Tensor, k: Tensor, block: Block) -> tuple[Tensor, Tensor | None]:

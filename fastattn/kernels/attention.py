@@ -253,7 +253,8 @@ def forward(
     softcap: float, dropout_p: float, precision: str, packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse). Shapes as in `fastattn.ops.attention`; with `packing` as in `fastattn.ops.varlen`."""
-    mask, window_left, window_right = by_blocks(mask, window_left, window_right)
+    if mask is not None:
+        mask, window_left, window_right = by_blocks(mask, window_left, window_right)
     given_mask, (mask, blocks) = mask, split_mask(mask)
     batch, heads, num_queries, head_dim = query.shape
     num_keys, value_dim = value.shape[2:]
@@ -294,7 +295,7 @@ def explain(
     softcap: float, dropout_p: float,
 ) -> list[str]:  # fmt: skip
     """The tiles that the kernels of this call would use."""
-    blocks = is_listed(mask)
+    blocks = mask is not None and is_listed(mask)
     _, scores = score_class(mask, bias, alibi_slopes, seed, scale, softcap, window_left)
     target, width = current_target(), max(head_block(query.shape[3]), head_block(value.shape[3]))
     configs: dict[str, Any] = {

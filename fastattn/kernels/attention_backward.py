@@ -456,7 +456,8 @@ def backward(
     need_bias: bool, need_sinks: bool, precision: str, packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(grad_query, grad_key, grad_value, grad_bias, grad_sinks); the last two None where not needed."""
-    mask, window_left, window_right = by_blocks(mask, window_left, window_right)
+    if mask is not None:
+        mask, window_left, window_right = by_blocks(mask, window_left, window_right)
     given_mask, (mask, blocks) = mask, split_mask(mask)
     batch, heads, num_queries, head_dim = query.shape
     num_keys, value_dim = value.shape[2:]

@@ -17,6 +17,7 @@ from fastattn import block_mask
 from fastattn.block_mask import Blocks
 from fastattn.kernels.launch import launch
 from fastattn.kernels.masks import BLOCK, EMPTY, is_visible, pair_pointers
+from fastattn.layout import shared_planes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +28,7 @@ _MOST_PAIRS = 1 << 30  # of a mask: the bits take as many bytes again
 _ENTRIES = 128  # of a list that are placed at a time
 
 
-@triton.jit(do_not_specialize=["heads", "rows", "columns", "num_queries", "num_keys", "left", "right"])
+@triton.jit(do_not_specialize=["heads", "rows", "columns", "num_queries", "left", "right"])
 def _find_kinds(
     mask_ptr, mask_strides,  # bool (B, H, Nq, Nk)
     tiles_ptr,  # bool (B · H · rows · columns, 128, 128)
@@ -41,11 +42,7 @@ def _find_kinds(
     local = tl.arange(0, BLOCK)
     i, j = (row * BLOCK + local)[:, None], (column * BLOCK + local)[None, :]
     # [128, 128]
-    bits_ptrs = pair_pointers(mask_ptr, mask_strides, i, j)
-    if (row + 1) * BLOCK <= num_queries and (column + 1) * BLOCK <= num_keys:  # 16 bytes at a time
-        bits = tl.load(bits_ptrs) != 0
-    else:
-        bits = tl.load(bits_ptrs, mask=(i < num_queries) & (j < num_keys), other=0) != 0
+    bits = tl.load(pair_pointers(mask_ptr, mask_strides, i, j), mask=(i < num_queries) & (j < num_keys), other=0) != 0
     if left is not None or right is not None:
         bits &= is_visible(i, j, num_keys, num_keys - num_queries, left, right)
     count = tl.sum(tl.sum(bits.to(tl.int32), 1), 0)
@@ -95,28 +92,21 @@ def _list_blocks(
     tl.store(counts_ptr + counter * 2 + 1, next_mixed)
 
 
-def is_listed(mask: Tensor | Blocks | None) -> bool:
+def is_listed(mask: Tensor | Blocks) -> bool:
     """Whether attention goes by this mask's blocks. (Where all rows are alike, one row is all there is to read.)"""
-    if mask is None or isinstance(mask, Blocks):
-        return mask is not None
+    if isinstance(mask, Blocks):
+        return True
     varies = all(size >= _LEAST and stride != 0 for size, stride in zip(mask.shape[2:], mask.stride()[2:]))
-    return varies and _planes(mask).numel() <= _MOST_PAIRS
-
-
-def _planes(mask: Tensor) -> Tensor:
-    """The mask without the batches and heads that are only expanded."""
-    for dim in (0, 1):
-        mask = mask.narrow(dim, 0, 1) if mask.shape[dim] > 1 and mask.stride(dim) == 0 else mask
-    return mask
+    return varies and shared_planes(mask).numel() <= _MOST_PAIRS
 
 
 def find_blocks(mask: Tensor, left: int | None, right: int | None) -> Blocks:
     """The blocks of `mask` (B or 1, H or 1, Nq, Nk) within a window; a mixed block's number is its place in `kinds`."""
-    mask = _planes(mask)
+    mask = shared_planes(mask)
     batch, heads, num_queries, num_keys = mask.shape
-    rows, columns = triton.cdiv(num_queries, BLOCK.value), triton.cdiv(num_keys, BLOCK.value)
+    rows, columns = triton.cdiv(num_queries, block_mask.BLOCK), triton.cdiv(num_keys, block_mask.BLOCK)
     planes, blocks = batch * heads, batch * heads * rows * columns
-    tiles = mask.new_empty(blocks, BLOCK.value, BLOCK.value)
+    tiles = mask.new_empty(blocks, block_mask.BLOCK, block_mask.BLOCK)
     kinds, entries, counts = (
         mask.new_empty(size, dtype=torch.int32) for size in (blocks, 4 * blocks, 2 * planes * (rows + columns))
     )
@@ -137,9 +127,9 @@ def find_blocks(mask: Tensor, left: int | None, right: int | None) -> Blocks:
 
 
 def by_blocks(
-    mask: Tensor | Blocks | None, left: int | None, right: int | None
-) -> tuple[Tensor | Blocks | None, int | None, int | None]:
+    mask: Tensor | Blocks, left: int | None, right: int | None
+) -> tuple[Tensor | Blocks, int | None, int | None]:
     """(mask, left, right) for a kernel: a large dense mask as its blocks, which have the window in them."""
-    if mask is None or isinstance(mask, Blocks) or not is_listed(mask):
+    if isinstance(mask, Blocks) or not is_listed(mask):
         return mask, left, right
     return find_blocks(mask, left, right), None, None

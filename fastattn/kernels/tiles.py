@@ -70,8 +70,8 @@ def score_class(
     """(plain, scores): whether a logit is just scale·q·k with a positive scale, and the class of scores that chooses the tiles."""
     # the backward divides log-sum-exps by the scale
     computed = alibi_slopes is not None or softcap != 0.0 or scale <= 1e-20
-    listed = is_listed(mask)
-    read = [pair for pair in (None if listed else mask, bias) if isinstance(pair, Tensor)]
+    listed = mask is not None and is_listed(mask)
+    read = ([] if listed or not isinstance(mask, Tensor) else [mask]) + ([] if bias is None else [bias])
     scores: Scores = "scored" if computed else "plain"
     if len(read) + computed + listed + (seed is not None) > 1:
         scores = "heavy"

@@ -357,7 +357,8 @@ def attention(
         causal: row i sees column j only where j <= i + Nk - Nq (aligned at the bottom right).
         window: (left, right): row i sees i + Nk - Nq - left <= j <= i + Nk - Nq + right; None = unbounded on that side.
             With `causal`, the right side is 0.
-        mask: bool, broadcastable to (B, Hq, Nq, Nk); True = attend. Or a `fastattn.BlockMask`, whose empty blocks cost nothing.
+        mask: bool, broadcastable to (B, Hq, Nq, Nk); True = attend. Or a `fastattn.BlockMask`, whose empty blocks cost nothing. A
+            tensor of 512 rows and more (768 on a CPU) is searched for what can be skipped at each call, a `BlockMask` once.
         bias: floating, broadcastable to (B, Hq, Nq, Nk); added to the score. Its gradient has its shape.
         alibi_slopes: (Hq,) or (B, Hq), floating; not differentiable.
         softcap: None, or the bound c > 0 of c·tanh(score / c).
