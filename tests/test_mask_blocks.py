@@ -9,7 +9,6 @@ from fastattn.block_mask import Blocks
 from fastattn.kernels import mask_blocks
 from tests import reference
 from tests.compare import assert_close, value_and_gradients
-from tests.contract import BACKENDS
 
 torch.manual_seed(0)
 N, NK = 270, 530  # neither is a multiple of 128

@@ -246,12 +246,13 @@ def _attention_cases() -> Iterator[Case]:
         yield case(f"bf16 D128 {flag}", head_dim=128, flags=[flag])
         yield case(f"bf16 D256 {flag}", head_dim=256, flags=[flag])
         yield case(f"fp32 D128 {flag}", dtype="float32", head_dim=128, flags=[flag])
+    some = {"queries": 256, "keys": 256}  # one block in a row would be a constant
     for head_dim in (64, 128, 256):
-        yield case(f"bf16 D{head_dim} blocks", core=head_dim == 128, head_dim=head_dim, flags=["blocks"])
-        yield case(f"fp32 D{head_dim} blocks", dtype="float32", head_dim=head_dim, flags=["blocks"])
+        yield case(f"bf16 D{head_dim} blocks", core=head_dim == 128, head_dim=head_dim, flags=["blocks"], **some)
+        yield case(f"fp32 D{head_dim} blocks", dtype="float32", head_dim=head_dim, flags=["blocks"], **some)
         for dtype in ("float16", "float32"):
             name = f"{dtype} D{head_dim} blocks everything".replace("float", "fp")
-            yield case(name, dtype=dtype, head_dim=head_dim, flags=["blocks", *everything[2:]])
+            yield case(name, dtype=dtype, head_dim=head_dim, flags=["blocks", *everything[2:]], **some)
     # a mask of 512 pairs a side and more is read by blocks, found by kernels of their own
     large = {"queries": 512, "keys": 512}
     yield case("bf16 D64 large mask", core=True, flags=["mask"], backward=False, **large)

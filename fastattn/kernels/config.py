@@ -103,7 +103,7 @@ _BACKWARD_KEY_LIMITED: _Widths = {"sm_80": (128,), "sm_90": (64,), "sm_100": (64
 _FORWARD_LISTED: dict[str, _Table] = {
     "sm_80": {64: (64, 64, 4, 2), 128: (128, 64, 8, 1, False)},
     "sm_90": {256: (64, 64, 8, 1, False)},
-    "sm_100": {128: (128, 64, 8, 2, False), 256: (64, 64, 8, 1)},
+    "sm_100": {128: (128, 64, 8, 1), 256: (64, 64, 8, 1)},
     "small": {128: (64, 64, 8, 1)},
 }
 _BACKWARD_QUERY_LISTED: dict[str, _Table] = {
