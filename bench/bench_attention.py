@@ -47,11 +47,16 @@ class Attention(OpCase["Attention"]):
         return 2 if self.feature == "gqa" else self.heads
 
     @property
+    def shown(self) -> int:
+        """Keys that "mask" does not hide."""
+        return self.n - self.n // 8
+
+    @property
     def pairs(self) -> float:
         """Visible (row, column) pairs of one head."""
         if self.feature == "full":
             return self.n**2
-        hidden = {"window": max(0, self.n - self.window - 1), "mask": self.n // 8}.get(self.feature, 0)
+        hidden = {"window": max(0, self.n - self.window - 1), "mask": self.n - self.shown}.get(self.feature, 0)
         return self.n * (self.n + 1) / 2 - hidden * (hidden + 1) / 2
 
     @property
@@ -98,7 +103,7 @@ class Attention(OpCase["Attention"]):
     def visible(self) -> Tensor:
         """The boolean mask of "mask", (1, 1, N, N)."""
         positions = torch.arange(self.n, device=machine.device())
-        return ((positions[:, None] >= positions) & (positions < self.n - self.n // 8))[None, None]
+        return ((positions[:, None] >= positions) & (positions < self.shown))[None, None]
 
     def mask(self) -> Tensor:
         """What is added to the scores for window, ALiBi and causality, (1, 1 or heads, N, N)."""
@@ -196,7 +201,7 @@ def flex(case: Attention) -> Callable[..., Tensor]:
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if case.feature == "mask":
-            return (i >= j) & (j < case.n - case.n // 8)
+            return (i >= j) & (j < case.shown)
         return (i >= j) & (i - j <= case.window) if case.feature == "window" else i >= j
 
     blocks = None

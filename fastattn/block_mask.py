@@ -40,14 +40,20 @@ class Blocks(NamedTuple):
         first_row, first_column = rows.start - top * BLOCK, columns.start - left * BLOCK
         return bits[:, :, first_row : first_row + len(rows), first_column : first_column + len(columns)]
 
-    def hull(self, rows: range, columns: range) -> range:
-        """The shortest part of `columns`, in whole blocks, outside of which these rows see nothing; never empty."""
-        kinds = self.kinds[:, :, rows.start // BLOCK : -(-rows.stop // BLOCK)]
-        seen = (kinds != EMPTY).flatten(0, 2).any(0).nonzero()
-        if len(seen) == 0:
-            return range(columns.start, columns.start + 1)
-        low = min(max(int(seen[0]) * BLOCK, columns.start), columns.stop - 1)
-        return range(low, max(min((int(seen[-1]) + 1) * BLOCK, columns.stop), low + 1))
+    def hulls(self) -> tuple[range, ...]:
+        """Of each row of blocks the columns outside of which it sees nothing, in whole blocks."""
+        return hulls((self.kinds != EMPTY).flatten(0, 1).any(0), BLOCK)
+
+
+def hulls(seen: Tensor, size: int) -> tuple[range, ...]:
+    """Of each row of bool (rows, columns) the shortest range of columns, `size` positions each, that has all that is True; where none
+    is, one that ends before it starts, and adds nothing to others' ends."""
+    count = seen.shape[1]
+    if count == 0:
+        return ()
+    from_left = torch.arange(1, count + 1, dtype=torch.int32, device=seen.device)
+    first, last = (seen.int() * torch.stack([count + 1 - from_left, from_left])[:, None]).amax(2).tolist()
+    return tuple(range((count - a) * size, b * size) for a, b in zip(first, last))
 
 
 def _lists(kinds: Tensor) -> tuple[Tensor, Tensor]:

@@ -99,7 +99,7 @@ MUTANTS = (
     ),
     Mutant(
         "a dense mask's last column is dropped",
-        "eager/attention.py",
+        "block_mask.py",
         "b * size) for",
         "(b - 1) * size) for",
         MASK_BLOCKS,

@@ -16,13 +16,12 @@ import triton.language as tl
 from fastattn import block_mask
 from fastattn.block_mask import Blocks
 from fastattn.kernels.launch import launch
-from fastattn.kernels.masks import BLOCK, EMPTY, is_visible, pair_pointers
+from fastattn.kernels.masks import BLOCK, EMPTY, FULL, is_visible, pair_pointers
 from fastattn.layout import shared_planes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FULL = tl.constexpr(block_mask.FULL)
 _LEAST = 512  # queries and keys: below, the two launches cost as much as they save
 _MOST_PAIRS = 1 << 30  # of a mask: the bits take as many bytes again
 _ENTRIES = 128  # of a list that are placed at a time

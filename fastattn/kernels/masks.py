@@ -70,7 +70,7 @@ def sequence(cu_seqlens_ptr, index):
 
 
 BLOCK = tl.constexpr(block_mask.BLOCK)
-EMPTY = tl.constexpr(block_mask.EMPTY)
+EMPTY, FULL = tl.constexpr(block_mask.EMPTY), tl.constexpr(block_mask.FULL)
 
 
 @triton.jit
