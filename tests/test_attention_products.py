@@ -60,7 +60,7 @@ def test_gradients(name, scores, monkeypatch):
 
 
 def test_where_it_is_used(monkeypatch):
-    monkeypatch.setattr(attention_products, "_has_tiles", lambda: True)
+    monkeypatch.setattr(attention_products, "has_tiles", lambda: True)
 
     def fits(heads=2, kv_heads=2, length=128, dim=128, value_dim=128, dtype=torch.bfloat16):
         q, k, v = (

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import fastattn
 from fastattn.eager.activations import ACTIVATIONS, activate, gradient
-from fastattn.eager.feed_forward import product
+from fastattn.eager.products import product
 from tests import contract, reference
 from tests.compare import assert_close
 from tests.contract import BACKENDS, DTYPES, Op

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn.backend
+from fastattn.eager import products
 from fastattn.models import GPT, GPTConfig, KVCache
 from fastattn.models.decoding import TokenReader, can_read_tokens
 from fastattn.models.sampling import penalise_repetition, sample
@@ -201,18 +202,24 @@ def test_reading_in_pieces_through_the_cache(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_reading_one_token_is_what_the_modules_give(name: str, rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+def test_reading_one_token_is_what_the_modules_give(
+    name: str, rows: int, dtype: torch.dtype, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if packed:  # as on a CPU where that pays
+        monkeypatch.setattr(products, "_prefers_onednn", lambda *_: products.onednn_takes(dtype))
     model, (tokens, _) = make(VARIANTS[name], dtype=dtype).eval(), batch(VARIANTS[name], rows)
     results, caches = [], []
     with torch.inference_mode():
         assert can_read_tokens(model)
-        reader = TokenReader(model)
+        reader = TokenReader(model, batch=rows if packed else 0)
+        assert reader.output_weight.is_mkldnn == (packed and products.onednn_takes(dtype))
         for read in (reader, lambda token, cache: model.hidden(token[:, None], cache)[:, 0]):
             cache = KVCache(24)
             model.hidden(tokens[:, :5], cache)
             results.append(torch.stack([read(tokens[:, i], cache) for i in range(5, 24)]))
             assert cache.length == 24
-            caches.append(torch.stack([torch.stack(pair) for pair in cache.blocks]))
+            caches.append(torch.stack([torch.stack(pair) for pair in cache.blocks]).float())
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(*results, rtol=0, atol=tolerance)
     torch.testing.assert_close(*caches, rtol=0, atol=tolerance)

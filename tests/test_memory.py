@@ -1,5 +1,7 @@
 """Measured memory: what a loss over a large vocabulary needs at most, and what a feed-forward layer keeps."""
 
+import ctypes
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,10 +11,20 @@ import fastattn
 from bench.memory import growth, in_child, resident
 from fastattn.models import GPT, GPTConfig
 
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
+
+def map_each_tensor():
+    """Tensors of 64 KB and more get memory of their own from now on: holes in the heap, which vary, are not measured."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(M_MMAP_THRESHOLD, 1 << 16)
+
 
 def loss_step(ours, tokens, classes, width):
     """Bytes on top of hidden states and weight that a loss with its gradients needs at most."""
     torch.set_num_threads(1)
+    map_each_tensor()
 
     def step(tokens, classes):
         hidden = torch.randn(tokens, width, requires_grad=True)
@@ -122,4 +134,5 @@ def test_feed_forward_keeps_and_computes_what_it_says(gated, recompute, kept, pr
     run = feed_forward(gated, recompute, rows=32)
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         run().sum().backward()
-    assert sum(event.name in ("aten::mm", "aten::addmm", "aten::addmm_") for event in seen.events()) == products
+    names = ("aten::mm", "aten::addmm", "aten::addmm_", "mkldnn::_linear_pointwise")
+    assert sum(event.name in names for event in seen.events()) == products

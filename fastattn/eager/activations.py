@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.eager.products import onednn_takes
+
 aten = torch.ops.aten
 _convolution: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
 _LEAST_BY_ONEDNN = 1 << 17  # numbers: from here on its call of 60 µs is worth it
@@ -57,15 +59,6 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh_,
     "identity": lambda z: z,
 }
-
-
-@cache
-def onednn_takes(dtype: torch.dtype) -> bool:
-    """Whether oneDNN is there and computes in this dtype on this CPU."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    return dtype not in known or bool(getattr(torch.ops.mkldnn, known[dtype])())
 
 
 @cache

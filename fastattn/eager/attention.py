@@ -23,6 +23,7 @@ from torch import Tensor
 from fastattn.block_mask import BLOCK, Blocks, hulls
 from fastattn.eager import attention_products
 from fastattn.eager.exponential import exp, exp_
+from fastattn.eager.products import has_tiles, onednn_takes
 from fastattn.eager.random import keep
 from fastattn.layout import as_gradient, as_output, new_gradient, new_output, shared_planes
 from fastattn.replay import replay
@@ -40,6 +41,27 @@ _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
+def fused_forward(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, additive: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of PyTorch's fused kernel. Shapes as below."""
+    if not slow_alone(query):
+        return _fused(query, key, value, 0.0, is_causal, attn_mask=additive, scale=scale)
+    twice = None if additive is None else additive.expand(-1, -1, 2, -1)
+    out, lse = _fused(query.expand(-1, -1, 2, -1), key, value, 0.0, False, attn_mask=twice, scale=scale)
+    return out[:, :, :1], lse[:, :, :1]
+
+
+def slow_alone(query: Tensor) -> bool:
+    """Whether a single row takes longer than two: in bf16 on CPUs without tiles, whose products of one row are slow."""
+    return query.shape[2] == 1 and query.dtype == torch.bfloat16 and faster_in_fp32(query.dtype)
+
+
+def faster_in_fp32(dtype: torch.dtype) -> bool:
+    """Whether a row takes less time with keys and values that are fp32 already."""
+    return (dtype == torch.bfloat16 and not has_tiles()) or (dtype == torch.float16 and not onednn_takes(dtype))
+
+
 def fused_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float,
     additive: Tensor | None = None,
@@ -52,6 +74,11 @@ def fused_backward(
     if by_key and attention_products.fits(query, key, value):
         key_bias = None if additive is None else additive[:, :, :1]
         return attention_products.backward(grad_out, query, key, value, out, lse, is_causal, scale, key_bias)
+    if query.dtype == torch.bfloat16 and not has_tiles() and attention_products.is_small(query, key):
+        wide = (t.float() for t in (grad_out, query, key, value, out))
+        mask = None if additive is None else additive.float()
+        grads = _fused_backward(*wide, lse, 0.0, is_causal, attn_mask=mask, scale=scale)
+        return tuple(grad.to(query.dtype) for grad in grads)
     return _fused_backward(grad_out, query, key, value, out, lse, 0.0, is_causal, attn_mask=additive, scale=scale)
 
 
@@ -403,6 +430,11 @@ def _as_stored(blocks: list[Block], key: Tensor, value: Tensor) -> tuple[Tensor,
     return (key.flip(2), value.flip(2)) if blocks[0].mirrored else (key, value)
 
 
+def _better_in_fp32(query: Tensor) -> bool:
+    """fp16 on CPUs without products of it: PyTorch's kernels take 1.5 to 3 times (backward 7 to 16 times) as long as in fp32."""
+    return query.dtype == torch.float16 and query.is_cpu and faster_in_fp32(torch.float16)
+
+
 def forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Blocks | None, bias: Tensor | None, alibi_slopes: Tensor | None,
     sinks: Tensor | None, seed: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
@@ -412,6 +444,12 @@ def forward(
     if 0 in (query.shape[2], key.shape[2]) or query.numel() == 0:
         out, lse = _nothing(query, value, sinks)
         return as_output(out, query), lse.contiguous()
+    if _better_in_fp32(query):
+        out, lse = forward(
+            query.float(), key.float(), value.float(), mask, bias, alibi_slopes, sinks, seed, scale, window_left,
+            window_right, softcap, dropout_p, precision, first_batch,
+        )  # fmt: skip
+        return as_output(out.to(query.dtype), query), lse
     whole = whole_block(
         query, key, mask, bias, alibi_slopes, sinks, seed, scale, window_left, window_right, softcap, dropout_p,
         first_batch,
@@ -430,7 +468,7 @@ def forward(
             parts.append(_attend(q, k, v, block))
             continue
         additive = _fused_mask(block, is_causal, query)
-        out, lse = _fused(q, k, v, 0.0, is_causal, attn_mask=additive, scale=scale)
+        out, lse = fused_forward(q, k, v, is_causal, scale, additive)
         if additive is not None and not lse.all():  # the fused kernel says 0 for a row that sees nothing
             lse = lse.masked_fill((lse == 0.0) & (additive.amax(-1) == float("-inf")), float("-inf"))
         if sinks is not None:
@@ -474,6 +512,13 @@ def backward(
     need_bias: bool, need_sinks: bool, precision: str, first_batch: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(grad_query, grad_key, grad_value, grad_bias, grad_sinks); the last two None where not needed."""
+    if _better_in_fp32(query):
+        *grads, grad_bias, grad_sinks = backward(
+            grad_out.float(), grad_lse, query.float(), key.float(), value.float(), out.float(), lse, mask, bias, alibi_slopes,
+            sinks, seed, scale, window_left, window_right, softcap, dropout_p, need_bias, need_sinks, precision, first_batch,
+        )  # fmt: skip
+        dq, dk, dv = (as_gradient(grad.to(query.dtype)) for grad in grads)
+        return dq, dk, dv, grad_bias, grad_sinks
     delta = (grad_out.float() * out.float()).sum(-1) if grad_lse is not None or need_sinks or softcap else None
     if delta is not None and grad_lse is not None:
         delta = delta - grad_lse

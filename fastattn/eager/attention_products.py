@@ -14,18 +14,23 @@ nothing else. Two sums cost no pass of their own, since they ride on the product
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from fastattn.eager.exponential import LEAST_EXPONENT
+from fastattn.eager.products import has_tiles
 from fastattn.layout import new_gradient
 
-_LARGEST = 1 << 14  # length · head_dim up to which this is the faster way
+_LARGEST = 1 << 14  # length · head_dim up to which there are faster ways
 _LARGEST_GROUP = 1 << 21  # scores of the query heads that share a key head, likewise
 _SCORES = 1 << 22  # of the heads that are done together: 16 MB of fp32
 _HALVED = 128  # rows from which on the half of the rows that sees half of the keys is done by itself
+
+
+def is_small(query: Tensor, key: Tensor) -> bool:
+    """Whether PyTorch's fused backward in bf16 takes blocks too small for the CPU's products of 16-bit numbers."""
+    return max(query.shape[2], key.shape[2]) * query.shape[3] <= _LARGEST
 
 
 def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -33,13 +38,8 @@ def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     if query.dtype != torch.bfloat16:
         return False
     (_, heads, rows, dim), (_, kv_heads, columns, _) = query.shape, key.shape
-    small = max(rows, columns) * dim <= _LARGEST and heads // kv_heads * rows * columns <= _LARGEST_GROUP
-    return dim == value.shape[3] and small and _has_tiles()
-
-
-@cache
-def _has_tiles() -> bool:
-    return torch.backends.mkldnn.is_available() and bool(torch.cpu._is_amx_tile_supported())
+    small = is_small(query, key) and heads // kv_heads * rows * columns <= _LARGEST_GROUP
+    return dim == value.shape[3] and small and has_tiles()
 
 
 def backward(

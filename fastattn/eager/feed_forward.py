@@ -5,13 +5,11 @@ The launchers have the signatures of `fastattn/kernels/feed_forward.py`; the equ
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.eager.activations import ACTIVATIONS, activate, gradient, onednn_takes
+from fastattn.eager.activations import ACTIVATIONS, activate, gradient
+from fastattn.eager.products import fuses, onednn_linear, product, product_with_columns
 from fastattn.eager.random import drop
 
 
@@ -30,32 +28,6 @@ def definition(
     return ACTIVATIONS[activation](F.linear(input, gate_weight, gate_bias)) * z
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """X Wᵀ + b of (rows, in).
-
-    A few rows are done in an order of loops for which PyTorch has faster CPU kernels: in bf16 as (W Xᵀ)ᵀ + b; in fp32 as
-    a batch of products with 64 rows of W each. With many rows in bf16, oneDNN adds the bias where PyTorch copies it first.
-    """
-    rows, dtype = x.shape[0], x.dtype
-    if dtype == torch.bfloat16 and x.is_cpu:
-        if rows == 1:
-            return (torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0]))[None]
-        if 2 <= rows <= 8:
-            y = torch.mm(weight, x.t()).t().contiguous()
-            return y if bias is None else y.add_(bias)
-        if rows > 16 and _fuses(x, weight):
-            return _fused(x, weight, bias, "none", [], None)
-    few = 3 <= rows <= 8 and dtype == torch.float32 and x.is_cpu and weight.is_contiguous()
-    whole = weight.shape[0] // 64 * 64 if few else 0
-    if not whole:
-        return F.linear(x, weight, bias)
-    parts = weight[:whole].view(whole // 64, 64, weight.shape[1]).transpose(1, 2)
-    y = torch.bmm(x.expand(whole // 64, -1, -1), parts).transpose(0, 1).reshape(rows, whole)
-    if whole < weight.shape[0]:
-        y = torch.cat([y, F.linear(x, weight[whole:])], 1)
-    return y if bias is None else y.add_(bias)
-
-
 # the names of activations that oneDNN computes on the way out of a product, with their variant
 _EPILOGUES = {
     "relu": ("relu", None),
@@ -65,20 +37,13 @@ _EPILOGUES = {
     "sigmoid": ("sigmoid", None),
     "tanh": ("tanh", None),
 }
-_fused: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-def _fuses(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's product with bias and activation does the job, faster than PyTorch's calls one after the other."""
-    plain = x.dtype == torch.bfloat16 and x.is_cpu and x.is_contiguous() and weight.is_contiguous()
-    return plain and 0 not in weight.shape and _fused is not None and onednn_takes(torch.bfloat16)
-
-
-def _activated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """act(X Wᵀ + b), for who does not need X Wᵀ + b."""
-    if activation in _EPILOGUES and x.shape[0] > 16 and _fuses(x, weight):
+def activated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """act(X Wᵀ + b) as `product`, for who does not need X Wᵀ + b."""
+    if activation in _EPILOGUES and fuses(x, weight):
         name, variant = _EPILOGUES[activation]
-        return _fused(x, weight, bias, name, [], variant)
+        return onednn_linear(x, weight, bias, name, [], variant)
     return activate(product(x, weight, bias), activation, overwrite=True)
 
 
@@ -104,9 +69,9 @@ def forward(
         out = out.clone() if out is z or out is g else out
         out = out if gate_weight is None else out.mul_(z)
     elif gate_weight is None:
-        out = _activated(input, weight, bias, activation)
+        out = activated(input, weight, bias, activation)
     else:
-        out = _activated(input, gate_weight, gate_bias, activation).mul_(product(input, weight, bias))
+        out = activated(input, gate_weight, gate_bias, activation).mul_(product(input, weight, bias))
     if seed is not None:
         out = dropout_backward(out, seed, dropout_p)
     return (out if residual is None else out.add_(residual)), z, g
@@ -123,20 +88,20 @@ def hidden_backward(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dz, dg, hidden) from dY (rows, out) and the second layer's weight (out, in); dg and hidden may be empty."""
-    d_hidden, empty = grad_output @ weight, z.new_empty(0)
+    d_hidden, empty = product_with_columns(grad_output, weight), z.new_empty(0)
     if not gated:
         dz, hidden = gradient(d_hidden, z, activation, overwrite=True, need_value=need_hidden)
         return dz, empty, empty if hidden is None else hidden
-    dg, activated = gradient(d_hidden * z, g, activation, overwrite=True, need_value=True)
-    assert activated is not None
-    return d_hidden * activated, dg, activated * z if need_hidden else empty
+    dg, act = gradient(d_hidden * z, g, activation, overwrite=True, need_value=True)
+    assert act is not None
+    return d_hidden * act, dg, act * z if need_hidden else empty
 
 
 def input_backward(
     grad_z: Tensor, weight: Tensor, grad_g: Tensor | None, gate_weight: Tensor | None, precision: str
 ) -> Tensor:
     """dX = dZ W (+ dG Wg)."""
-    dx = grad_z @ weight
+    dx = product_with_columns(grad_z, weight)
     return dx if grad_g is None or gate_weight is None else dx.addmm_(grad_g, gate_weight)
 
 

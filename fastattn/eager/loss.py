@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.eager.products import product_with_columns
+
 BLOCK_NUMBERS = 1 << 20  # logits of a block of rows: 4 MB of fp32, few enough parallel regions where cores are shared
 ADDED_NUMBERS = 1 << 20  # of a block of a sum: its copy stays near the cores
 CHUNK_ROWS = 512  # rows of a chunk: enough to keep the matrix products busy, if the chunk's logits are
@@ -219,7 +221,7 @@ def times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
     A few rows at a time in bf16: with 512 or 1024 of them and many classes oneDNN falls to 60 % of its rate at 256.
     """
     if gradient.dtype != torch.bfloat16:
-        return gradient @ weight
+        return product_with_columns(gradient, weight)
     return torch.cat([rows @ weight for rows in gradient.split(PRODUCT_ROWS)])
 
 

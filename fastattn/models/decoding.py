@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from fastattn import backend
-from fastattn.eager.activations import ACTIVATIONS
-from fastattn.eager.feed_forward import product
+from fastattn.eager.attention import faster_in_fp32, fused_forward
+from fastattn.eager.feed_forward import activated
+from fastattn.eager.products import pack, product
 from fastattn.models.layers import Block, KVCache, SelfAttention
 from fastattn.nn import FeedForward, LayerNorm
 from fastattn.ops.library import observed
@@ -47,24 +47,36 @@ class TokenReader:
     """What `model.hidden(tokens[:, None], cache)[:, 0]` gives, for a model that `can_read_tokens`.
 
     Args:
-        model: its parameters must stay the same tensors.
+        model: its parameters must stay the same tensors, with the same values.
+        batch: sequences, where so many tokens follow that copies of the weights, in an order that the CPU reads faster, pay; else 0.
+
+    Attributes:
+        output_weight: the model's, or its copy: for `product`, which makes logits of what a call gives.
     """
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, batch: int = 0) -> None:
         self.embeddings = model.token_embedding.weight, model.position_embedding.weight
         self.num_heads = model.config.num_heads
         self.norm = _norm_parameters(model.norm)
         self.blocks: list[Any] = []
         blocks: Any = model.blocks
+        plain = [*(m.weight for block in blocks for m in _linears(block)), model.output_weight]
+        weights = iter(pack(plain, batch) if batch else plain)
         for block in blocks:
-            attention, mlp = block.attention, block.feed_forward
             norms = _norm_parameters(block.norm1), _norm_parameters(block.norm2)
-            linears = [(m.weight, m.bias) for m in (attention.in_proj, attention.out_proj, mlp.linear1, mlp.linear2)]
-            self.blocks.append((*norms, *linears, ACTIVATIONS[mlp.activation]))
+            linears = [(next(weights), m.bias) for m in _linears(block)]
+            self.blocks.append((*norms, *linears, block.feed_forward.activation))
+        self.output_weight = next(weights)
+        self.cache_dtype = torch.float32 if faster_in_fp32(self.output_weight.dtype) else self.output_weight.dtype
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """(B,) → (B, d_model). The cache holds a token at least, as many of every sequence, and has room for one more."""
-        position, batch = int(cache.length), len(tokens)
+        """(B,) → (B, d_model). The cache holds a token at least, as many of every sequence, and has room for one more.
+
+        What it holds becomes fp32 where a query is faster then.
+        """
+        position, batch, dtype = int(cache.length), len(tokens), self.cache_dtype
+        if cache.blocks[0][0].dtype != dtype:
+            cache.blocks = [(keys.to(dtype), values.to(dtype)) for keys, values in cache.blocks]
         x = torch.embedding(self.embeddings[0], tokens) + self.embeddings[1][position]
         for (norm1, norm2, in_proj, out_proj, linear1, linear2, activation), (keys, values) in zip(
             self.blocks, cache.blocks
@@ -74,11 +86,16 @@ class TokenReader:
             keys.narrow(2, position, 1).copy_(key)
             values.narrow(2, position, 1).copy_(value)
             seen = keys.narrow(2, 0, position + 1), values.narrow(2, 0, position + 1)
-            out = scaled_dot_product_attention(query, *seen)
-            x = x + product(out.reshape(batch, -1), *out_proj)
-            x = x + product(activation(product(torch.layer_norm(x, *norm2), *linear1)), *linear2)
+            out = fused_forward(query.to(dtype), *seen, False, None)[0].reshape(batch, -1).to(x.dtype)
+            x = x + product(out, *out_proj)
+            x = x + product(activated(torch.layer_norm(x, *norm2), *linear1, activation), *linear2)
         cache.length = position + 1
         return torch.layer_norm(x, *self.norm)
+
+
+def _linears(block: Any) -> tuple[nn.Linear, ...]:
+    attention, mlp = block.attention, block.feed_forward
+    return attention.in_proj, attention.out_proj, mlp.linear1, mlp.linear2
 
 
 def _norm_parameters(norm: Any) -> tuple[tuple[int, ...], Tensor, Tensor, float]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.eager.feed_forward import product
+from fastattn.eager.products import product
 from fastattn.layout import Packing
 from fastattn.models import hub
 from fastattn.models.decoding import TokenReader, can_read_tokens
@@ -29,6 +29,7 @@ from fastattn.ops.linear_loss import linear_cross_entropy
 from fastattn.ops.loss import cross_entropy
 
 POSITIONS = ("learned", "rotary")
+MANY_TOKENS = 32  # to generate: from here on a copy of the weights in another order pays
 IGNORE_INDEX = -100  # the default of torch.nn.functional.cross_entropy
 
 
@@ -356,7 +357,9 @@ class GPT(Pretrained):
         was_training = self.training
         self.eval()
         try:
-            read_token = TokenReader(self) if can_read_tokens(self) else None
+            batch = len(tokens) if max_new_tokens >= MANY_TOKENS else 0
+            read_token = TokenReader(self, batch) if max_new_tokens > 1 and can_read_tokens(self) else None
+            output_weight = self.output_weight if read_token is None else read_token.output_weight
             window, unread, cache = tokens[:, -context:], tokens[:, -context:], KVCache(context)
             for _ in range(max_new_tokens):
                 with torch.inference_mode():
@@ -367,7 +370,7 @@ class GPT(Pretrained):
                         last = read_token(unread[:, 0], cache)
                     else:
                         last = self.hidden(unread, cache)[:, -1]
-                    logits = product(last, self.output_weight, None)
+                    logits = product(last, output_weight, None)
                     if repetition_penalty != 1.0:
                         logits = penalise_repetition(logits, window, repetition_penalty)
                     token = sample(logits, temperature, top_k, top_p, generator)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastattn.layout import Packing
 from fastattn.nn import FeedForward, LayerNorm, RMSNorm, RotaryEmbedding
+from fastattn.nn.plain import call_linear
 from fastattn.ops.attention import attention
 from fastattn.ops.decode import attention_with_kv_cache
 from fastattn.ops.varlen import varlen_attention
@@ -120,7 +121,7 @@ class SelfAttention(nn.Module):
             out = rows.transpose(0, 1)[None]
         else:
             out = attention(query, key, value, causal=causal, window=self.window, mask=mask, dropout_p=dropout_p)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        return call_linear(self.out_proj, out.transpose(1, 2).flatten(2))
 
     def heads(
         self,
@@ -131,7 +132,7 @@ class SelfAttention(nn.Module):
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Query (B, Hq, T, D), key and value (B, Hkv, T, D) of x's tokens; the arguments are those of `forward`."""
-        packed = self.in_proj(x)  # (B, T, (Hq + 2 Hkv) · D), of the heads that this process has
+        packed = call_linear(self.in_proj, x)  # (B, T, (Hq + 2 Hkv) · D), of the heads that this process has
         width = packed.shape[2] // self.heads_per_kv_head
         parts = packed.split((packed.shape[2] - 2 * width, width, width), dim=2)
         query, key, value = (part.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for part in parts)  # (B, H, T, D)

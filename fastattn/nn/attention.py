@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.eager.attention_maps import weights_of_rows
+from fastattn.nn.plain import call_linear, linear
 from fastattn.ops.attention import attend, canonical
 
 
@@ -88,7 +89,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         dropout_p = self.dropout if self.training else 0.0
         arguments = canonical(query, key, value, mask, bias, None, None, None, None, right, None, dropout_p)
         out, _ = attend(arguments)
-        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        out = call_linear(self.out_proj, out.transpose(1, 2).flatten(2))
         weights = None
         if need_weights:
             weights = weights_of_rows(*arguments[:2], range(lengths[0]), *arguments[3:])
@@ -104,11 +105,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         else:
             if query is key and key is value:
-                return F.linear(query, self.in_proj_weight, self.in_proj_bias).split(e, dim=-1)
+                return linear(query, self.in_proj_weight, self.in_proj_bias).split(e, dim=-1)
             if key is value:
                 bias = (None, None) if self.in_proj_bias is None else self.in_proj_bias.split((e, 2 * e))
-                packed = F.linear(key, self.in_proj_weight[e:], bias[1])
-                return F.linear(query, self.in_proj_weight[:e], bias[0]), *packed.split(e, dim=-1)
+                packed = linear(key, self.in_proj_weight[e:], bias[1])
+                return linear(query, self.in_proj_weight[:e], bias[0]), *packed.split(e, dim=-1)
             weights = self.in_proj_weight.chunk(3)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         return tuple(_linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases))
@@ -128,7 +129,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b; of a weight that is distributed by rows, this process's columns of it."""
     mesh = getattr(weight, "device_mesh", None)
     if mesh is None:
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
     from torch.distributed.tensor import DTensor, Replicate
 
     product: Any = F.linear(DTensor.from_local(x, mesh, [Replicate()]), weight, bias)

@@ -7,7 +7,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
+
+from fastattn import backend
+from fastattn.eager.products import fp32_by_onednn
+from fastattn.ops import feed_forward as ops
+from fastattn.ops.library import listening
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -51,6 +57,22 @@ def is_plain_linear(*modules: nn.Module) -> bool:
     A wrapper (FSDP), an adapter (LoRA), a quantised or a tensor-parallel layer is none: it has to be called.
     """
     return all((type(module) is nn.Linear or _is_conv1d(module)) and is_unhooked(module) for module in modules)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b: PyTorch's, or `fastattn.linear` where its product is the faster one (fp32 on some CPUs)."""
+    if listening() or not (type(x) is Tensor and x.is_cpu and x.dtype == weight.dtype == torch.float32):
+        return F.linear(x, weight, bias)
+    if not fp32_by_onednn() or torch.is_autocast_enabled("cpu") or not backend.eager_on_cpu():
+        return F.linear(x, weight, bias)
+    return ops.linear(x, weight, bias)
+
+
+def call_linear(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), as `linear` does it where the module is nothing but that."""
+    if type(module) in (nn.Linear, NonDynamicallyQuantizableLinear) and is_unhooked(module):
+        return linear(x, module.weight, module.bias)  # type: ignore[arg-type]
+    return module(x)
 
 
 def weight_of(linear: nn.Module) -> Tensor:

@@ -15,7 +15,6 @@ from fastattn.block_mask import BlockMask, Blocks
 from fastattn.eager import attention as eager
 from fastattn.layout import new_gradient, new_output
 from fastattn.ops.checks import (
-    FLOAT_DTYPES,
     autocast,
     check_probability,
     check_rank,
@@ -266,7 +265,7 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: fl
     if listening() or not (type(query) is type(key) is type(value) is Tensor and backend.eager_on_cpu()):
         return None
     dtype = query.dtype
-    if dtype not in FLOAT_DTYPES or not (
+    if dtype not in (torch.float32, torch.bfloat16) or not (
         dtype is key.dtype is value.dtype and query.is_cpu and key.is_cpu and value.is_cpu
     ):
         return None
@@ -275,6 +274,8 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: fl
         return None
     fits = len(kv_shape) == 4 and shape[0] == kv_shape[0] and shape[3] == kv_shape[3] and not shape[1] % kv_shape[1]
     if not fits or (causal and (shape[2] != kv_shape[2] or (scale is not None and scale <= 0.0))):
+        return None
+    if shape[2] == 1 and eager.slow_alone(query):
         return None
     if not query.stride(3) == key.stride(3) == value.stride(3) == 1 or torch._C._is_any_autocast_enabled():
         return None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn import backend
+from fastattn.eager.attention import fused_forward
 from fastattn.layout import new_output
 from fastattn.ops.attention import MAX_HEAD_DIM, check_sinks, check_slopes, check_window, row_contiguous
 from fastattn.ops.checks import (
@@ -169,7 +170,7 @@ def _by_torch(
     values[:, :, length:].copy_(value)
     rows = query if heads == kv_heads else query.reshape(batch, kv_heads, heads // kv_heads, dim)
     factor = None if scale is None else float(scale)
-    out = torch._scaled_dot_product_flash_attention_for_cpu(rows, keys, values, 0.0, False, scale=factor)[0]
+    out = fused_forward(rows, keys, values, False, factor)[0]
     return out if heads == kv_heads else out.reshape(shape)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastattn.backend import device_guard, implementation, input_precision
 from fastattn.eager.activations import ACTIVATIONS
 from fastattn.eager.feed_forward import definition
+from fastattn.eager.products import product_over_rows
 from fastattn.eager.random import drop
 from fastattn.ops import checks
 from fastattn.ops.library import call, define, differentiate, needs_composite
@@ -186,7 +187,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _weight_gradient(dz: Tensor, x: Tensor) -> Tensor:
     """dW = dZᵀ X, (out, in), accumulated in fp32 by the matrix product."""
-    return torch.mm(dz.t(), x)
+    return product_over_rows(dz, x)
 
 
 def _bias_gradient(dz: Tensor) -> Tensor:

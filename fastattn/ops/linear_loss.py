@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastattn.backend import device_guard, implementation
 from fastattn.eager.loss import definition
+from fastattn.eager.products import fuses, product
 from fastattn.ops import checks
 from fastattn.ops.library import call, define, differentiate, needs_composite, observed
 from fastattn.ops.loss import check_options, check_target_range, check_targets, contiguous, reduce
@@ -119,6 +120,13 @@ def _logits(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dty
         return torch.nn.functional.linear(x, w, b)
 
 
+def _chunk(x: Tensor, weight: Tensor, bias: Tensor | None, room: Tensor) -> Tensor:
+    """X Wᵀ + b, in `room` unless a faster way brings its own memory."""
+    if x.dtype == torch.float32 and fuses(x, weight):
+        return product(x, weight, bias)
+    return torch.mm(x, weight.t(), out=room) if bias is None else torch.addmm(bias, x, weight.t(), out=room)
+
+
 def _forward(
     input: Tensor,
     weight: Tensor,
@@ -152,8 +160,7 @@ def _forward(
         part = x.new_empty(grad_weight.shape) if dtype != torch.float32 else None
         for start in range(0, rows, max(step, 1)):
             chunk = slice(start, min(start + step, rows))
-            logits = buffer[: chunk.stop - start, :classes]
-            torch.mm(x[chunk], w.t(), out=logits) if b is None else torch.addmm(b, x[chunk], w.t(), out=logits)
+            logits = _chunk(x[chunk], w, b, buffer[: chunk.stop - start, :classes])
             scale = token_weight[chunk] if any(needs) else None
             losses[chunk], best = launcher.losses_and_gradient(logits, target[chunk], scale, *options)
             if predict:
@@ -167,6 +174,7 @@ def _forward(
                 launcher.add_to(grad_weight, part) if start else grad_weight.copy_(part)
             if needs[2]:
                 grad_bias += logits.sum(0, dtype=torch.float32)
+            del logits  # its memory may be the next chunk's
     grad_bias = grad_bias if bias is None else grad_bias.to(bias.dtype)
     total = (losses * token_weight).sum()
     return total, losses, predictions, grad_input, grad_weight.to(weight.dtype), grad_bias

@@ -1,0 +1,115 @@
+"""Matrix products on a CPU, by the fastest of PyTorch's ways to the same numbers.
+
+PyTorch multiplies fp32 by MKL, and 16-bit numbers by oneDNN. On AMD's CPUs with AVX-512 oneDNN is faster in fp32 as well; its
+way there is the product with an epilogue that torch.compile uses. On CPUs with tiles for bf16 (AMX) a few rows have faster ways
+than either (`python -m bench.report models feed_forward` times all of them at work).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+onednn_linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+MOST_PACKED = 1 << 30  # bytes
+_LEAST_RATIO = 2  # of the sides of a weight's gradient from which on oneDNN is faster
+
+
+@cache
+def onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is there and computes in this dtype on this CPU."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return dtype not in known or bool(getattr(torch.ops.mkldnn, known[dtype])())
+
+
+@cache
+def has_tiles() -> bool:
+    """Whether the CPU has tiles for products of 16-bit numbers (AMX)."""
+    return torch.backends.mkldnn.is_available() and bool(torch.cpu._is_amx_tile_supported())
+
+
+@cache
+def fp32_by_onednn() -> bool:
+    """Whether oneDNN's fp32 products are faster than MKL's: on AMD's CPUs with AVX-512, by a third and more."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    amd = "AMD" in str(capabilities.get("cpu_name", "")) and bool(capabilities.get("avx512_f"))
+    return amd and torch.backends.mkl.is_available() and onednn_linear is not None and onednn_takes(torch.float32)
+
+
+def _prefers_onednn(dtype: torch.dtype, rows: int) -> bool:
+    """Whether no way is faster than oneDNN's product with bias and activation."""
+    if dtype == torch.float32:
+        return fp32_by_onednn()
+    few_with_tiles = rows <= 16 and has_tiles()
+    return dtype == torch.bfloat16 and not few_with_tiles and onednn_linear is not None and onednn_takes(dtype)
+
+
+def fuses(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's product with bias and activation does the job of (rows, in) and (out, in), as fast as any other."""
+    if weight.is_mkldnn:
+        return True
+    in_order = weight.is_contiguous() or (x.dtype == torch.float32 and weight.t().is_contiguous())
+    plain = x.is_cpu and x.is_contiguous() and in_order and 0 not in x.shape and 0 not in weight.shape
+    return plain and _prefers_onednn(x.dtype, x.shape[0])
+
+
+def pack(weights: Sequence[Tensor], rows: int) -> list[Tensor]:
+    """Copies of weights for `product` with so many rows, a few at most, in the order in which the CPU reads them fastest.
+
+    A copy takes as long as some ten products and as much memory as its weight. Weights of more than `MOST_PACKED` bytes in all, and those
+    for which it does not pay, come back as they are.
+    """
+    pays = all(w.is_cpu and w.is_contiguous() and 0 not in w.shape and _prefers_onednn(w.dtype, 1) for w in weights)
+    if not pays or sum(w.nbytes for w in weights) > MOST_PACKED:
+        return list(weights)
+    return [torch.ops.mkldnn._reorder_linear_weight(w.detach(), rows) for w in weights]
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """X Wᵀ + b of (rows, in), with a weight (out, in) or what `pack` made of it.
+
+    A few rows are done in an order of loops for which PyTorch has faster CPU kernels: in bf16, with tiles, as (W Xᵀ)ᵀ + b; in fp32 as
+    a batch of products with 64 rows of W each.
+    """
+    rows, dtype = x.shape[0], x.dtype
+    if fuses(x, weight):
+        return onednn_linear(x, weight, bias, "none", [], None)
+    if dtype == torch.bfloat16 and x.is_cpu and has_tiles():
+        if rows == 1:
+            return (torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0]))[None]
+        if 2 <= rows <= 8:
+            y = torch.mm(weight, x.t()).t().contiguous()
+            return y if bias is None else y.add_(bias)
+    few = 3 <= rows <= 8 and dtype == torch.float32 and x.is_cpu and weight.is_contiguous()
+    whole = weight.shape[0] // 64 * 64 if few else 0
+    if not whole:
+        return F.linear(x, weight, bias)
+    parts = weight[:whole].view(whole // 64, 64, weight.shape[1]).transpose(1, 2)
+    y = torch.bmm(x.expand(whole // 64, -1, -1), parts).transpose(0, 1).reshape(rows, whole)
+    if whole < weight.shape[0]:
+        y = torch.cat([y, F.linear(x, weight[whole:])], 1)
+    return y if bias is None else y.add_(bias)
+
+
+def product_with_columns(dy: Tensor, weight: Tensor) -> Tensor:
+    """dY W of (rows, out) and (out, in)."""
+    if dy.dtype == torch.float32 and fuses(dy, weight):
+        return onednn_linear(dy, weight.t(), None, "none", [], None)
+    return dy @ weight
+
+
+def product_over_rows(dy: Tensor, x: Tensor) -> Tensor:
+    """dYᵀ X, (out, in), of (rows, out) and (rows, in): a weight's gradient, accumulated in fp32."""
+    long, short = max(dy.shape[1], x.shape[1]), min(dy.shape[1], x.shape[1])
+    if dy.dtype != torch.float32 or long < _LEAST_RATIO * short or not fuses(dy, x):
+        return torch.mm(dy.t(), x)
+    if long == x.shape[1]:
+        return onednn_linear(dy.t(), x.t(), None, "none", [], None)
+    return onednn_linear(x.t(), dy.t(), None, "none", [], None).t().contiguous()
