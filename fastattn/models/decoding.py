@@ -88,7 +88,7 @@ class TokenReader:
             seen = keys.narrow(2, 0, position + 1), values.narrow(2, 0, position + 1)
             out = fused_forward(query.to(dtype), *seen, False, None)[0].reshape(batch, -1).to(x.dtype)
             x = x + product(out, *out_proj)
-            x = x + product(activated(torch.layer_norm(x, *norm2), *linear1, activation), *linear2)
+            x = x + product(activated(torch.layer_norm(x, *norm2), linear1[0], linear1[1], activation), *linear2)
         cache.length = position + 1
         return torch.layer_norm(x, *self.norm)
 
