@@ -30,6 +30,7 @@ EAGER_ATTENTION = ("tests/test_attention.py", "-k", "eager")
 NORM = ("tests/test_precision.py", "tests/test_normalization.py", "-k", "triton")
 SHORT_DECODE = ("tests/test_decode.py", "-k", "short_way")
 PRODUCTS = ("tests/test_attention_products.py",)
+CPU_PRODUCTS = ("tests/test_cpu_products.py",)
 ORDER = ("tests/test_order.py",)
 MASK_BLOCKS = ("tests/test_mask_blocks.py",)
 EAGER_FEED_FORWARD = ("tests/test_feed_forward.py", "-k", "eager or on_the_cpu")
@@ -315,6 +316,48 @@ MUTANTS = (
         "    do *= scale\n",
         "    do[..., :dim] *= scale\n",
         PRODUCTS,
+    ),
+    Mutant(
+        "a row of bf16 on its own forgets the mask",
+        "eager/attention.py",
+        "attn_mask=twice",
+        "attn_mask=None",
+        CPU_PRODUCTS,
+    ),
+    Mutant(
+        "the backward in fp32 for bf16 forgets the mask",
+        "eager/attention.py",
+        "mask = None if additive is None else additive.float()",
+        "mask = None",
+        CPU_PRODUCTS,
+    ),
+    Mutant(
+        "fp16 in fp32 forgets the bias",
+        "eager/attention.py",
+        "query.float(), key.float(), value.float(), mask, bias, alibi_slopes, sinks, seed, scale, window_left,",
+        "query.float(), key.float(), value.float(), mask, None, alibi_slopes, sinks, seed, scale, window_left,",
+        CPU_PRODUCTS,
+    ),
+    Mutant(
+        "oneDNN's product forgets the bias",
+        "eager/products.py",
+        'onednn_linear(x, weight, bias, "none", [], None)',
+        'onednn_linear(x, weight, None, "none", [], None)',
+        CPU_PRODUCTS,
+    ),
+    Mutant(
+        "a weight's gradient lies in another order than the weight",
+        "eager/products.py",
+        'onednn_linear(x.t(), dy.t(), None, "none", [], None).t().contiguous()',
+        'onednn_linear(x.t(), dy.t(), None, "none", [], None).t()',
+        CPU_PRODUCTS,
+    ),
+    Mutant(
+        "weights are copied whatever they take",
+        "eager/products.py",
+        "if not pays or sum(w.nbytes for w in weights) > MOST_PACKED:",
+        "if not pays:",
+        CPU_PRODUCTS,
     ),
     Mutant("hidden keys count", "eager/attention_products.py", ".mul_(visible[..., :seen])", "", PRODUCTS),
     Mutant("future keys count", "eager/attention_products.py", ".tril_(block.start)", ".tril_()", PRODUCTS),

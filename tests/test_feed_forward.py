@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 import fastattn
 from fastattn.eager.activations import ACTIVATIONS, activate, gradient
-from fastattn.eager.products import product
 from tests import contract, reference
 from tests.compare import assert_close
 from tests.contract import BACKENDS, DTYPES, Op
@@ -276,18 +275,6 @@ def test_a_gelu_layer_matches_torchs():
     got = fastattn.feed_forward(x, w1, b1, w2, b2)
     plain = F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
     assert_close("output", got, plain.double(), plain)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("columns", [40, 192, 200])
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 17])
-def test_products_of_a_few_rows(rows, columns, has_bias, dtype):
-    x, weight, bias = torch.randn(rows, 24), torch.randn(columns, 24), torch.randn(columns)
-    x, weight, bias = (t.to(dtype) for t in (x, weight, bias))
-    bias = bias if has_bias else None
-    truth = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    assert_close("product", product(x, weight, bias), truth, F.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

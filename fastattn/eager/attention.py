@@ -659,8 +659,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> list[str]
         rows = min(product_rows(query, key), query.shape[2])
         return [f"matrix products on blocks of {rows} rows: PyTorch's fused CPU attention lacks this combination"]
     blocks, is_causal = fused
+    kernel = f"PyTorch's fused CPU attention{', in fp32' if _better_in_fp32(query) else ''}"
     if len(blocks) == 1:
-        return [f"PyTorch's fused CPU attention, one call{' (is_causal)' if is_causal else ''}"]
-    return [
-        f"PyTorch's fused CPU attention, {len(blocks)} blocks of {len(blocks[0].rows)} rows with the keys that each sees"
-    ]
+        return [f"{kernel}, one call{' (is_causal)' if is_causal else ''}"]
+    return [f"{kernel}, {len(blocks)} blocks of {len(blocks[0].rows)} rows with the keys that each sees"]

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.eager.products import product
@@ -24,6 +23,7 @@ from fastattn.models.layers import NORMS, Block, KVCache, SelfAttention, make_no
 from fastattn.models.pretrained import Pretrained, check_sizes
 from fastattn.models.sampling import penalise_repetition, sample
 from fastattn.nn import FeedForward, GatedFeedForward, RotaryEmbedding
+from fastattn.nn.plain import linear
 from fastattn.ops.feed_forward import ACTIVATIONS, RECOMPUTE
 from fastattn.ops.linear_loss import linear_cross_entropy
 from fastattn.ops.loss import cross_entropy
@@ -271,7 +271,7 @@ class GPT(Pretrained):
         hidden = self.hidden(tokens, cu_seqlens=cu_seqlens)
         logits = None
         if return_logits or (return_logits is None and targets is None):
-            logits = F.linear(hidden, self.output_weight)
+            logits = linear(hidden, self.output_weight, None)
         if targets is None:
             return logits, None
         if logits is None:

@@ -1,0 +1,133 @@
+"""The ways of a CPU's matrix products, and of the attention around them: each, on any CPU, as if this were the one that takes it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastattn
+from fastattn.eager import attention, attention_products, products
+from fastattn.nn import plain
+from tests import reference
+from tests.compare import assert_close
+
+ONEDNN = torch.backends.mkldnn.is_available() and products.onednn_linear is not None
+CPUS = {
+    "amd": (False, True),
+    "tiles": (True, False),
+    "neither": (False, False),
+}  # (has tiles, oneDNN is the faster in fp32)
+
+
+@pytest.fixture(params=CPUS)
+def cpu(request, monkeypatch):
+    """What the ways are chosen by; `onednn_takes` of 16 bits stays, since it says what this CPU can do."""
+    tiles, onednn = CPUS[request.param]
+    for module in (products, attention, attention_products):
+        monkeypatch.setattr(module, "has_tiles", lambda: tiles)
+    for module in (products, plain):
+        monkeypatch.setattr(module, "fp32_by_onednn", lambda: onednn and ONEDNN)
+    return request.param
+
+
+def random(*shapes, dtype):
+    generator = torch.manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("columns", [40, 192, 200])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 17])
+def test_products(cpu, rows, columns, has_bias, dtype):
+    x, weight, bias, dy = random((rows, 24), (columns, 24), (columns,), (rows, columns), dtype=dtype)
+    bias = bias if has_bias else None
+    truth = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    plain_result = F.linear(x, weight, bias)
+    for w in (weight, weight.t().contiguous().t(), weight[None].expand(2, -1, -1)[1]):
+        assert_close("product", products.product(x, w, bias), truth, plain_result)
+        got = products.product_with_columns(dy, w)
+        assert_close("product with columns", got, dy.double() @ weight.double(), dy @ weight)
+    for a, b in ((dy, x), (x, dy), (dy, dy)):
+        got = products.product_over_rows(a, b)
+        assert got.is_contiguous(), "as the weight whose gradient it is"
+        assert_close("product over rows", got, a.double().t() @ b.double(), a.t() @ b)
+
+
+@pytest.mark.parametrize("shapes", [((0, 4), (3, 4)), ((2, 0), (3, 0)), ((2, 4), (0, 4))], ids=str)
+def test_empty_products(cpu, shapes):
+    x, weight = random(*shapes, dtype=torch.float32)
+    dy = torch.zeros(len(x), len(weight))
+    assert torch.equal(products.product(x, weight, None), F.linear(x, weight))
+    assert torch.equal(products.product_with_columns(dy, weight), dy @ weight)
+    assert torch.equal(products.product_over_rows(dy, x), dy.t() @ x)
+
+
+@pytest.mark.skipif(not ONEDNN, reason="PyTorch was built without oneDNN")
+def test_packed_weights(cpu, monkeypatch):
+    x, bias, *weights = random((3, 24), (40,), (40, 24), (40, 24), dtype=torch.float32)
+    packed = products.pack(weights, 3)
+    assert [w.is_mkldnn for w in packed] == [cpu == "amd"] * 2
+    for w, plain_weight in zip(packed, weights):
+        truth = F.linear(x.double(), plain_weight.double(), bias.double())
+        assert_close("product", products.product(x, w, bias), truth, F.linear(x, plain_weight, bias))
+    monkeypatch.setattr(products, "MOST_PACKED", 2 * weights[0].nbytes - 1)
+    assert products.pack(weights, 3) == weights, "more memory than a generation may take"
+
+
+def test_linear_layers_of_the_modules(cpu, monkeypatch):
+    """fastattn.linear where it is faster, twice differentiable; PyTorch's where something would not see it, or has to."""
+    used, ours = [], plain.ops.linear
+    monkeypatch.setattr(plain.ops, "linear", lambda *a: used.append(True) or ours(*a))
+    layer = torch.nn.Linear(24, 40)
+    x = random((2, 5, 24), dtype=torch.float32)[0].requires_grad_()
+
+    def derivatives(function):
+        (first,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), (x, layer.weight))
+
+    for got, expected in zip(derivatives(lambda x: plain.call_linear(layer, x)), derivatives(layer)):
+        torch.testing.assert_close(got, expected)
+    assert bool(used) == (cpu == "amd" and ONEDNN)
+    used.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plain.call_linear(layer, x).dtype == torch.bfloat16
+    torch.func.grad(lambda x: plain.call_linear(layer, x).sum())(x)
+    layer.register_forward_hook(lambda *_: torch.zeros(1))
+    assert plain.call_linear(layer, x).shape == (1,)
+    assert not used
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("kind", ["full", "causal", "mask", "bias"])
+def test_attention_in_16_bits(cpu, kind, rows, dtype):
+    query, key, value, grad = random((2, 4, rows, 16), (2, 2, 20, 16), (2, 2, 20, 16), (2, 4, rows, 16), dtype=dtype)
+    mask = torch.rand(2, 1, rows, 20, generator=torch.manual_seed(1)) < 0.7 if kind == "mask" else None
+    bias = random((4, rows, 20), dtype=dtype)[0] if kind == "bias" else None
+    options = dict(causal=kind == "causal", mask=mask, bias=bias)
+
+    def run(function, leaves, **options):
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        out = function(*leaves, **options)
+        out = out if isinstance(out, torch.Tensor) else out[0]
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+    inputs = (query, key, value)
+    double = options | {"bias": None if bias is None else bias.double()}
+    truth = run(reference.attention, [x.double() for x in inputs], **double)
+    plain_results = run(reference.attention, inputs, **options)
+    got = run(fastattn.attention, inputs, **options)
+    for name, x, y, z in zip(("out", "dq", "dk", "dv"), got, truth, plain_results):
+        assert x.dtype == dtype
+        assert_close(name, x, y, z)
+    with torch.no_grad():
+        assert_close("out", fastattn.attention(*inputs, **options), truth[0], plain_results[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_attention_over_a_cache_in_16_bits(cpu, dtype):
+    query, key, value = random((2, 4, 1, 16), (2, 4, 30, 16), (2, 4, 30, 16), dtype=dtype)
+    truth = reference.attention(*(x.double() for x in (query, key[:, :, :21], value[:, :, :21])))[0]
+    plain_result = reference.attention(query, key[:, :, :21], value[:, :, :21])[0]
+    for lengths in (21, torch.tensor([21, 21], dtype=torch.int32)):
+        assert_close("out", fastattn.attention_with_kv_cache(query, key, value, lengths), truth, plain_result)
