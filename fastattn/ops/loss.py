@@ -128,7 +128,10 @@ def check_options(
 
 def check_target_range(target: Tensor, ignore_index: int, classes: int) -> None:
     """ValueError for a target that is no class, where looking does not wait for a device."""
-    if target.device.type != "cpu":
+    if target.device.type != "cpu" or not target.numel():
+        return
+    least, most = torch.aminmax(target)
+    if least.item() >= 0 and most.item() < classes:
         return
     wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
     if wrong.numel():
