@@ -26,6 +26,7 @@ def cpu(request, monkeypatch):
         monkeypatch.setattr(module, "has_tiles", lambda: tiles)
     for module in (products, plain):
         monkeypatch.setattr(module, "fp32_by_onednn", lambda: onednn and ONEDNN)
+    monkeypatch.setattr(products, "LEAST_WEIGHT", 1)
     return request.param
 
 

@@ -111,7 +111,8 @@ def feed_forward(gated, recompute, rows=8192, width=64, hidden=1024):
 def held(gated, recompute):
     """How many times the hidden layer (rows, hidden) stays resident between forward and backward."""
     torch.set_num_threads(1)
-    feed_forward(gated, recompute, rows=16)().sum().backward()
+    map_each_tensor()
+    feed_forward(gated, recompute, rows=128)().sum().backward()
     run = feed_forward(gated, recompute)
     before = resident()
     out = run()

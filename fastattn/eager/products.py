@@ -17,6 +17,10 @@ from torch import Tensor
 
 onednn_linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 MOST_PACKED = 1 << 30  # bytes
+LEAST_WEIGHT, LEAST_PRODUCT = (
+    1 << 17,
+    1 << 22,
+)  # numbers of a weight, and multiplications, from which on oneDNN's call (12 µs more) pays
 _LEAST_RATIO = 2  # of the sides of a weight's gradient from which on oneDNN is faster
 
 
@@ -56,7 +60,8 @@ def fuses(x: Tensor, weight: Tensor) -> bool:
     if weight.is_mkldnn:
         return True
     in_order = weight.is_contiguous() or (x.dtype == torch.float32 and weight.t().is_contiguous())
-    plain = x.is_cpu and x.is_contiguous() and in_order and 0 not in x.shape and 0 not in weight.shape
+    large = weight.numel() >= LEAST_WEIGHT or x.shape[0] * weight.numel() >= LEAST_PRODUCT or x.dtype != torch.float32
+    plain = large and x.is_cpu and x.is_contiguous() and in_order and 0 not in x.shape and 0 not in weight.shape
     return plain and _prefers_onednn(x.dtype, x.shape[0])
 
 

@@ -294,7 +294,8 @@ class GPT(Pretrained):
         """Continue a batch of prompts of equal length.
 
         A sequence that outgrows the context goes on from its last context_length // 2 tokens; a prompt longer than the
-        context is read from its last context_length tokens.
+        context is read from its last context_length tokens. On CPUs that read weights faster in another order, they are copied for
+        as long as this takes (`fastattn.eager.products.pack`).
 
         Args:
             tokens: (B, T) int64, T at least 1.

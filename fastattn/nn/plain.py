@@ -61,7 +61,8 @@ def is_plain_linear(*modules: nn.Module) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b: PyTorch's, or `fastattn.linear` where its product is the faster one (fp32 on some CPUs)."""
-    if listening() or not (type(x) is Tensor and x.is_cpu and x.dtype == weight.dtype == torch.float32):
+    plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
+    if listening() or not (plain and x.is_cpu and x.dtype == weight.dtype == torch.float32):
         return F.linear(x, weight, bias)
     if not fp32_by_onednn() or torch.is_autocast_enabled("cpu") or not backend.eager_on_cpu():
         return F.linear(x, weight, bias)
