@@ -290,6 +290,7 @@ REST = [
         for backward in (False, True)
     ),
     *(Attention(dtype, backward, "window", 8192, heads=2) for dtype in ("fp32", "bf16") for backward in (False, True)),
+    *(Attention("fp16", backward, "causal", n) for n in (256, 1024) for backward in (False, True)),
 ]
 
 

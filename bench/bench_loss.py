@@ -155,15 +155,14 @@ REST = [
     for backward in (False, True)
     for tokens, classes in ((2048, 8192), (2048, 50257), (1024, 128256))
 ]
-LINEAR_DEFAULT = [
-    LinearCrossEntropy("fp32", True, 2048, 50257, 256),
-    LinearCrossEntropy("fp32", True, 2048, 50257, 768),
-]
+LINEAR_DEFAULT = [LinearCrossEntropy("fp32", True, 2048, 50257, 256)]
 LINEAR_REST = [
     LinearCrossEntropy(dtype, True, tokens, classes, width)
     for dtype in ("fp32", "bf16")
-    for tokens, classes, width in ((2048, 8192, 384), (2048, 32000, 1024), (4096, 50257, 768))
-]
+    for tokens, classes, width in (
+        (2048, 8192, 384), (2048, 50257, 768), (2048, 32000, 1024), (4096, 50257, 768),
+    )
+]  # fmt: skip
 
 
 @comparison(PROVIDERS, DEFAULT, REST)
