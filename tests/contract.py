@@ -71,10 +71,12 @@ class Op:
 
 
 def check_values(op: Op, backend: str, dtype: torch.dtype) -> None:
-    """Outputs and every gradient are within a factor of plain PyTorch's error, and have the right dtypes."""
+    """Outputs and every gradient are within a factor of plain PyTorch's error, and have the right dtypes; inputs stay as they are."""
     tensors = op.tensors(dtype)
+    before = [t.clone() for t in tensors]
     with fastattn.backend.use(backend):
         outputs, grads = _differentiated(op, op.ours, tensors)
+    assert all(map(torch.equal, tensors, before)), "an input was written over"
     assert [g.dtype for g in grads] == [x.dtype for x in tensors]
     names = [f"output {i}" for i in range(len(outputs))] + [f"gradient of {name}" for name in op.shapes]
     for i, (name, got, truth, plain) in enumerate(zip(names, outputs + grads, *_truth_and_plain(op, tensors))):

@@ -359,6 +359,13 @@ MUTANTS = (
         "if not pays:",
         CPU_PRODUCTS,
     ),
+    Mutant(
+        "RMS norm writes over an fp32 residual stream",
+        "eager/normalization.py",
+        "else x if copied else None)",
+        "else x)",
+        EAGER_NORM,
+    ),
     Mutant("hidden keys count", "eager/attention_products.py", ".mul_(visible[..., :seen])", "", PRODUCTS),
     Mutant("future keys count", "eager/attention_products.py", ".tril_(block.start)", ".tril_()", PRODUCTS),
     Mutant(

@@ -73,6 +73,12 @@ CASES = {
     "rms": norm((37, 24), bias=False, rms=True),
     "rms_2d_zero_centered_weight": norm((5, 3, 4), 2, bias=False, rms=True, offset=1.0),
     "residual": norm((3, 5, 24), residual=(3, 5, 24)),
+    "rms_fp32_residual": norm(
+        (3, 5, 24), bias=False, rms=True, dtypes={"residual": torch.float32}, residual=(3, 5, 24)
+    ),
+    "rms_fp32_residual_dropout": norm(
+        (37, 24), bias=False, rms=True, dropout_p=0.3, dtypes={"residual": torch.float32}, residual=(37, 24)
+    ),
     "residual_in_fp32": norm((3, 5, 24), residual=(3, 5, 24), dtypes={"residual": torch.float32}),
     "adaptive": norm((3, 5, 24), scale=(3, 1, 24), shift=(3, 1, 24)),
     "shift_per_token": norm((3, 5, 24), weight=False, shift=(3, 5, 24)),

@@ -157,10 +157,10 @@ def _rms(h: Tensor, gain: Tensor | None, bias: Tensor | None, eps: float, output
     rows, columns = h.shape
     norm = torch.linalg.vector_norm(h, dim=1, dtype=torch.float32)
     rstd = norm.square_().div_(columns).add_(eps).rsqrt_()
-    in_place = output.dtype == h.dtype == torch.float32
+    in_place, copied = output.dtype == h.dtype == torch.float32, h.dtype != torch.float32
     for block in [slice(0, rows)] if in_place else _blocks(rows, columns):
-        x = h[block] if in_place else h[block].float()
-        y = torch.mul(x, rstd[block, None], out=output[block] if in_place else x)
+        x = h[block].float()  # fp32 rows themselves, which stay as they are: they may be the residual stream
+        y = torch.mul(x, rstd[block, None], out=output[block] if in_place else x if copied else None)
         y = y if gain is None else y.mul_(gain)
         y = y if bias is None else y.add_(bias)
         if not in_place:
