@@ -164,13 +164,6 @@ MUTANTS = (
         "pass",
         (*BUDGETS, "sm_90 and everything"),
     ),
-    Mutant(
-        "packed wide heads take more tensor memory than there is",
-        "kernels/config.py",
-        'family == "sm_100" and head_dim > 128',
-        'family == "sm_100" and head_dim > 256',
-        (*BUDGETS, "sm_100 and D256 and causal"),
-    ),
     Mutant("delta dropped", "kernels/recompute.py", "dp += minus_delta", "dp += 0.0", ATTENTION),
     Mutant("dK's scores begin with 0", BACKWARD, "k, q, minus_lse if PLAIN else None", "k, q, None", ATTENTION),
     Mutant(
@@ -516,9 +509,9 @@ MUTANTS = (
     ),
     Mutant(
         "weight gradient accumulates in bf16",
-        "ops/feed_forward.py",
-        "return torch.mm(dz.t(), x)",
-        "return sum((torch.outer(a, b) for a, b in zip(dz, x)), torch.zeros_like(torch.mm(dz.t(), x)))",
+        "eager/products.py",
+        "return torch.mm(dy.t(), x)",
+        "return sum((torch.outer(a, b) for a, b in zip(dy, x)), torch.zeros_like(torch.mm(dy.t(), x)))",
         FEED_FORWARD,
     ),
     Mutant(

@@ -214,3 +214,17 @@ def test_far_keys_under_alibi(far_key, causal):
         ("output", "dq", "dk", "dv"), *(outputs + grads for outputs, grads in (got, truth, plain))
     ):
         assert_close(name, *tensors)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_last_column_on_the_left_of_a_window(backend):
+    """Where a softcap keeps PyTorch's fused kernel away, on a CPU."""
+    generator = torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 40, 16, generator=generator) for _ in range(3))
+    mask = torch.arange(40) >= torch.arange(40)[:, None] - 5
+    truth, plain = (
+        reference.attention(*(x.to(dtype) for x in (q, k, v)), mask=mask, softcap=2.0)[0]
+        for dtype in (torch.float64, torch.float32)
+    )
+    with fastattn.backend.use(backend):
+        assert_close("output", fastattn.attention(q, k, v, window=(5, None), softcap=2.0), truth, plain)
