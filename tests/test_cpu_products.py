@@ -11,11 +11,8 @@ from tests import reference
 from tests.compare import assert_close
 
 ONEDNN = torch.backends.mkldnn.is_available() and products.onednn_linear is not None
-CPUS = {
-    "amd": (False, True),
-    "tiles": (True, False),
-    "neither": (False, False),
-}  # (has tiles, oneDNN is the faster in fp32)
+# (has tiles, oneDNN is the faster in fp32)
+CPUS = {"amd": (False, True), "tiles": (True, False), "neither": (False, False)}
 
 
 @pytest.fixture(params=CPUS)

@@ -17,10 +17,8 @@ from torch import Tensor
 
 onednn_linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 MOST_PACKED = 1 << 30  # bytes
-LEAST_WEIGHT, LEAST_PRODUCT = (
-    1 << 17,
-    1 << 22,
-)  # numbers of a weight, and multiplications, from which on oneDNN's call (12 µs more) pays
+LEAST_WEIGHT = 1 << 17  # numbers of an fp32 weight from which on oneDNN's call, which takes longer than MKL's, pays
+LEAST_PRODUCT = 1 << 22  # multiplications, likewise
 _LEAST_RATIO = 2  # of the sides of a weight's gradient from which on oneDNN is faster
 
 
@@ -41,7 +39,7 @@ def has_tiles() -> bool:
 
 @cache
 def fp32_by_onednn() -> bool:
-    """Whether oneDNN's fp32 products are faster than MKL's: on AMD's CPUs with AVX-512, by a third and more."""
+    """Whether oneDNN's fp32 products are faster than MKL's: on AMD's CPUs with AVX-512 (`python -m bench.report feed_forward`)."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     amd = "AMD" in str(capabilities.get("cpu_name", "")) and bool(capabilities.get("avx512_f"))
     return amd and torch.backends.mkl.is_available() and onednn_linear is not None and onednn_takes(torch.float32)

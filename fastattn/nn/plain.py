@@ -62,7 +62,7 @@ def is_plain_linear(*modules: nn.Module) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b: PyTorch's, or `fastattn.linear` where its product is the faster one (fp32 on some CPUs)."""
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
-    if listening() or not (plain and x.is_cpu and x.dtype == weight.dtype == torch.float32):
+    if not (plain and x.is_cpu and x.dtype == weight.dtype == torch.float32) or listening():
         return F.linear(x, weight, bias)
     if not fp32_by_onednn() or torch.is_autocast_enabled("cpu") or not backend.eager_on_cpu():
         return F.linear(x, weight, bias)
@@ -71,7 +71,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def call_linear(module: nn.Module, x: Tensor) -> Tensor:
     """module(x), as `linear` does it where the module is nothing but that."""
-    if type(module) in (nn.Linear, NonDynamicallyQuantizableLinear) and is_unhooked(module):
+    if x.is_cpu and type(module) in (nn.Linear, NonDynamicallyQuantizableLinear) and is_unhooked(module):
         return linear(x, module.weight, module.bias)  # type: ignore[arg-type]
     return module(x)
 

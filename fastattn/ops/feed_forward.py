@@ -185,11 +185,6 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
-def _weight_gradient(dz: Tensor, x: Tensor) -> Tensor:
-    """dW = dZᵀ X, (out, in), accumulated in fp32 by the matrix product."""
-    return product_over_rows(dz, x)
-
-
 def _bias_gradient(dz: Tensor) -> Tensor:
     """db = Σ dz over the rows; torch accumulates in fp32."""
     return dz.sum(0)
@@ -245,7 +240,7 @@ def _linear_backward(
                 _, z, _ = launcher.forward(x, weight, bias, *(None,) * 4, activation, 0.0, True, precision)
             dz = launcher.activation_backward(dz, z, activation)
         dx = launcher.input_backward(dz, weight, None, None, precision).view(input.shape) if needs[0] else None
-        dw = _weight_gradient(dz, x) if needs[1] else None
+        dw = product_over_rows(dz, x) if needs[1] else None
         db = _bias_gradient(dz) if needs[2] else None
     return tuple(input.new_empty(0) if g is None else g for g in (dx, dw, db))  # type: ignore[return-value]
 
@@ -400,11 +395,11 @@ def _backward(
             if needs[0]:
                 grads[0] = launcher.input_backward(dz, weight1, *gate, precision).view(input.shape)
             for i, d in ((1, dz), (3, dg)):
-                grads[i] = _weight_gradient(d, x) if needs[i] else None
+                grads[i] = product_over_rows(d, x) if needs[i] else None
                 grads[i + 1] = _bias_gradient(d) if needs[i + 1] else None
         elif needs[5] and hidden.dim() == 1:
             hidden = launcher.forward(*first, False, precision)[0]
-        grads[5] = _weight_gradient(dy, hidden) if needs[5] else None
+        grads[5] = product_over_rows(dy, hidden) if needs[5] else None
         grads[6] = _bias_gradient(dy) if needs[6] else None
     return tuple(input.new_empty(0) if grad is None else grad for grad in grads)
 
