@@ -10,7 +10,7 @@ from fastattn.nn import plain
 from tests import reference
 from tests.compare import assert_close
 
-ONEDNN = torch.backends.mkldnn.is_available() and products.onednn_linear is not None
+ONEDNN = torch.backends.mkldnn.is_available() and products._linear_pointwise is not None
 # (has tiles, oneDNN is the faster in fp32)
 CPUS = {"amd": (False, True), "tiles": (True, False), "neither": (False, False)}
 
@@ -49,6 +49,21 @@ def test_products(cpu, rows, columns, has_bias, dtype):
         got = products.product_over_rows(a, b)
         assert got.is_contiguous(), "as the weight whose gradient it is"
         assert_close("product over rows", got, a.double().t() @ b.double(), a.t() @ b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("activation", ["identity", "gelu"])
+def test_a_bias_of_any_strides(cpu, activation, dtype):
+    """oneDNN reads a bias as if its numbers lay one behind the other."""
+    x, weight, strided = random((5, 24), (40, 24), (40, 2), dtype=dtype)
+    for bias in (strided[:, 0], strided[0, :1].expand(40)):
+        truth, plain = (
+            F.gelu(F.linear(x.to(t), weight.to(t), bias.to(t)))
+            if activation == "gelu"
+            else F.linear(x.to(t), weight.to(t), bias.to(t))
+            for t in (torch.float64, dtype)
+        )
+        assert_close("linear", fastattn.linear(x, weight, bias, activation=activation), truth, plain)
 
 
 @pytest.mark.parametrize("shapes", [((0, 4), (3, 4)), ((2, 0), (3, 0)), ((2, 4), (0, 4))], ids=str)

@@ -321,3 +321,16 @@ def test_bf16_layers_of_many_rows_without_gradients(act, gated):
     }  # strides that oneDNN is not asked to take
     with torch.no_grad():
         assert_close("output", fastattn.feed_forward(**transposed, activation=act), truth, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_not_a_number_stays_one(activation, backend, dtype):
+    """The maximum of a GPU, and oneDNN's ReLU, make it 0, and a model that broke would go on."""
+    x, weight = torch.randn(4, 512), torch.randn(512, 512)
+    x[0, 0] = torch.nan
+    with fastattn.backend.use(backend), torch.no_grad():
+        y = fastattn.linear(x.to(dtype), weight.to(dtype), activation=activation)
+    assert y[0].isnan().all()
+    assert not y[1:].isnan().any()

@@ -320,3 +320,63 @@ def test_a_target_out_of_range_is_an_error_on_the_cpu(value):
         fastattn.linear_cross_entropy(X, W, T + value)
     with pytest.raises(ValueError, match=r"target must be in \[0, 4\)"):
         fastattn.cross_entropy(X, T + value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_that_fp16_cannot_hold(backend):
+    """Most tokens have one class and one feature: the sum of 1,200 gradients of 64 overflows, their mean does not."""
+    x, weight = torch.randn(1200, 8), (torch.randn(10, 8) / 50).requires_grad_()
+    x[:, 0] = 64.0
+    target = torch.where(torch.arange(1200) % 10 == 0, 3, 0)
+    plain = torch.autograd.grad(F.cross_entropy(F.linear(x, weight), target), weight)[0]
+    half = weight.detach().half().requires_grad_()
+    with fastattn.backend.use(backend):
+        with torch.autocast("cpu", torch.float16):
+            loss = fastattn.linear_cross_entropy(x, weight, target)
+        of_fp32 = torch.autograd.grad(loss, weight)[0]
+        of_fp16 = torch.autograd.grad(fastattn.linear_cross_entropy(x.half(), half, target), half)[0]
+    torch.testing.assert_close(of_fp32, plain, rtol=2e-3, atol=1e-2)
+    torch.testing.assert_close(of_fp16.float(), plain, rtol=2e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_mean_is_not_rounded_to_bf16(backend):
+    """1 / 1027 in bf16 is off by 0.25 %, and so was the whole gradient."""
+    x, weight = torch.randn(1027, 16).bfloat16(), torch.randn(9, 16).bfloat16().requires_grad_()
+    target, wide = torch.arange(1027) % 9, weight.detach().double().requires_grad_()
+    truth = torch.autograd.grad(F.cross_entropy(x.double() @ wide.t(), target), wide)[0]
+    with fastattn.backend.use(backend):
+        got = torch.autograd.grad(fastattn.linear_cross_entropy(x, weight, target), weight)[0].double()
+    assert abs((got * truth).sum() / truth.square().sum() - 1.0) < 7e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_ignored_token_of_the_least_numbers_has_no_gradient(backend):
+    """Their log-sum-exp overflows in base 2."""
+    logits = torch.full((2, 4), torch.finfo(torch.float32).min)
+    logits[0] = torch.randn(4)
+    logits.requires_grad_()
+    with fastattn.backend.use(backend):
+        loss = fastattn.cross_entropy(logits, torch.tensor([1, -100]), z_loss=1e-3)
+        gradient = torch.autograd.grad(loss, logits)[0]
+    assert gradient[0].all()
+    assert not gradient[1].any()
+
+
+def test_class_weights_with_a_negative_sum():
+    logits, weight, target = torch.randn(4, 3), torch.tensor([-2.0, 0.5, -0.25]), torch.tensor([0, 1, 2, 0])
+    truth = F.cross_entropy(logits, target, weight)
+    torch.testing.assert_close(fastattn.cross_entropy(logits, target, class_weight=weight), truth)
+    fused = fastattn.linear_cross_entropy(logits, torch.eye(3), target, class_weight=weight)
+    torch.testing.assert_close(fused, truth)
+
+
+def test_a_view_of_a_parameter_is_not_overwritten():
+    parameter = torch.randn(3, 5, requires_grad=True)
+    with pytest.raises(ValueError, match="inplace"):
+        fastattn.cross_entropy(parameter.view(-1, 5), torch.tensor([0, 1, 2]), inplace=True)
+
+
+def test_meta_tensors():
+    x, weight = torch.zeros(2, 8, device="meta"), torch.zeros(5, 8, device="meta")
+    assert fastattn.linear_cross_entropy(x, weight, torch.zeros(2, dtype=torch.long, device="meta")).shape == ()

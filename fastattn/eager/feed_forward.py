@@ -28,9 +28,8 @@ def definition(
     return ACTIVATIONS[activation](F.linear(input, gate_weight, gate_bias)) * z
 
 
-# the names of activations that oneDNN computes on the way out of a product, with their variant
+# the names of activations that oneDNN computes on the way out of a product, with their variant; its ReLU makes NaN 0
 _EPILOGUES = {
-    "relu": ("relu", None),
     "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
     "silu": ("swish", None),
@@ -43,7 +42,7 @@ def activated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -
     """act(X Wᵀ + b) as `product`, for who does not need X Wᵀ + b."""
     if activation in _EPILOGUES and fuses(x, weight):
         name, variant = _EPILOGUES[activation]
-        return onednn_linear(x, weight, bias, name, [], variant)
+        return onednn_linear(x, weight, bias, name, variant)
     return activate(product(x, weight, bias), activation, overwrite=True)
 
 

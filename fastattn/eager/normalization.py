@@ -218,6 +218,8 @@ def sums_over_rows(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor) -> list[Te
     one with mean 0 and deviation 1). x̂ is rounded to 16 bits on the way, as the result will be.
     """
     zeros, ones, no_statistics = _constants(h.shape[1], h.device)
+    if not h.numel():  # PyTorch's batch norm divides by the number of rows and ends the process
+        return [zeros.clone(), zeros.clone()]
     x_hat = h.new_empty(h.numel() + ROOM).resize_(h.shape)
     torch.native_batch_norm(
         h[None], None, None, mean, rstd.pow(-2), False, 0.0, 0.0, out=(x_hat[None], no_statistics, no_statistics)
@@ -239,7 +241,7 @@ def _sums(sums: list[Tensor], rstd: Tensor, dtype: torch.dtype | None) -> tuple[
     return (rstd.new_empty(0), rstd.new_empty(0)) if dtype is None else (sums[0].to(dtype), sums[1].to(dtype))
 
 
-def explain(columns: int, itemsize: int, mixed_residual: bool, heavy: bool) -> list[str]:
+def explain(columns: int, itemsize: int, mixed_residual: bool, heavy: bool, alone: bool) -> list[str]:
     """How rows of this width are done, in words."""
     rows = max(1, BLOCK_NUMBERS // max(1, columns))
     return [f"PyTorch's layer norm kernel where it does the job in fp32; all else in fp32, {rows} rows at a time"]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-onednn_linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_linear_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 MOST_PACKED = 1 << 30  # bytes
 LEAST_WEIGHT = 1 << 17  # numbers of an fp32 weight from which on oneDNN's call, which takes longer than MKL's, pays
 LEAST_PRODUCT = 1 << 22  # multiplications, likewise
@@ -42,7 +42,7 @@ def fp32_by_onednn() -> bool:
     """Whether oneDNN's fp32 products are faster than MKL's: on AMD's CPUs with AVX-512 (`python -m bench.report feed_forward`)."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     amd = "AMD" in str(capabilities.get("cpu_name", "")) and bool(capabilities.get("avx512_f"))
-    return amd and torch.backends.mkl.is_available() and onednn_linear is not None and onednn_takes(torch.float32)
+    return amd and torch.backends.mkl.is_available() and _linear_pointwise is not None and onednn_takes(torch.float32)
 
 
 def _prefers_onednn(dtype: torch.dtype, rows: int) -> bool:
@@ -50,7 +50,7 @@ def _prefers_onednn(dtype: torch.dtype, rows: int) -> bool:
     if dtype == torch.float32:
         return fp32_by_onednn()
     few_with_tiles = rows <= 16 and has_tiles()
-    return dtype == torch.bfloat16 and not few_with_tiles and onednn_linear is not None and onednn_takes(dtype)
+    return dtype == torch.bfloat16 and not few_with_tiles and _linear_pointwise is not None and onednn_takes(dtype)
 
 
 def fuses(x: Tensor, weight: Tensor) -> bool:
@@ -61,6 +61,13 @@ def fuses(x: Tensor, weight: Tensor) -> bool:
     large = weight.numel() >= LEAST_WEIGHT or x.shape[0] * weight.numel() >= LEAST_PRODUCT or x.dtype != torch.float32
     plain = large and x.is_cpu and x.is_contiguous() and in_order and 0 not in x.shape and 0 not in weight.shape
     return plain and _prefers_onednn(x.dtype, x.shape[0])
+
+
+def onednn_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", variant: str | None = None
+) -> Tensor:
+    """act(X Wᵀ + b) by oneDNN, which reads a bias as if it were contiguous."""
+    return _linear_pointwise(x, weight, None if bias is None else bias.contiguous(), activation, [], variant)
 
 
 def pack(weights: Sequence[Tensor], rows: int) -> list[Tensor]:
@@ -83,7 +90,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     rows, dtype = x.shape[0], x.dtype
     if fuses(x, weight):
-        return onednn_linear(x, weight, bias, "none", [], None)
+        return onednn_linear(x, weight, bias)
     if dtype == torch.bfloat16 and x.is_cpu and has_tiles():
         if rows == 1:
             return (torch.mv(weight, x[0]) if bias is None else torch.addmv(bias, weight, x[0]))[None]
@@ -104,7 +111,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def product_with_columns(dy: Tensor, weight: Tensor) -> Tensor:
     """dY W of (rows, out) and (out, in)."""
     if dy.dtype == torch.float32 and fuses(dy, weight):
-        return onednn_linear(dy, weight.t(), None, "none", [], None)
+        return onednn_linear(dy, weight.t(), None)
     return dy @ weight
 
 
@@ -114,5 +121,5 @@ def product_over_rows(dy: Tensor, x: Tensor) -> Tensor:
     if dy.dtype != torch.float32 or long < _LEAST_RATIO * short or not fuses(dy, x):
         return torch.mm(dy.t(), x)
     if long == x.shape[1]:
-        return onednn_linear(dy.t(), x.t(), None, "none", [], None)
-    return onednn_linear(x.t(), dy.t(), None, "none", [], None).t().contiguous()
+        return onednn_linear(dy.t(), x.t(), None)
+    return onednn_linear(x.t(), dy.t(), None).t().contiguous()

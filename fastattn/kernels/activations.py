@@ -15,6 +15,12 @@ def tanh(x):
 
 
 @triton.jit
+def relu(x):
+    """max(x, 0), which keeps NaN: the maximum of a GPU alone would make it 0."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def sigmoid(x):
     """(σ(x), σ'(x)): 1 / (1 + e^{-x}) and σ (1 - σ), from e^{-|x|}, so that nothing overflows or cancels."""
     e = tl.exp2(-1.4426950408889634 * tl.abs(x))
@@ -26,9 +32,9 @@ def sigmoid(x):
 def activate(z, ACTIVATION: tl.constexpr):
     """(act(z), act'(z)) of an fp32 tile; what is not used costs nothing in compiled code."""
     if ACTIVATION == "relu":
-        value, derivative = tl.maximum(z, 0.0), tl.where(z > 0.0, 1.0, 0.0)
+        value, derivative = relu(z), tl.where(z <= 0.0, 0.0, 1.0)
     elif ACTIVATION == "relu2":
-        value, derivative = tl.maximum(z, 0.0) * tl.maximum(z, 0.0), 2.0 * tl.maximum(z, 0.0)
+        value, derivative = relu(z) * relu(z), 2.0 * relu(z)
     elif ACTIVATION == "gelu":  # z Φ(z), with Φ the normal distribution function and φ its density
         cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
         density = 0.3989422804014327 * tl.exp2(-0.7213475204444817 * z * z)

@@ -430,6 +430,7 @@ class NormConfig:
         num_warps: warps of a program.
         programs: partial sums of the weight gradient (backward only).
         partial_columns: columns of a tile of the separate partial-sum kernel (backward of wide rows only).
+        max_registers: of a thread, on NVIDIA; None leaves it to ptxas.
     """
 
     wide: bool
@@ -438,6 +439,7 @@ class NormConfig:
     num_warps: int
     programs: int = 1
     partial_columns: int = 0
+    max_registers: int | None = None
 
 
 @cache
@@ -451,11 +453,14 @@ def norm_forward_config(columns: int) -> NormConfig:
 
 
 @cache
-def norm_backward_config(target: Target, columns: int, itemsize: int, mixed_residual: bool, heavy: bool) -> NormConfig:
+def norm_backward_config(
+    target: Target, columns: int, itemsize: int, mixed_residual: bool, heavy: bool, alone: bool
+) -> NormConfig:
     """The backward: as many programs as run at once, fewer for wider rows, since each writes two rows of partials.
 
     itemsize: of the input and its gradient. mixed_residual: the stream has a dtype of its own. heavy: there is dropout or
-    adaptive scaling. With both, a program holds six tiles of two kinds, which from 4,097 columns on spill 16 to 88 bytes
+    adaptive scaling. alone: a layer norm without those and without a residual; from 513 columns on, where 16 divides them, 64
+    registers hold it without spills, so that 32 warps are resident. With a mixed residual and more, a program holds six tiles of two kinds, which from 4,097 columns on spill 16 to 88 bytes
     a thread, whatever the number of warps (so they do without the second on sm_120, and at widths that 16 does not divide).
     Such rows are taken as wide ones: 22 bytes move for a number of bf16 input and fp32 stream, since the sums over rows
     read two tensors once more, of at least 16.
@@ -468,12 +473,17 @@ def norm_backward_config(target: Target, columns: int, itemsize: int, mixed_resi
         programs = max(1, 4 * target.processors * partial_columns // columns)
         return NormConfig(True, rows, WIDE_COLUMNS, 16 if itemsize == 4 else 8, programs, partial_columns)
     block = _power_of_2(columns)
-    rows = max(1, min(16, 2_048 // block))
+    aligned = columns % 16 == 0
+    narrow = alone and aligned and columns > 512  # in registers
+    rows = max(1, min(16, (1_024 if narrow else 2_048) // block))
     per_processor = {256: 16, 1_024: 8, 2_048: 4, 4_096: 2, 8_192: 1}
     programs = target.processors * next(n for limit, n in per_processor.items() if columns <= limit)
     # fp32 rows of 8,192 with dropout and a residual spill 96 bytes with 16 warps, and none with 32; AMD's are twice as wide
-    most = 32 if itemsize == 4 and target.backend == "cuda" else 16
-    return NormConfig(False, rows, block, min(most, max(4, rows * block // 256)), programs)
+    most = 32 if (itemsize == 4 or narrow) and target.backend == "cuda" else 16
+    num_warps = min(most, max(4, rows * block // 256))
+    # with 8 warps ptxas may take 64 registers for 32 resident warps where that spills 8 bytes
+    registers = 64 if narrow else 80 if aligned and heavy and not mixed_residual and num_warps == 8 else None
+    return NormConfig(False, rows, block, num_warps, programs, max_registers=registers)
 
 
 # Feed-forward: numbers per program of an elementwise kernel (8 per thread of 4 warps).

@@ -75,6 +75,12 @@ def row_constants(TARGET, CLASS_WEIGHT, WEIGHT_SUM, row, classes, label_smoothin
 
 
 @triton.jit
+def gradient_constants(valid, a, z_loss, lse):
+    """(a + 2 λ lse, lse); of an ignored row (0, ∞), with which its gradient is 0 even where its lse is NaN."""
+    return tl.where(valid, a + 2.0 * z_loss * lse, 0.0), tl.where(valid, lse, float("inf"))
+
+
+@triton.jit
 def block_columns(GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
     """[GROUPS, LANES, VECTOR]: a block's columns; a thread has VECTOR neighbours (16 bytes) of each group."""
     group = tl.arange(0, GROUPS)[:, None, None] * (LANES * VECTOR)
@@ -181,7 +187,7 @@ def cross_entropy_kernel(
         tl.store(PREDICTIONS + row, best.to(tl.int64))
     if TOKEN_WEIGHT is not None:
         scale = tl.where(valid, tl.load(TOKEN_WEIGHT + row).to(tl.float32), 0.0)
-        factor += 2.0 * z_loss * lse
+        factor, lse = gradient_constants(valid, factor, z_loss, lse)
         write_gradient(
             LOGITS, LOGITS, CLASS_WEIGHT, 0, shift, target, lse, scale, w_target, factor, spread, classes,
             label_smoothing, softcap, GROUPS, LANES, VECTOR, True,
@@ -208,9 +214,9 @@ def cross_entropy_backward_kernel(
     BLOCK: tl.constexpr = GROUPS * LANES * VECTOR
     row = tl.program_id(0).to(tl.int64)
     target, w_target, factor, spread = row_constants(TARGET, CLASS_WEIGHT, WEIGHT_SUM, row, classes, label_smoothing)
-    scale = tl.where(target != ignore_index, tl.load(GRAD_LOSSES + row).to(tl.float32), 0.0)
-    lse = tl.load(LSE + row)
-    factor += 2.0 * z_loss * lse
+    valid = target != ignore_index
+    scale = tl.where(valid, tl.load(GRAD_LOSSES + row).to(tl.float32), 0.0)
+    factor, lse = gradient_constants(valid, factor, z_loss, tl.load(LSE + row))
     offset, shift = aligned_start(row, stride_row, VECTOR)
     start = tl.program_id(1) * BLOCK
     if (start > 0) & (start + BLOCK <= classes + shift):

@@ -176,12 +176,12 @@ def forward(
     return output, hidden, mean, rstd
 
 
-def explain(columns: int, itemsize: int, mixed_residual: bool, heavy: bool) -> list[str]:
+def explain(columns: int, itemsize: int, mixed_residual: bool, heavy: bool, alone: bool) -> list[str]:
     """The tiles of rows of this width."""
     lines = []
     for name, config in (
         ("forward", norm_forward_config(columns)),
-        ("backward", norm_backward_config(current_target(), columns, itemsize, mixed_residual, heavy)),
+        ("backward", norm_backward_config(current_target(), columns, itemsize, mixed_residual, heavy, alone)),
     ):
         how = f"rows in blocks of {config.columns} columns" if config.wide else f"{config.rows} whole rows a step"
         lines.append(f"{name}: {how}, {config.num_warps} warps")

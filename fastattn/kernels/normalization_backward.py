@@ -185,7 +185,8 @@ def backward(
     rows_per_group = rows // max(groups, 1)
     mixed_residual = has_residual and input_dtype != hidden.dtype
     heavy = seed is not None or scale is not None
-    config = norm_backward_config(current_target(), columns, input_dtype.itemsize, mixed_residual, heavy)
+    alone = mean.numel() > 0 and not (has_residual or heavy)
+    config = norm_backward_config(current_target(), columns, input_dtype.itemsize, mixed_residual, heavy, alone)
     programs = max(1, min(config.programs // max(groups, 1), triton.cdiv(rows_per_group, config.rows)))
     partials = None if sums_dtype is None else hidden.new_empty(2, groups * programs, columns, dtype=torch.float32)
     partial_a, partial_b = (None, None) if partials is None else (partials[0], partials[1])
@@ -222,6 +223,7 @@ def backward(
             ROWS=config.rows,
             COLUMNS=config.columns,
             num_warps=config.num_warps,
+            max_registers=config.max_registers,
         )
     if partials is None:
         return grad, grad_input, hidden.new_empty(0), hidden.new_empty(0)

@@ -88,34 +88,90 @@ def differentiate(
         def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
             saved, n = ctx.saved_tensors, len(ctx.constants)
             arguments = [c if t is None else t for t, c in zip(saved[:n], ctx.constants)]
-            grads = gradient(ctx.needs_input_grad[1:], grad_outputs, arguments, saved[n:])
-            return None, *grads
+
+            if in_batch():
+                return None, *one_by_one(
+                    lambda grads: gradient(ctx.needs_input_grad[1:], grads, arguments, saved[n:]), grad_outputs
+                )
+            return None, *gradient(ctx.needs_input_grad[1:], grad_outputs, arguments, saved[n:])
 
     def autograd(keyset: Any, *arguments: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            return Function.apply(keyset, *arguments, *defaults[len(arguments) :])
-        return below_autograd(keyset, *arguments)
+            result = Function.apply(keyset, *arguments, *defaults[len(arguments) :])
+        else:
+            result = below_autograd(keyset, *arguments)
+        return result if torch.autograd.forward_ad._current_level < 0 else keeps_tangents(op, arguments, result)
 
     def below_autograd(keyset: Any, *arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
     def direct(*arguments: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            return Function.apply(None, *arguments)
-        return implementation(*arguments)
+        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+        result = Function.apply(None, *arguments) if recorded else implementation(*arguments)
+        return result if torch.autograd.forward_ad._current_level < 0 else keeps_tangents(op, arguments, result)
 
     _DIRECT[op] = direct
     LIBRARY.impl(op._schema.name.split("::")[1], autograd, "Autograd", with_keyset=True)
 
 
-def needs_composite(*tensors: Tensor | None) -> bool:
-    """True inside functorch transforms (grad, vmap, jvp, ...) and for forward-mode dual tensors."""
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._are_functorch_transforms_active():
-        return True
+def in_batch() -> int:
+    """How many batches of gradients autograd takes through the graph at once: `is_grads_batched`, `vectorize=True`."""
+    torch._C._vmapmode_increment_nesting()  # there is no getter
+    return int(torch._C._vmapmode_decrement_nesting())
+
+
+def one_by_one(
+    gradient: Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]], grad_outputs: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
+    """`gradient` of each of a batch: a kernel cannot read autograd's batched tensors."""
+    level = in_batch()
+    batched = {
+        i: torch._remove_batch_dim(g, level, 1, 0)
+        for i, g in enumerate(grad_outputs)
+        if g is not None and _is_batched(g)
+    }
+    if not batched:
+        return gradient(grad_outputs)
+    size = len(next(iter(batched.values())))
+    samples = [
+        gradient([batched[i][sample] if i in batched else g for i, g in enumerate(grad_outputs)])
+        for sample in range(size)
+    ]
+    return [None if of[0] is None else torch._add_batch_dim(torch.stack(of), 0, level) for of in zip(*samples)]
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    return torch._C._dispatch_keys(tensor).has(torch._C._dispatch_key_parse("Batched"))
+
+
+def has_tangent(*tensors: Any) -> bool:
+    """Whether one of them carries a tangent of forward-mode AD."""
     if torch.autograd.forward_ad._current_level < 0:
         return False
     unpack = torch.autograd.forward_ad.unpack_dual
-    return any(t is not None and unpack(t).tangent is not None for t in tensors)
+    return any(isinstance(t, Tensor) and unpack(t).tangent is not None for t in tensors)
+
+
+def keeps_tangents(op: torch._ops.OpOverload, arguments: Sequence[Any], result: Any) -> Any:
+    """`result`, unless tangents went into the op and none came out: an op has none, but PyTorch's inside it may have."""
+    if has_tangent(*arguments) and not has_tangent(*(result if isinstance(result, tuple) else (result,))):
+        raise NotImplementedError(
+            f"{op._schema.name} has no forward-mode derivative here: take torch.func.jvp of the function itself"
+        )
+    return result
+
+
+def needs_composite(*tensors: Tensor | None) -> bool:
+    """True inside functorch transforms (grad, vmap, jvp, ...) and for forward-mode dual tensors."""
+    if torch.compiler.is_compiling():
+        return _traced_in_transform()
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return has_tangent(*tensors)
+
+
+@torch.compiler.assume_constant_result
+def _traced_in_transform() -> bool:
+    """`needs_composite` while a compiler traces, which guards on the transforms that are active."""
+    return bool(torch._C._are_functorch_transforms_active()) or torch.autograd.forward_ad._current_level >= 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, overload
 
 import torch
@@ -14,8 +15,8 @@ from fastattn.backend import device_guard, implementation
 from fastattn.eager.loss import definition
 from fastattn.eager.products import fuses, product
 from fastattn.ops import checks
-from fastattn.ops.library import call, define, differentiate, needs_composite, observed
-from fastattn.ops.loss import check_options, check_target_range, check_targets, contiguous, reduce
+from fastattn.ops.library import call, define, differentiate, in_batch, needs_composite, observed
+from fastattn.ops.loss import check_options, check_target_range, check_targets, contiguous, counted
 from fastattn.replay import replay
 
 ROW_MULTIPLE = 64  # rows of logits start at whole cache lines, which matrix products and kernels read faster
@@ -80,9 +81,12 @@ def linear_cross_entropy(
     checks.check_same_device(input=input, weight=weight, target=target, bias=bias, class_weight=class_weight)
     x, labels = input.reshape(math.prod(target.shape), weight.shape[1]), target.reshape(-1)
     token_weight = (labels != ignore_index).float()
+    if reduction == "mean":
+        count = counted(labels, class_weight, ignore_index)
+        token_weight = token_weight / torch.where(count != 0, count, 1.0)
     constants = (labels, class_weight, ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0))
     kind = input.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+    dtype = torch.get_autocast_dtype(kind) if _autocast(input) else input.dtype
     if needs_composite(x, weight, bias, labels):
         logits = _logits(x, weight, bias, dtype)
         losses, predictions = definition(logits, *constants), logits.argmax(1)
@@ -94,14 +98,14 @@ def linear_cross_entropy(
         total, losses, predictions, *_ = call(
             LINEAR_CROSS_ENTROPY, *tensors, *constants, dtype, return_predictions, needs
         )
-    loss = reduce(losses if reduction == "none" else total, labels, class_weight, ignore_index, reduction)
-    loss = loss.view(target.shape) if reduction == "none" else loss
+    loss = losses.view(target.shape) if reduction == "none" else total
+    loss = torch.where(count != 0, loss, torch.nan) if reduction == "mean" else loss
     return (loss, predictions.view(target.shape)) if return_predictions else loss
 
 
 def _check(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
     checks.check_tensor("input", input)
-    same = checks.FLOAT_DTYPES if torch.is_autocast_enabled(input.device.type) else (input.dtype,)
+    same = checks.FLOAT_DTYPES if _autocast(input) else (input.dtype,)
     checks.check_tensor("weight", weight, same)
     checks.check_rank("weight", weight, 2, "(classes, features)")
     if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
@@ -114,9 +118,17 @@ def _check(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -
         checks.check_shape("bias", bias, (weight.shape[0],), "classes")
 
 
+def _autocast(input: Tensor) -> bool:
+    return not input.is_meta and torch.is_autocast_enabled(input.device.type)  # meta tensors have none to ask for
+
+
+def _without_autocast(input: Tensor) -> AbstractContextManager[object]:
+    return nullcontext() if input.is_meta else torch.autocast(input.device.type, enabled=False)
+
+
 def _logits(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     x, w, b = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    with torch.autocast(input.device.type, enabled=False):
+    with _without_autocast(input):
         return torch.nn.functional.linear(x, w, b)
 
 
@@ -142,6 +154,11 @@ def _forward(
     predict: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(Σ token_weight · ℓ, ℓ, predictions, and of the first by input, weight and bias where `needs` says so).
+
+    16-bit products are of gradients relative to the largest token weight, which the fp32 sums are multiplied with before they are
+    rounded. In fp16, where a chunk's sum over its rows may overflow, it is their mean.
+    """
     rows, classes = input.shape[0], weight.shape[0]
     check_target_range(target, ignore_index, classes)
     losses = input.new_empty(rows, dtype=torch.float32)
@@ -152,32 +169,45 @@ def _forward(
     grad_bias = weight.new_zeros(classes if needs[2] else 0, dtype=torch.float32)
     options = (contiguous(class_weight), ignore_index, label_smoothing, z_loss, softcap, predict)
     x, w, b = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    with device_guard(input.device), torch.autocast(input.device.type, enabled=False):
+    unit = _largest(token_weight) if dtype != torch.float32 and rows and any(needs) else None
+    relative = token_weight if unit is None else token_weight / unit
+    with device_guard(input.device), _without_autocast(input):
         launcher = implementation("loss", input.device)
         step = min(launcher.chunk_rows(classes), rows)
         buffer = x.new_empty(step, -(-classes // ROW_MULTIPLE) * ROW_MULTIPLE)
         buffer[:, classes:].zero_()  # PyTorch's bf16 product on a CPU reads beyond such a row, and NaN · 0 is NaN
-        part = x.new_empty(grad_weight.shape) if dtype != torch.float32 else None
+        part = x.new_empty(grad_weight.shape if dtype != torch.float32 else 0)
+        mean = 1 << step.bit_length() if dtype == torch.float16 else 1
         for start in range(0, rows, max(step, 1)):
             chunk = slice(start, min(start + step, rows))
             logits = _chunk(x[chunk], w, b, buffer[: chunk.stop - start, :classes])
-            scale = token_weight[chunk] if any(needs) else None
+            scale = relative[chunk] if any(needs) else None
             losses[chunk], best = launcher.losses_and_gradient(logits, target[chunk], scale, *options)
             if predict:
                 predictions[chunk] = best
             if needs[0]:
-                grad_input[chunk] = launcher.times_weight(logits, w)
+                of_rows = launcher.times_weight(logits, w)
+                grad_input[chunk] = of_rows if unit is None else of_rows.float().mul_(unit)
             if needs[1] and dtype == torch.float32:
                 torch.addmm(grad_weight, logits.t(), x[chunk], beta=start > 0, out=grad_weight)
             elif needs[1]:
-                part = torch.mm(logits.t(), x[chunk], out=part)
+                part = torch.addmm(part, logits.t(), x[chunk], beta=0, alpha=1 / mean, out=part)
                 launcher.add_to(grad_weight, part) if start else grad_weight.copy_(part)
             if needs[2]:
                 grad_bias += logits.sum(0, dtype=torch.float32)
             del logits  # its memory may be the next chunk's
+    if unit is not None:
+        grad_weight.mul_(unit * mean)
+        grad_bias.mul_(unit)
     grad_bias = grad_bias if bias is None else grad_bias.to(bias.dtype)
     total = (losses * token_weight).sum()
     return total, losses, predictions, grad_input, grad_weight.to(weight.dtype), grad_bias
+
+
+def _largest(token_weight: Tensor) -> Tensor:
+    """The largest absolute value, or 1 where all are 0."""
+    most = token_weight.abs().amax()
+    return torch.where(most > 0, most, 1.0)
 
 
 def _fake(
@@ -251,9 +281,10 @@ def _gradient(
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """factor · gradient; where this is its last use, in its own memory: the weight's gradient is the largest tensor here."""
     factor = factor.to(gradient.dtype)
-    if torch.is_grad_enabled() or observed((gradient,)) or torch._C._autograd._get_current_graph_task_keep_graph():
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    if torch.is_grad_enabled() or observed((gradient,)) or kept or in_batch():
         return gradient * factor
-    return gradient.mul_(factor)
+    return gradient if gradient.is_cpu and factor.item() == 1.0 else gradient.mul_(factor)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

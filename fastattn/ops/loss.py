@@ -13,7 +13,7 @@ from torch import Tensor
 from fastattn.backend import device_guard, implementation
 from fastattn.eager.loss import definition
 from fastattn.ops import checks
-from fastattn.ops.library import call, define, differentiate, needs_composite, observed
+from fastattn.ops.library import call, define, differentiate, in_batch, needs_composite, observed
 from fastattn.replay import replay
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -85,8 +85,9 @@ def cross_entropy(
     check_targets(target, tuple(input.shape[:-1]), "input without its last dimension")
     check_options(class_weight, input.shape[-1], label_smoothing, z_loss, softcap, reduction)
     checks.check_same_device(input=input, target=target, class_weight=class_weight)
-    if inplace and input.requires_grad and input.is_leaf:
-        raise ValueError("inplace must be False: input is a leaf that needs a gradient")
+    base = input if input._base is None else input._base
+    if inplace and base.requires_grad and base.is_leaf:
+        raise ValueError("inplace must be False: input is a leaf that needs a gradient, or a view of one")
     logits, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     constants = (labels, class_weight, ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0))
     if needs_composite(logits, labels):
@@ -142,13 +143,17 @@ def reduce(value: Tensor, target: Tensor, class_weight: Tensor | None, ignore_in
     """The losses themselves, their sum, or from that their mean, Σ ℓ / Σ w_y; NaN where no token counts, as in PyTorch."""
     if reduction != "mean":
         return value
+    total = counted(target, class_weight, ignore_index)
+    return torch.where(total != 0, value / torch.where(total != 0, total, 1.0), torch.nan)
+
+
+def counted(target: Tensor, class_weight: Tensor | None, ignore_index: int) -> Tensor:
+    """Σ w_y over the tokens that are not ignored, or their number."""
     valid = target != ignore_index
     if class_weight is None:
-        total = valid.sum(dtype=torch.float32)
-    else:
-        index = target.clamp(0, class_weight.shape[0] - 1)
-        total = torch.where(valid, class_weight.float()[index], 0.0).sum()
-    return torch.where(total > 0, value / torch.where(total > 0, total, 1.0), torch.nan)
+        return valid.sum(dtype=torch.float32)
+    index = target.clamp(0, class_weight.shape[0] - 1)
+    return torch.where(valid, class_weight.float()[index], 0.0).sum()
 
 
 def _forward(
@@ -209,11 +214,11 @@ def _gradient(
     if grad_outputs[0] is None or not needs[0]:
         return [None] * 9
     tensors = (grad_outputs[0], input, outputs[1])
-    if inplace and not torch.is_grad_enabled() and not observed((input,)):
+    if inplace and not torch.is_grad_enabled() and not observed((input,)) and not in_batch():
         overwritten = (*tensors, *constants, True)
         gradient = _backward(*overwritten)
         torch.autograd.graph.increment_version(input)  # a kernel's writes are invisible to autograd
-        return [gradient] + [None] * 8
+        return [gradient.detach()] + [None] * 8
     return [call(CROSS_ENTROPY_BACKWARD, *tensors, *constants), *[None] * 8]
 
 

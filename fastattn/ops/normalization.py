@@ -547,4 +547,5 @@ def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[st
     kind, residual = given["input"].dtype, given.get("residual")
     mixed = residual is not None and (given.get("residual_dtype") or residual.dtype) != kind
     heavy = given.get("dropout_p", 0.0) > 0.0 or given.get("scale") is not None
-    return implementation("normalization", given["input"].device).explain(columns, kind.itemsize, mixed, heavy)
+    alone = function is layer_norm and residual is None and not heavy
+    return implementation("normalization", given["input"].device).explain(columns, kind.itemsize, mixed, heavy, alone)
