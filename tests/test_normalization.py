@@ -317,3 +317,16 @@ def test_second_gradient_of_16_bit_rows():
     plain = second(lambda x, shape, *p: F.layer_norm(x.float(), shape, *(t.float() for t in p)).to(x.dtype), tensors)
     for i, triple in enumerate(zip(second(fastattn.layer_norm, tensors), truth, plain)):
         assert_close(f"second gradient {i}", *triple)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "named"),
+    [
+        ({"weight": [1.0, 2.0]}, TypeError, "weight"),
+        ({"eps": None}, ValueError, "eps"),
+        ({"normalized_shape": 4.0}, TypeError, "normalized_shape"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(arguments, error, named):
+    with pytest.raises(error, match=named):
+        fastattn.layer_norm(torch.zeros(2, 4), **({"normalized_shape": 4} | arguments))

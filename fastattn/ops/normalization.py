@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any, overload
 
 import torch
@@ -86,7 +87,7 @@ def layer_norm(
         tensor([[-1.,  1.]])
     """
     plain = residual is residual_dtype is scale is shift is None and not (dropout_p or weight_offset)
-    if plain and eps >= 0.0:
+    if plain and isinstance(eps, float) and eps >= 0.0:
         output = _by_torch(input, normalized_shape, weight, bias, eps)
         if output is not None:
             return output
@@ -172,7 +173,9 @@ def _by_torch(
     if torch.compiler.is_compiling() or not isinstance(input, Tensor) or not input.is_cpu:
         return None
     dtype = input.dtype
-    if (weight is not None and weight.dtype is not dtype) or (bias is not None and bias.dtype is not dtype):
+    if weight is not None and getattr(weight, "dtype", None) is not dtype:
+        return None
+    if bias is not None and getattr(bias, "dtype", None) is not dtype:
         return None
     if weight is None and bias is not None:  # PyTorch's gradient cannot be differentiated again
         return None
@@ -254,7 +257,7 @@ def _norm(
     dropout_p: float,
     weight_offset: float,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    shape = _shape(normalized_shape)
     _check(input, shape, weight, bias, eps, residual, residual_dtype, scale, shift)
     checks.check_probability("dropout_p", dropout_p)
     seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=input.device) if dropout_p else None
@@ -270,6 +273,17 @@ def _norm(
     tensors = input, residual, seed, weight, bias, scale, shift
     y, h, _, _ = call(NORM, *tensors, len(shape), eps, centered, weight_offset, dropout_p, output_dtype, hidden_dtype)
     return y if residual is None else (y, h)
+
+
+def _shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(normalized_shape, (int, torch.SymInt)):
+        return (normalized_shape,)
+    try:
+        return tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (index(normalized_shape),)
+    except TypeError:
+        raise TypeError(
+            f"normalized_shape must be an integer or a sequence of them, got {normalized_shape!r}"
+        ) from None
 
 
 def _check(
@@ -305,8 +319,8 @@ def _check(
             f"residual_dtype must be float32, float16 or bfloat16 and needs residual, got {residual_dtype} "
             f"with residual {'None' if residual is None else 'given'}"
         )
-    if not eps >= 0.0:
-        raise ValueError(f"eps must be at least 0, got {eps}")
+    if not isinstance(eps, (int, float)) or not eps >= 0.0:
+        raise ValueError(f"eps must be at least 0, got {eps!r}")
 
 
 def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
