@@ -27,10 +27,12 @@ class Adapter(nn.Module):
     Attributes:
         linears: the names of the linear layers that the structure has; the first reads the module's input.
         others: the names of other children that it may have.
+        scales: how large the inputs are that it is compared on: a clamp shows in large ones alone.
     """
 
     linears: ClassVar[tuple[str, ...]] = ()
     others: ClassVar[tuple[str, ...]] = ()
+    scales: ClassVar[tuple[float, ...]] = (1.0, 1e-4, 1e3)
     _fastattn_parts: ClassVar[tuple[type, type]]
 
     if TYPE_CHECKING:  # children and attributes are those of the class behind
@@ -45,8 +47,15 @@ class Adapter(nn.Module):
 
     @classmethod
     def probes(cls, module: Any, like: Tensor) -> Sequence[tuple[Tensor, ...]]:
-        """Normally distributed inputs, (2, 5, features) in the dtype and on the device of `like`, to compare with."""
-        return [(_random(like, weight_of(getattr(module, cls.linears[0])).shape[1]),)]
+        """Normally distributed inputs to compare with, (scales, 5, features) in the dtype and on the device of `like`."""
+        return [(cls.random(like, weight_of(getattr(module, cls.linears[0])).shape[1]),)]
+
+    @classmethod
+    def random(cls, like: Tensor, features: int, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:
+        """(scales, 5, features), normally distributed times the scale of each sequence."""
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(len(cls.scales), 5, features, generator=generator, device="cpu")
+        return (x * torch.tensor(cls.scales, device="cpu")[:, None, None]).to(like.device, dtype or like.dtype)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, self._fastattn_parts, *super().__reduce_ex__(protocol)[2:]
@@ -69,14 +78,13 @@ def _rebuild(adapter: type[Adapter], base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _random(like: Tensor, features: int, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(2, 5, features, generator=generator, device="cpu")
-    return x.to(device=like.device, dtype=dtype or like.dtype)
-
-
 class Norm(Adapter):
-    """A module whose only parameters are a weight, and perhaps a bias, of one dimension."""
+    """A module whose only parameters are a weight, and perhaps a bias, of one dimension.
+
+    What is done with eps shows in inputs that are not much larger than its root.
+    """
+
+    scales = (1.0, 1e-4, 1e-6, 1e3)
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -89,8 +97,8 @@ class Norm(Adapter):
     @classmethod
     def probes(cls, module: Any, like: Tensor) -> Sequence[tuple[Tensor, ...]]:
         features = module.weight.shape[0]
-        mixed = [(_random(like, features, 1, torch.bfloat16),)] if like.dtype == torch.float32 else []
-        return [(_random(like, features),), *mixed]
+        mixed = [(cls.random(like, features, 1, torch.bfloat16),)] if like.dtype == torch.float32 else []
+        return [(cls.random(like, features),), *mixed]
 
 
 def _eps(norm: Any) -> float | None:
@@ -185,13 +193,14 @@ class DenseAddNorm(Adapter):
     @classmethod
     def probes(cls, module: Any, like: Tensor) -> Sequence[tuple[Tensor, ...]]:
         out_features, in_features = weight_of(module.dense).shape
-        return [(_random(like, in_features), _random(like, out_features, 1))]
+        return [(cls.random(like, in_features), cls.random(like, out_features, 1))]
 
 
 class TimmAttention(Adapter):
     """proj(attention(qkv(x))), bidirectional: timm's vision transformers."""
 
     linears, others = ("qkv", "proj"), ("q_norm", "k_norm", "norm", "attn_drop", "proj_drop")
+    scales = (1.0, 1e-4)  # softmax multiplies the rounding errors of large scores
 
     def forward(self, input: Tensor, *rest: Any, **options: Any) -> Tensor:
         if rest or any(option is not None for option in options.values()):  # a mask, which not every version has

@@ -12,10 +12,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 import fastattn.nn as ours
 from fastattn.adapters import ADAPTERS, Adapter, adapted
@@ -35,7 +37,7 @@ _TORCH: dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]] = {
     nn.TransformerDecoder: (ours.TransformerDecoder, {}),
     nn.Transformer: (ours.Transformer, {}),
 }
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the largest element
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of a sequence's largest element
 _ORIGINAL, _ATTENTION = "_fastattn_original", "_fastattn_attention"  # where a module keeps what it was
 
 
@@ -99,8 +101,9 @@ def patch(model: nn.Module, *, include: Patterns = None, exclude: Patterns = Non
 
     Known are torch's MultiheadAttention, transformer layers and stacks, LayerNorm and RMSNorm; norms and feed-forward layers
     of the families of GPT-2, BERT, RoBERTa, ViT, Llama, Mistral, Qwen and Gemma in transformers, and the blocks of timm's
-    vision transformers, which are recognised by their structure and then compared, on random inputs, with what they
-    replace; and the attention of transformers' models (`attn_implementation="fastattn"`).
+    vision transformers, which are recognised by their structure and then compared, on small and large random inputs, with
+    what they replace (what drops numbers otherwise than by an `nn.Dropout` inside is left); and the attention of
+    transformers' models (`attn_implementation="fastattn"`).
 
     Parameters, hooks, tied weights, devices, dtypes, optimizers and wrappers such as DistributedDataParallel stay. Patch
     before `fully_shard` and `parallelize_module`: modules whose parameters are distributed tensors are left.
@@ -244,17 +247,21 @@ def _difference(module: nn.Module, adapter: type[Adapter]) -> str:
     original = type(module)
     cls = adapted(adapter, original)
     try:
-        with _evaluating(module):
-            for inputs in adapter.probes(module, like):
-                expected, got = original.forward(module, *inputs), None
+        with _probing(module, like.device):
+            for inputs, training in product(adapter.probes(module, like), (False, True)):
+                module.training = training
+                state = _random_state(like.device)
+                expected = original.forward(module, *inputs)
+                if not all(map(torch.equal, state, _random_state(like.device))):
+                    return "draws random numbers that are not those of an nn.Dropout inside"
                 module.__class__ = cls
                 got = cls.forward(module, *inputs)
                 module.__class__ = original
                 if not isinstance(expected, Tensor) or expected.dtype != got.dtype or expected.shape != got.shape:
                     return "looks like a known structure, but its result is of another shape or dtype"
-                error = (got.float() - expected.float()).abs().max().item()
-                if not error <= _TOLERANCE[inputs[0].dtype] * expected.float().abs().max().item():
-                    return f"looks like a known structure, but computes something else (by {error:.1e})"
+                if error := _error(got, expected, _TOLERANCE[inputs[0].dtype]):
+                    when = " in training" if training else ""
+                    return f"looks like a known structure, but computes something else{when} (by {error:.1e})"
     except Exception as error:  # whatever a stranger's forward may raise
         return f"looks like a known structure, but raised {type(error).__name__} when compared"
     finally:
@@ -262,18 +269,41 @@ def _difference(module: nn.Module, adapter: type[Adapter]) -> str:
     return ""
 
 
+def _error(got: Tensor, expected: Tensor, tolerance: float) -> float:
+    """The largest error among the sequences where it is not within tolerance; 0.0 where all are.
+
+    Each is measured by its own largest element, for each has a scale of its own. Where `expected` overflows, there is
+    nothing to compare; where the smallest normal number is as large as the error, neither.
+    """
+    floor = torch.finfo(expected.dtype).tiny
+    finite = expected.isfinite()
+    got, expected = (torch.where(finite, x, 0.0).double().flatten(1) for x in (got, expected))
+    error, size = (got - expected).abs().amax(1), expected.abs().amax(1)
+    return max([0.0, *error[~(error <= tolerance * size + floor)].nan_to_num(nan=torch.inf).tolist()])
+
+
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Without gradients, autocast and dropout."""
+def _probing(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Without gradients and autocast; what is inside is in evaluation mode, no nn.Dropout drops, and no draw counts."""
     modes = [(m, m.training) for m in module.modules()]
-    device = next(module.parameters()).device.type
+    shares = [(m, m.p) for m in module.modules() if isinstance(m, _DropoutNd)]
+    generators = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
     try:
         module.eval()
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        for dropout, _ in shares:
+            dropout.p = 0.0
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), generators:
             yield
     finally:
         for m, mode in modes:
             m.training = mode
+        for dropout, share in shares:
+            dropout.p = share
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return states if device.type == "cpu" else [*states, torch.get_device_module(device).get_rng_state(device)]
 
 
 def _forbid_nested_tensors(decisions: dict[nn.Module, _Plan | str]) -> None:

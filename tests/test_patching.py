@@ -286,6 +286,42 @@ class Hooked(ScaledMLP):
         self.up_proj.register_forward_hook(lambda *_: None)
 
 
+class DroppingMLP(ScaledMLP):
+    """As SeedOssMLP's: no module says that something is dropped."""
+
+    def forward(self, x):
+        return F.dropout(2 * super().forward(x), 0.01, self.training)
+
+
+class ClampedMLP(ScaledMLP):
+    """As DeepseekV4MLP's."""
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=10.0)) * self.up_proj(x).clamp(-10.0, 10.0))
+
+
+class EpsOutsideNorm(nn.Module):
+    def __init__(self, eps=1e-6, attribute=1e-6):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+        self.used, self.eps = eps, attribute
+
+    def forward(self, x):
+        centred = x.float() - x.float().mean(-1, keepdim=True)
+        deviation = centred.square().mean(-1, keepdim=True).sqrt()
+        return (self.weight * centred / (deviation + self.used) + self.bias).to(x.dtype)
+
+
+class OtherEpsNorm(EpsOutsideNorm):
+    def forward(self, x):
+        return F.layer_norm(x, (8,), self.weight, self.bias, self.used)
+
+
+class DroppingNorm(EpsOutsideNorm):
+    def forward(self, x):
+        return F.dropout(F.layer_norm(x, (8,), self.weight, self.bias, self.eps), 0.01, self.training)
+
+
 def replaced_forward():
     module = nn.LayerNorm(8)
     module.forward = lambda x: x
@@ -298,6 +334,12 @@ def replaced_forward():
         (lambda: OwnNorm(8), "computes something else"),
         (lambda: type("Layer", (nn.TransformerEncoderLayer,), {})(8, 2), "a subclass of TransformerEncoderLayer"),
         (ScaledMLP, "computes something else"),
+        (DroppingMLP, "random numbers"),
+        (ClampedMLP, "computes something else"),
+        (EpsOutsideNorm, "computes something else"),
+        (lambda: EpsOutsideNorm(1e-12, 1e-12), "computes something else"),
+        (lambda: OtherEpsNorm(1e-5, 1e-6), "computes something else"),
+        (DroppingNorm, "random numbers"),
         (Hooked, "up_proj is no plain linear layer, or has hooks"),
         (lambda: nn.GroupNorm(1, 8), "when compared"),
         (lambda: nn.LayerNorm(8, dtype=torch.float64), "float64"),
@@ -306,7 +348,24 @@ def replaced_forward():
         (lambda: nn.Linear(8, 8), "nothing here replaces it"),
         (lambda: fastattn.nn.LayerNorm(8), "is fastattn's already"),
     ],
-    ids=["norm", "layer", "mlp", "hooks", "group", "fp64", "forward", "meta", "linear", "ours"],
+    ids=[
+        "norm",
+        "layer",
+        "mlp",
+        "drops",
+        "clamps",
+        "eps",
+        "tiny_eps",
+        "other_eps",
+        "norm_drops",
+        "hooks",
+        "group",
+        "fp64",
+        "forward",
+        "meta",
+        "linear",
+        "ours",
+    ],
 )
 def test_what_is_left_and_why(make, reason):
     module = make()
@@ -314,6 +373,20 @@ def test_what_is_left_and_why(make, reason):
     report = fastattn.patch(module)
     assert reason in report.left[""]
     assert type(module) is kind
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_comparison_leaves_random_numbers_modes_and_dropout_alone(dtype):
+    model = TimmBlock().to(dtype)
+    model.attn.attn_drop.p, model.mlp.drop1.p = 0.3, 0.1
+    model.mlp.eval()
+    both = nn.ModuleList([model, DroppingMLP()])
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+    report = fastattn.patch(both, exclude="*norm*")
+    assert report.swapped.keys() == {"0.attn", "0.mlp"}
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in model.modules()] == modes
+    assert (model.attn.attn_drop.p, model.mlp.drop1.p) == (0.3, 0.1)
 
 
 def test_a_class_that_only_derives_from_a_norm_is_swapped_and_a_second_time_is_nothing():

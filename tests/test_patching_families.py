@@ -77,3 +77,24 @@ def test_results_stay(family):
             torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5 * (1 + expected.abs().max().item()))
     fastattn.unpatch(model)
     assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(before, run()))
+
+
+@pytest.mark.parametrize("option", [{"dropout": 0.5}, {"activation_dropout": 0.5}, {"dropout": 0.0}])
+def test_feed_forward_layers_that_drop_without_a_module_are_left(option):
+    from transformers.models.detr.modeling_detr import DetrMLP
+
+    config = transformers.DetrConfig(d_model=16, **{"dropout": 0.0, **option})
+    mlp = DetrMLP(config, 16, 24)
+    assert bool(fastattn.patch(mlp).swapped) == (option == {"dropout": 0.0})
+
+
+def test_feed_forward_layers_that_clamp_are_left():
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4MLP
+
+    mlp, x = (
+        DeepseekV4MLP(transformers.DeepseekV4Config(hidden_size=16, intermediate_size=24)),
+        300 * torch.randn(4, 16),
+    )
+    expected = mlp(x)
+    assert not fastattn.patch(mlp).swapped
+    assert torch.equal(mlp(x), expected)
