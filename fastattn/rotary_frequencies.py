@@ -71,8 +71,8 @@ def rotary_tables(
 ) -> tuple[Tensor, Tensor]:
     """(cos, sin) of positions 0 to length - 1, fp32 (length, rotary_dim / 2), for `fastattn.rotary`.
 
-    Arguments and errors are those of `rotary_frequencies`. The angles are computed in float64: in fp32, position 100,000
-    is off by up to 0.004 radians.
+    Arguments and errors are those of `rotary_frequencies`; without `device`, they are on PyTorch's default one. The angles
+    are computed in float64: in fp32, position 100,000 is off by up to 0.004 radians.
 
     Example:
         >>> cos, sin = rotary_tables(64, 1024, base=500_000.0, scaling={"rope_type": "linear", "factor": 4.0})
@@ -82,6 +82,7 @@ def rotary_tables(
     if length < 0:
         raise ValueError(f"length must be at least 0, got {length}")
     frequencies, factor = rotary_frequencies(rotary_dim, base=base, scaling=scaling, length=length)
+    device = torch.empty(0).device if device is None else device
     angles = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), frequencies)
     cos, sin = ((factor * table).to(torch.float32).to(device) for table in (angles.cos(), angles.sin()))
     return cos, sin

@@ -189,6 +189,30 @@ def test_gradients_of_the_tables(backend):
     assert grads[0][2].abs().max() > 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_the_tables_in_place(dtype):
+    leaves = [
+        *(x.detach().to(dtype).requires_grad_() for x in tensors()),
+        *(t.clone().requires_grad_() for t in TABLES),
+    ]
+    grads = []
+    for inplace in (False, True):
+        query, key = (x * 1 for x in leaves[:2])
+        outs = fastattn.rotary(query, key, *leaves[2:], inplace=inplace)
+        assert (outs[0].data_ptr() == query.data_ptr()) == inplace
+        grads.append(torch.autograd.grad(sum(y.sin().sum() for y in outs), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_a_refused_position_leaves_the_query_as_autograd_knows_it():
+    leaf = tensors()[0]
+    query = leaf * 1
+    square = query.square()
+    with pytest.raises(ValueError, match=r"positions .* must be in \[0, 40\)"):
+        fastattn.rotary(query, None, *TABLES, positions=torch.full((5,), 40), inplace=True)
+    torch.testing.assert_close(torch.autograd.grad(square.sum(), leaf)[0], 2 * leaf)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_of_one_of_the_two(backend):
     query, key = tensors()
@@ -252,6 +276,7 @@ ERRORS = {
     "rows": (ValueError, r"cos must be \(2 or 1, 5, half\)", (Q, K, ROWS[:, :4], ROWS[:, :4]), {}),
     "offset": (ValueError, r"offset must be in \[0, 40 rows - 5 tokens\], got 36", (Q, K, *TABLES), {"offset": 36}),
     "negative": (ValueError, r"offset must be in .* got -1", (Q, K, *TABLES), {"offset": -1}),
+    "offset_kind": (TypeError, r"offset must be an int .* got float", (Q, K, *TABLES), {"offset": 1.5}),
     "offsets": (ValueError, r"offset must have shape \(2,\)", (Q, K, *TABLES), {"offset": torch.zeros(3).long()}),
     "far": (ValueError, r"must be in \[0, 40\).* got 40", (Q, K, *TABLES), {"offset": torch.tensor([36, 0])}),
     "positions": (ValueError, r"positions must be \(5,\) or", (Q, K, *TABLES), {"positions": torch.zeros(4).long()}),
@@ -354,3 +379,36 @@ def test_module():
     ):
         assert other.cos.dtype == torch.float32
         assert torch.equal(other(query)[0], expected)
+
+
+@pytest.mark.parametrize("touch", [lambda m: m(torch.ones(1, 1, 9, 8)), lambda m: m.float()], ids=["longer", "moved"])
+def test_tables_made_in_inference_mode_train(touch):
+    module = fastattn.nn.RotaryEmbedding(8, 4)
+    with torch.inference_mode():
+        touch(module)
+    query = torch.ones(1, 1, 3, 8, requires_grad=True)
+    module(query)[0].sum().backward()
+    assert query.grad is not None
+
+
+def test_tables_follow_the_device_context():
+    with torch.device("meta"):
+        module = fastattn.nn.RotaryEmbedding(8, 4)
+        assert fastattn.rotary_tables(8, 4)[0].is_meta
+    assert fastattn.rotary_tables(8, 4, device="cpu")[0].device.type == "cpu"
+    assert module(torch.ones(1, 1, 9, 8, device="meta"))[0].is_meta
+    query = torch.ones(1, 1, 3, 8)  # as after load_state_dict(assign=True), which knows no tables
+    assert torch.equal(module(query)[0], fastattn.nn.RotaryEmbedding(8, 4)(query)[0])
+
+
+def test_module_names_an_offset_that_is_no_integer():
+    with pytest.raises(TypeError, match="offset must be an int"):
+        fastattn.nn.RotaryEmbedding(8, 4)(torch.ones(1, 1, 3, 8), offset=2.5)
+
+
+def test_growing_tables_compile():
+    module = fastattn.nn.RotaryEmbedding(8, 4)
+    query = torch.ones(1, 1, 9, 8)
+    torch._dynamo.reset()
+    got = torch.compile(module, fullgraph=True, backend="aot_eager")(query)[0]
+    assert torch.equal(got, module(query)[0])

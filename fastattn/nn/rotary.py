@@ -58,16 +58,21 @@ class RotaryEmbedding(nn.Module):
         inplace: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, Hq, N, D), (B, Hkv, N, D) or None → the same, rotated; the arguments of `fastattn.rotary`."""
-        if positions is None and not isinstance(offset, Tensor) and offset + query.shape[2] > self.cos.shape[0]:
-            self._make_tables(1 << (offset + query.shape[2] - 1).bit_length(), self.cos.device)
+        cos, sin = self.cos, self.sin
+        if positions is None and not isinstance(offset, (Tensor, float)) and offset + query.shape[2] > cos.shape[0]:
+            cos, sin = self._make_tables(1 << (offset + query.shape[2] - 1).bit_length(), cos.device)
+        if cos.is_meta and not query.is_meta:  # built on meta, and its model's parameters were assigned since
+            cos, sin = self._make_tables(cos.shape[0], query.device)
         return rotary(
-            query, key, self.cos, self.sin, positions=positions, offset=offset, interleaved=self.interleaved, inplace=inplace
-        )  # fmt: skip
+            query, key, cos, sin, positions=positions, offset=offset, interleaved=self.interleaved, inplace=inplace
+        )
 
-    def _make_tables(self, length: int, device: torch.device | str | None) -> None:
-        cos, sin = rotary_tables(self.rotary_dim, length, base=self.base, scaling=self.scaling, device=device)
+    def _make_tables(self, length: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode(False):  # they outlive the mode, and its tensors cannot be saved for a backward
+            cos, sin = rotary_tables(self.rotary_dim, length, base=self.base, scaling=self.scaling, device=device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        return cos, sin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         """`.to(...)`, `.half()`, `.to_empty(...)`: only the device changes, and the numbers are always right."""

@@ -95,10 +95,15 @@ def _rotate(query: Tensor, key: Tensor | None, constants: tuple[Any, ...]) -> tu
 
 def _rotate_inplace(query: Tensor, key: Tensor | None, constants: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key))
-    if _needs_definition(query, key, *constants[:2]) or (recorded and torch.compiler.is_compiling()):
-        rotated, rotated_key = _rotate(query, key, constants)
+    cos, sin, positions, *_ = constants
+    if _needs_definition(query, key, cos, sin) or (recorded and torch.compiler.is_compiling()):
+        before, key_before = query, key
+        if cos.requires_grad or sin.requires_grad:  # whose gradients need the numbers that are written over
+            before, key_before = query.clone(), None if key is None else key.clone()
+        rotated, rotated_key = _rotate(before, key_before, constants)
         return query.copy_(rotated), None if key is None or rotated_key is None else key.copy_(rotated_key)
     if recorded:
+        _check_rows(positions, cos.shape[1])  # before autograd is told that they are written over
         query = _Overwritten.apply(query, *constants)
         key = None if key is None else _Overwritten.apply(key, *constants)
         call(ROTARY_, query.detach(), None if key is None else key.detach(), *constants)
@@ -130,6 +135,8 @@ def _check(
     by_token = cos.dim() == 3
     if by_token and (cos.shape[0] not in (1, batch) or cos.shape[1] != tokens):
         raise ValueError(f"cos must be ({batch} or 1, {tokens}, half), a row for each token, got {tuple(cos.shape)}")
+    if not isinstance(offset, (int, torch.SymInt, Tensor)) and not hasattr(offset, "__index__"):
+        raise TypeError(f"offset must be an int or a torch.Tensor, got {type(offset).__name__}")
     has_offset = isinstance(offset, Tensor) or offset != 0
     if by_token + has_offset + (positions is not None) > 1:
         raise ValueError("only one of positions, offset and tables with a row for each token can be given")
