@@ -103,7 +103,8 @@ def patch(model: nn.Module, *, include: Patterns = None, exclude: Patterns = Non
     of the families of GPT-2, BERT, RoBERTa, ViT, Llama, Mistral, Qwen and Gemma in transformers, and the blocks of timm's
     vision transformers, which are recognised by their structure and then compared, on small and large random inputs, with
     what they replace (what drops numbers otherwise than by an `nn.Dropout` inside is left); and the attention of
-    transformers' models (`attn_implementation="fastattn"`).
+    transformers' models (`attn_implementation="fastattn"`). It keeps no attention maps: a model whose configuration asks for
+    them (`output_attentions`) keeps its attention, and a call that does is a ValueError until `unpatch`.
 
     Parameters, hooks, tied weights, devices, dtypes, optimizers and wrappers such as DistributedDataParallel stay. Patch
     before `fully_shard` and `parallelize_module`: modules whose parameters are distributed tensors are left.
@@ -174,6 +175,8 @@ def unpatch(model: nn.Module) -> int:
     for module in model.modules():
         if _ATTENTION in vars(module):
             module.set_attn_implementation(vars(module).pop(_ATTENTION))  # type: ignore[operator]
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _refuse_maps]:
+            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
     return len(originals)
 
 
@@ -346,6 +349,8 @@ def _attention_decisions(named: list[tuple[str, nn.Module]], chosen: set[str]) -
             reason = "is fastattn's already"
         elif not root._can_set_attn_implementation():
             reason = "the model does not let its attention implementation be changed"
+        elif any(getattr(config, "output_attentions", False) for config in _configs(root).values()):
+            reason = "its configuration asks for attention maps (output_attentions), which are not kept"
         elif missing := [n for n, _ in layers if n not in chosen]:
             reason = f"one implementation serves the whole model, and {missing[0]} was not chosen"
         else:
@@ -361,10 +366,28 @@ def _calls_the_interface(module: nn.Module) -> bool:
     return code is not None and {"_attn_implementation", "get_interface"}.issubset(code.co_names)
 
 
+def _configs(root: Any) -> dict[str, Any]:
+    """The model's configuration, "", and those of its parts."""
+    parts = {key: getattr(root.config, key) for key in root.config.sub_configs}
+    return {"": root.config, **{key: part for key, part in parts.items() if part is not None}}
+
+
 def _swap_attention(root: Any) -> None:
     from fastattn.integrations.transformers import NAME
 
-    parts = {key: getattr(root.config, key) for key in root.config.sub_configs}
-    before = {key: part._attn_implementation for key, part in parts.items() if part is not None}
-    vars(root)[_ATTENTION] = {"": root.config._attn_implementation, **before}
+    vars(root)[_ATTENTION] = {key: config._attn_implementation for key, config in _configs(root).items()}
     root.set_attn_implementation(NAME)
+    for module in root.modules():
+        if hasattr(module, "set_attn_implementation"):
+            module.register_forward_pre_hook(_refuse_maps, with_kwargs=True)
+
+
+def _refuse_maps(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Before a patched model's forward: some models would return maps as () without a word."""
+    from fastattn.integrations.transformers import NAME
+
+    if kwargs.get("output_attentions") and model.config._attn_implementation == NAME:
+        raise ValueError(
+            "output_attentions must be False: fastattn's attention keeps no maps. fastattn.unpatch(model), or patch with "
+            "exclude= its attention layers"
+        )
