@@ -41,7 +41,7 @@ LOSS = ("tests/test_loss.py", "-k", "triton")
 FEED_FORWARD = ("tests/test_precision.py", "tests/test_feed_forward.py", "-k", "triton")
 TRANSFORMER = ("tests/test_nn_transformer.py",)
 HUB = ("tests/test_hub.py",)
-PATCHING = ("tests/test_patching.py",)
+PATCHING = ("tests/test_patching.py", "tests/test_patching_comparison.py")
 TRANSFORMERS = ("tests/test_transformers_attention.py",)
 
 
@@ -531,9 +531,18 @@ MUTANTS = (
     Mutant(
         "patch: what only looks known is swapped",
         "patching.py",
-        "if not error <= _TOLERANCE",
-        "if error < -_TOLERANCE",
+        "if error := _error(",
+        "if error := 0.0 and _error(",
         PATCHING,
+    ),
+    Mutant("patch: a clamp is not seen", "adapters.py", "(1.0, 1e-4, 1e3)", "(1.0, 1e-4, 1.0)", PATCHING),
+    Mutant("patch: dropout in training is not seen", "patching.py", "(False, True)", "(False, False)", PATCHING),
+    Mutant(
+        "rotary: tables of inference mode",
+        "nn/rotary.py",
+        "torch.inference_mode(False)",
+        "torch.no_grad()",
+        ("tests/test_rotary.py",),
     ),
     Mutant("unpatch: attributes stay", "patching.py", "vars(module).update(attributes)", "pass", PATCHING),
     Mutant(

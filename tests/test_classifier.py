@@ -149,6 +149,7 @@ def test_saved_and_loaded(tmp_path) -> None:
     [
         ({"num_classes": 0}, "num_classes must be a positive integer, got 0"),
         ({"positions": "relative"}, "positions must be one of learned, sinusoidal, got 'relative'"),
+        ({"activation": "x"}, "activation must be one of .* got 'x'"),
         ({"pooling": "max"}, "pooling must be one of mean, cls, attention, got 'max'"),
         ({"positions": "sinusoidal", "d_model": 15, "num_heads": 1}, "d_model must be even"),
         ({"bigram_buckets": -1}, "bigram_buckets must be at least 0"),
@@ -171,9 +172,20 @@ def test_bad_calls() -> None:
         ((tokens.repeat(1, 2),), ValueError, "context_length is 12"),
         ((tokens, mask.long()), TypeError, "mask must be a bool tensor, got dtype int64"),
         ((tokens, mask[:, 1:]), ValueError, "mask must have the shape of tokens"),
+        ((tokens + 1000,), ValueError, r"tokens must be in \[0, .*\(vocab_size\)"),
+        ((-1 - tokens, mask), ValueError, r"tokens must be in \[0, "),
+        (
+            (tokens, mask, torch.full((len(tokens),), 9)),
+            ValueError,
+            r"targets must be in \[0, .*\(num_classes\), got 9",
+        ),
+        ((tokens, mask, torch.zeros(len(tokens))), TypeError, "targets must be an int64 tensor, got dtype float32"),
+        ((tokens, mask, tokens), ValueError, r"targets must have 1 dimensions \(batch\)"),
     ):
         with pytest.raises(error, match=message):
             model(*arguments)
+    padded = tokens.masked_fill(~mask, -7)
+    assert torch.equal(model(padded, mask)[0], model(tokens, mask)[0])
 
 
 def ngrams_of(row: list[int]) -> set[tuple[int, ...]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastattn.backend
 from fastattn.eager import products
-from fastattn.models import GPT, GPTConfig, KVCache
+from fastattn.models import GPT, GPTConfig, KVCache, attention_maps
 from fastattn.models.decoding import TokenReader, can_read_tokens
 from fastattn.models.sampling import penalise_repetition, sample
 
@@ -279,6 +279,36 @@ def test_a_seed_repeats_and_global_state_is_untouched() -> None:
     assert not any(token.is_inference() for token in (first, *streamed))
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}])
+def test_the_smallest_temperatures_are_greedy(options: dict[str, float]) -> None:
+    model, (prompt, _) = make(), batch(length=4)
+    greedy = model.generate(prompt, 10, temperature=0)
+    for temperature in (1e-30, 1e-37, 1e-40, 1e-50, 5e-324):
+        assert torch.equal(model.generate(prompt, 10, temperature=temperature, **options), greedy)
+
+
+def test_modules_in_evaluation_mode_stay_in_it() -> None:
+    model = make().train()
+    model.blocks[0].eval()
+    model.token_embedding.eval()
+    modes = [module.training for module in model.modules()]
+    model.generate(batch(length=4)[0], 3)
+    next(model.stream(batch(length=4)[0], 3))  # and is closed
+    assert [module.training for module in model.modules()] == modes
+    attention_maps(model, batch(length=4)[0][0])
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_a_model_of_the_meta_device() -> None:
+    config = GPTConfig(vocab_size=50, num_heads=4, d_model=32, positions="rotary")
+    with torch.device("meta"):
+        model = GPT(config)
+        assert model(torch.zeros(1, 4, dtype=torch.int64))[0].is_meta
+    trained, tokens = GPT(config), torch.randint(50, (2, 7))
+    model.load_state_dict(trained.state_dict(), assign=True)
+    torch.testing.assert_close(model(tokens)[0], trained(tokens)[0])
+
+
 def test_sampling_frequencies() -> None:
     """Draws follow the tempered softmax, restricted to the prefix that top-k or top-p keeps."""
     probabilities = torch.tensor([0.05, 0.4, 0.0, 0.15, 0.3, 0.1])
@@ -354,7 +384,11 @@ def test_loading_names_what_is_wrong(tmp_path) -> None:
         ({"num_kv_heads": 4}, "num_heads must be a multiple of num_kv_heads, got 6 and 4"),
         ({"head_dim": 300}, "must be at most 256, got 300"),
         ({"norm": "batch"}, "norm must be one of layer_norm, rms_norm, got 'batch'"),
-        ({"window": 0}, "window must be None or at least 1, got 0"),
+        ({"window": 0}, "window must be a positive integer, got 0"),
+        ({"head_dim": -4}, "head_dim must be a positive integer, got -4"),
+        ({"head_dim": 8.0}, "head_dim must be a positive integer, got 8.0"),
+        ({"head_dim": 0}, "head_dim must be a positive integer, got 0"),
+        ({"norm_eps": -1}, "norm_eps must be at least 0 and finite, got -1"),
     ],
 )
 def test_bad_configurations(change: dict[str, object], message: str) -> None:
@@ -383,6 +417,11 @@ def test_bad_calls() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(tokens, **({"max_new_tokens": 1} | settings))
+    for settings in ({"max_new_tokens": 1.5}, {"top_k": 1.5}, {"seed": 1.5}, {"seed": 0.0}):
+        with pytest.raises(TypeError, match=f"{next(iter(settings))} must be an integer, got float"):
+            model.generate(tokens, **({"max_new_tokens": 1} | settings))
+    with pytest.raises(TypeError, match="tokens must be an int64 tensor, got list"):
+        model.generate([[0]], 2)
     with pytest.raises(ValueError, match="at least one token"):
         model.generate(tokens[:, :0], 3)
 

@@ -72,6 +72,28 @@ def test_feed_forward_options():
     ):
         with pytest.raises(ValueError, match=message):
             fastattn.nn.FeedForward(8, **options)
+    for arguments, message in (((8, 2.5), "d_hidden must be an integer, got float"), (("8", 4), "d_model must be")):
+        with pytest.raises(TypeError, match=message):
+            fastattn.nn.GatedFeedForward(*arguments)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fastattn.nn.LayerNorm(8),
+        lambda: fastattn.nn.RMSNorm(8),
+        lambda: fastattn.nn.FeedForward(8),
+        lambda: fastattn.nn.GatedFeedForward(8),
+        lambda: fastattn.nn.MultiheadAttention(8, 2, add_bias_kv=True),
+        lambda: fastattn.nn.Transformer(8, 2, 1, 1, 8),
+        lambda: fastattn.nn.LinearCrossEntropyLoss(8, 5),
+        lambda: fastattn.nn.RotaryEmbedding(8),
+    ],
+)
+def test_modules_follow_the_device_context(make):
+    with torch.device("meta"):
+        module = make()
+    assert {t.device.type for t in (*module.parameters(), *module.buffers())} == {"meta"}
 
 
 @pytest.mark.parametrize("module", [fastattn.nn.LayerNorm(16), fastattn.nn.FeedForward(16, 24)], ids=["norm", "ffn"])

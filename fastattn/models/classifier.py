@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from fastattn.models.layers import Block, SelfAttention
 from fastattn.models.ngrams import NgramVotes
-from fastattn.models.pretrained import Pretrained, check_sizes
+from fastattn.models.pretrained import Pretrained, check_indices, check_sizes
 from fastattn.nn import FeedForward, LayerNorm
+from fastattn.ops.feed_forward import ACTIVATIONS
 
 POSITIONS = ("learned", "sinusoidal")
+IGNORE_INDEX = -100  # the default of torch.nn.functional.cross_entropy
 POOLING = ("mean", "cls", "attention")
 
 
@@ -71,7 +73,7 @@ class ClassifierConfig:
         if self.d_ff is None:
             object.__setattr__(self, "d_ff", 4 * self.d_model)
         check_sizes(self, "vocab_size", "num_classes", "context_length", "num_layers", "num_heads", "d_model", "d_ff")
-        for name, allowed in (("positions", POSITIONS), ("pooling", POOLING)):
+        for name, allowed in (("positions", POSITIONS), ("pooling", POOLING), ("activation", tuple(ACTIVATIONS))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.positions == "sinusoidal" and self.d_model % 2:
@@ -160,9 +162,11 @@ class Classifier(Pretrained):
             the encoder's and the votes')
 
         Raises:
-            TypeError: tokens that are not int64, a mask that is not bool.
-            ValueError: shapes that do not fit.
+            TypeError: tokens or targets that are not int64, a mask that is not bool.
+            ValueError: shapes that do not fit, or (on the CPU) a token or target out of its range; -100 leaves a text out.
         """
+        if targets is not None:
+            check_indices("targets", targets, ("batch",), ignored=IGNORE_INDEX, num_classes=self.config.num_classes)
         x, grown = self.hidden(tokens, mask)
         logits = self.output(self.dropout(self._pool(x, grown)))
         smoothing, share = self.config.label_smoothing, self.config.vote_share
@@ -180,8 +184,7 @@ class Classifier(Pretrained):
 
         Args: as `forward`.
         """
-        self._check(tokens, mask)
-        x, mask = self._embed(tokens, mask)
+        x, mask = self._embed(self._check(tokens, mask), mask)
         attend = None if mask is None else mask[:, None, None, :]
         for block in self.blocks:
             x = block(x, causal=False, mask=attend)
@@ -190,8 +193,6 @@ class Classifier(Pretrained):
     def _embed(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(B, T, d_model) and its mask; with "cls" pooling T grows by the token in front."""
         config = self.config
-        if mask is not None:
-            tokens = tokens.masked_fill(~mask, 0)  # so that the pair at the end does not depend on the padding
         x = self.token_embedding(tokens)
         if config.bigram_buckets:
             following = F.pad(tokens, (0, 1))[:, 1:]
@@ -216,14 +217,15 @@ class Classifier(Pretrained):
             return (scores.softmax(dim=1) * weights * x).sum(dim=1)
         return (x * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
 
-    def _check(self, tokens: Tensor, mask: Tensor | None) -> None:
-        if tokens.dtype != torch.int64:
-            raise TypeError(f"tokens must be an int64 tensor, got dtype {str(tokens.dtype).removeprefix('torch.')}")
-        if tokens.dim() != 2:
-            raise ValueError(f"tokens must have 2 dimensions (batch, length), got shape {tuple(tokens.shape)}")
+    def _check(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """The tokens, 0 where they are padding: so the pair at a text's end does not depend on it."""
+        if mask is not None:
+            if mask.dtype != torch.bool:
+                raise TypeError(f"mask must be a bool tensor, got dtype {str(mask.dtype).removeprefix('torch.')}")
+            if mask.shape != tokens.shape:
+                raise ValueError(f"mask must have the shape of tokens, {tuple(tokens.shape)}, got {tuple(mask.shape)}")
+            tokens = tokens.masked_fill(~mask, 0)
+        check_indices("tokens", tokens, ("batch", "length"), vocab_size=self.config.vocab_size)
         if tokens.shape[1] > self.config.context_length:
             raise ValueError(f"tokens has length {tokens.shape[1]}; context_length is {self.config.context_length}")
-        if mask is not None and mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor, got dtype {str(mask.dtype).removeprefix('torch.')}")
-        if mask is not None and mask.shape != tokens.shape:
-            raise ValueError(f"mask must have the shape of tokens, {tuple(tokens.shape)}, got {tuple(mask.shape)}")
+        return tokens

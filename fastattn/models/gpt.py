@@ -19,8 +19,8 @@ from fastattn.eager.products import product
 from fastattn.layout import Packing
 from fastattn.models import hub
 from fastattn.models.decoding import TokenReader, can_read_tokens
-from fastattn.models.layers import NORMS, Block, KVCache, SelfAttention, make_norm
-from fastattn.models.pretrained import Pretrained, check_sizes
+from fastattn.models.layers import NORMS, Block, KVCache, SelfAttention, evaluating, make_norm
+from fastattn.models.pretrained import Pretrained, check_indices, check_integers, check_sizes
 from fastattn.models.sampling import penalise_repetition, sample
 from fastattn.nn import FeedForward, GatedFeedForward, RotaryEmbedding
 from fastattn.nn.plain import linear
@@ -95,7 +95,8 @@ class GPTConfig:
         for name, value in derived.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        check_sizes(self, "vocab_size", "context_length", "num_layers", "num_heads", "num_kv_heads", "d_model", "d_ff")
+        sizes = ["vocab_size", "context_length", "num_layers", "num_heads", "num_kv_heads", "d_model", "d_ff"]
+        check_sizes(self, *sizes, *(name for name in ("head_dim", "window") if getattr(self, name) is not None))
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
         choices = {"norm": NORMS, "positions": POSITIONS, "activation": tuple(ACTIVATIONS), "recompute": RECOMPUTE}
@@ -105,8 +106,8 @@ class GPTConfig:
         if self.num_heads % self.num_kv_heads:  # type: ignore[operator]
             heads = f"{self.num_heads} and {self.num_kv_heads}"
             raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {heads}")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window must be None or at least 1, got {self.window}")
+        if not 0.0 <= self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps must be at least 0 and finite, got {self.norm_eps}")
 
 
 def _block(config: GPTConfig) -> Block:
@@ -262,9 +263,10 @@ class GPT(Pretrained):
             TypeError: tokens or targets are not int64.
             ValueError: a shape that does not fit, or (on the CPU) a token outside [0, vocab_size).
         """
-        self._check_tokens("tokens", tokens)
+        check_indices("tokens", tokens, ("batch", "length"), vocab_size=self.config.vocab_size)
         if targets is not None:
-            self._check_tokens("targets", targets, ignored=IGNORE_INDEX)
+            axes, vocab_size = ("batch", "length"), self.config.vocab_size
+            check_indices("targets", targets, axes, ignored=IGNORE_INDEX, vocab_size=vocab_size)
             if targets.shape != tokens.shape:
                 shapes = f"{tuple(tokens.shape)}, got {tuple(targets.shape)}"
                 raise ValueError(f"targets must have the shape of tokens, {shapes}")
@@ -308,6 +310,10 @@ class GPT(Pretrained):
 
         Returns:
             (B, T + max_new_tokens) int64: the prompts and what follows.
+
+        Raises:
+            TypeError: tokens that are no int64 tensor; max_new_tokens, top_k or a seed that is no integer.
+            ValueError: a number out of its range, naming it.
         """
         new = self.stream(
             tokens, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
@@ -327,7 +333,10 @@ class GPT(Pretrained):
         seed: int | None = None,
     ) -> Iterator[Tensor]:
         """Like `generate`, but yields each new token, (B,) int64, as soon as it is known."""
-        self._check_tokens("tokens", tokens)
+        check_indices("tokens", tokens, ("batch", "length"), vocab_size=self.config.vocab_size)
+        check_integers(
+            max_new_tokens=max_new_tokens, top_k=1 if top_k is None else top_k, seed=0 if seed is None else seed
+        )
         if tokens.shape[1] == 0:
             raise ValueError("tokens must hold at least one token to continue from, got length 0")
         if max_new_tokens < 0:
@@ -355,9 +364,7 @@ class GPT(Pretrained):
         generator: torch.Generator,
     ) -> Iterator[Tensor]:
         context = self.config.context_length
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             batch = len(tokens) if max_new_tokens >= MANY_TOKENS else 0
             read_token = TokenReader(self, batch) if max_new_tokens > 1 and can_read_tokens(self) else None
             output_weight = self.output_weight if read_token is None else read_token.output_weight
@@ -378,20 +385,3 @@ class GPT(Pretrained):
                     unread = token[:, None]
                     window = torch.cat([window, unread], dim=1)[:, -context:]
                 yield token.clone()  # outside of inference mode: a tensor like any other
-        finally:
-            if was_training:
-                self.train()
-
-    def _check_tokens(self, name: str, tokens: Tensor, ignored: int | None = None) -> None:
-        if tokens.dtype != torch.int64:
-            raise TypeError(f"{name} must be an int64 tensor, got dtype {str(tokens.dtype).removeprefix('torch.')}")
-        if tokens.dim() != 2:
-            raise ValueError(f"{name} must have 2 dimensions (batch, length), got shape {tuple(tokens.shape)}")
-        if tokens.device.type != "cpu" or torch.compiler.is_compiling():
-            return  # looking at the values would make the host wait for the device
-        outside = (tokens < 0) | (tokens >= self.config.vocab_size)
-        if ignored is not None:
-            outside &= tokens != ignored
-        if outside.any():
-            vocab_size = self.config.vocab_size
-            raise ValueError(f"{name} must be in [0, {vocab_size}) (vocab_size), got {tokens[outside][0].item()}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastattn.models.classifier import Classifier
 from fastattn.models.gpt import GPT
-from fastattn.models.layers import SelfAttention
+from fastattn.models.layers import SelfAttention, evaluating
 from fastattn.ops.attention_maps import attention_column_sums, attention_weights
 
 
@@ -59,11 +59,10 @@ def attention_maps(model: GPT | Classifier, tokens: Tensor) -> AttentionMaps:
 
     attentions = [module for module in model.modules() if isinstance(module, SelfAttention)]
     hooks = [module.register_forward_pre_hook(observe, with_kwargs=True) for module in attentions]
-    was_training = model.training
     try:
-        model.eval().hidden(tokens[None])
+        with evaluating(model):
+            model.hidden(tokens[None])
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     return AttentionMaps(torch.stack(received)[..., first:], torch.stack(last)[..., first:] if last else None)

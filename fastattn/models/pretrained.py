@@ -73,6 +73,36 @@ def check_sizes(config: Any, *names: str) -> None:
             raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)!r}")
 
 
+def check_integers(**values: Any) -> None:
+    """TypeError unless the values are integers."""
+    for name, value in values.items():
+        if not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+
+
+def check_indices(name: str, tensor: Tensor, axes: tuple[str, ...], ignored: int | None = None, **size: int) -> None:
+    """TypeError or ValueError unless `tensor` is int64, has these axes, and lies in [0, size) or is `ignored`.
+
+    Its values are looked at on a CPU alone: elsewhere the host would wait for the device.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be an int64 tensor, got {type(tensor).__name__}")
+    if tensor.dtype != torch.int64:
+        raise TypeError(f"{name} must be an int64 tensor, got dtype {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.dim() != len(axes):
+        raise ValueError(
+            f"{name} must have {len(axes)} dimensions ({', '.join(axes)}), got shape {tuple(tensor.shape)}"
+        )
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    ((meaning, end),) = size.items()
+    outside = (tensor < 0) | (tensor >= end)
+    if ignored is not None:
+        outside &= tensor != ignored
+    if outside.any():
+        raise ValueError(f"{name} must be in [0, {end}) ({meaning}), got {tensor[outside][0].item()}")
+
+
 class Pretrained(nn.Module):
     """A model that is built from one dataclass of settings, `config`, and saves itself to a folder.
 

@@ -15,7 +15,7 @@ def sample(
     [0, probability of the prefix), and the token drawn is the first whose cumulative probability exceeds u. (Without
     either any order does.)
     """
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:  # 0 in fp32, where subnormal numbers are
         return logits.argmax(dim=-1)
     logits = logits.float()
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the largest is 0 at any temperature

@@ -90,6 +90,8 @@ class FeedForward(nn.Module):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         for name, size in (("d_model", d_model), ("d_hidden", d_hidden)):
+            if not hasattr(size, "__index__"):
+                raise TypeError(f"{name} must be an integer, got {type(size).__name__}")
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         self.activation, self.recompute = activation, recompute
