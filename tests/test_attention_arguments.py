@@ -1,5 +1,6 @@
 """What attention accepts and refuses: empty and degenerate inputs, strides, and errors raised before any launch."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,7 +106,17 @@ BAD = {
     "bias_shape": (lambda q, k, v: ((q, k, v), {"bias": torch.ones(3, 8, 8)}), ValueError, "bias must broadcast"),
     "window": (lambda q, k, v: ((q, k, v), {"window": (-1, 0)}), ValueError, "window's left side .* got -1"),
     "window_form": (lambda q, k, v: ((q, k, v), {"window": 4}), ValueError, r"window must be None or \(left, right\), got 4"),
-    "softcap": (lambda q, k, v: ((q, k, v), {"softcap": 0.0}), ValueError, "softcap must be None or > 0, got 0.0"),
+    "softcap": (lambda q, k, v: ((q, k, v), {"softcap": 0.0}), ValueError, "softcap must be None or > 0 and finite, got 0.0"),
+    "softcap_inf": (lambda q, k, v: ((q, k, v), {"softcap": float("inf")}), ValueError, "softcap must be .* finite, got inf"),
+    "softcap_text": (lambda q, k, v: ((q, k, v), {"softcap": "1"}), TypeError, "softcap must be a real number, got str"),
+    "softcap_tensor": (lambda q, k, v: ((q, k, v), {"softcap": torch.ones(())}), TypeError, "softcap must be a real number, got Tensor"),
+    "scale_text": (lambda q, k, v: ((q, k, v), {"scale": "1"}), TypeError, "scale must be a real number, got str"),
+    "scale_tensor": (lambda q, k, v: ((q, k, v), {"scale": torch.ones(())}), TypeError, "scale must be a real number, got Tensor"),
+    "scale_bool": (lambda q, k, v: ((q, k, v), {"scale": True}), TypeError, "scale must be a real number, got bool"),
+    "scale_nan": (lambda q, k, v: ((q, k, v), {"scale": float("nan")}), ValueError, "scale must be None or finite, got nan"),
+    "dropout_text": (lambda q, k, v: ((q, k, v), {"dropout_p": "a"}), TypeError, "dropout_p must be a real number, got str"),
+    "window_float": (lambda q, k, v: ((q, k, v), {"window": (1.0, 0)}), ValueError, "window's left side .* got 1.0"),
+    "slopes_list": (lambda q, k, v: ((q, k, v), {"alibi_slopes": [1.0, 2.0]}), TypeError, "alibi_slopes must be a torch.Tensor, got list"),
     "dropout": (lambda q, k, v: ((q, k, v), {"dropout_p": 1.0}), ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
     "slopes": (lambda q, k, v: ((q, k, v), {"alibi_slopes": torch.ones(3)}), ValueError, "alibi_slopes must have shape"),
     "slopes_grad": (
@@ -122,6 +133,118 @@ def test_bad_arguments_are_named(name):
     arguments, options = change(*qkv())
     with pytest.raises(error, match=message):
         fastattn.attention(*arguments, **options)
+
+
+def test_numbers_of_any_kind_mean_the_same():
+    """Plain numbers, NumPy's, and those of a compiler, with one graph where lengths and widths are dynamic."""
+    q, k, v = qkv()
+    expected = fastattn.attention(q, k, v, scale=2.0, softcap=3.0, window=(4, 2))
+    kinds = (
+        (2, np.float32(2), np.int64(2)),
+        (3, np.float64(3), np.int32(3)),
+        ((4, 2), [np.int64(4), np.int32(2)], (4, 2)),
+    )
+    for scale, softcap, window in zip(*kinds):
+        assert torch.equal(fastattn.attention(q, k, v, scale=scale, softcap=softcap, window=window), expected)
+    assert torch.equal(fastattn.attention(q, k, v, scale=2), fastattn.attention(q, k, v, scale=2.0))
+
+    def by_length(q, k, v, size):
+        return fastattn.attention(q, k, v, window=(size, q.shape[2]))
+
+    def by_width(q, k, v, size):
+        scale, softcap = q.shape[3] ** -0.25, q.shape[3] * 0.5
+        return fastattn.attention(q, k, v, scale=scale, softcap=softcap)
+
+    compiled = [torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager") for f in (by_length, by_width)]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (6, 9, 40):
+            x = qkv(n=n, nk=n + 2)
+            assert torch.equal(compiled[0](*x, n // 2), by_length(*x, n // 2))
+    assert torch.equal(compiled[1](*x, 0), by_width(*x, 0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [(2**31 - 1, 2**31 - 1), (2**31 - 1, 0), (3, 2**31 - 1), (2**70, 2**70)], ids=str)
+def test_a_window_that_reaches_too_far_for_32_bits(window, backend):
+    """Its sides are as good as unbounded, in the forward and in the backward pass, packed and not."""
+    leaves = [x.requires_grad_() for x in qkv()]
+    rows, cu = [x[0].transpose(0, 1) for x in leaves], torch.tensor([0, 3, 8], dtype=torch.int32)
+
+    def results(window):
+        out, lse = fastattn.attention(*leaves, window=window, return_lse=True)
+        packed = fastattn.varlen_attention(*rows, cu, cu, 8, 8, window=window)
+        cached = fastattn.attention_with_kv_cache(*(x.detach() for x in leaves), 8, causal=False, window=window)
+        loss = out.square().sum() + lse.sum() + packed.square().sum()
+        return out, packed, cached, *torch.autograd.grad(loss, leaves)
+
+    unbounded = tuple(None if side > 8 else side for side in window)
+    with fastattn.backend.use(backend):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(results(window), results(unbounded)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 2.0}, {"sinks": torch.zeros(2)}], ids=lambda o: "".join(o) or "plain"
+)
+def test_rows_that_see_nothing_are_zero_whatever_their_query_is(options, value, backend):
+    q, k, v = qkv()
+    q[:, :, 2] = value
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    mask[2] = False
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    with fastattn.backend.use(backend):
+        out, lse = fastattn.attention(*leaves, mask=mask, **options, return_lse=True)
+        grads = torch.autograd.grad(out.sum() + lse.masked_fill(lse.isinf(), 0.0).sum(), leaves)
+    assert not out[:, :, 2].any()
+    assert (lse[:, :, 2] == (0.0 if "sinks" in options else -torch.inf)).all()
+    assert out.isfinite().all()
+    if not options:
+        assert not grads[0][:, :, 2].any()
+    if backend == "eager" and "sinks" not in options:
+        assert all(grad.isfinite().all() for grad in grads)
+    transformed = torch.func.vmap(lambda q: fastattn.attention(q, k, v, mask=mask, **options))(q.detach()[None])[0]
+    assert not transformed[:, :, 2].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_keys_the_result_is_zero_whatever_the_query_is(backend):
+    query, keys = torch.full((1, 1, 2, 8), 6e4, dtype=torch.float16), torch.zeros(1, 1, 0, 8, dtype=torch.float16)
+    query[:, :, 1] = torch.nan
+    query.requires_grad_()
+    ends, none = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0, 0], dtype=torch.int32)
+    with fastattn.backend.use(backend):
+        rows, packed = query[0].transpose(0, 1), keys[0].transpose(0, 1)
+
+        def behind(rows):  # the second row belongs to no sequence
+            return fastattn.varlen_attention(rows, packed, packed, ends, none, 1, 0)
+
+        outs = [fastattn.attention(query, keys, keys), behind(rows)]
+        grads = [torch.autograd.grad(out.sum(), query)[0] for out in outs]
+        outs += [
+            torch.func.vmap(behind)(rows.detach()[None]),
+            torch.func.jvp(behind, (rows.detach(),), (rows.detach(),))[1],
+        ]
+    assert not any(x.any() for x in (*outs, *grads))
+
+
+def test_slopes_that_are_a_parameter_need_no_gradient_where_none_is_recorded():
+    slopes = torch.nn.Parameter(torch.ones(2))
+    with torch.no_grad():
+        out = fastattn.attention(*qkv(), alibi_slopes=slopes)
+    assert out.shape == (1, 2, 8, 16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_explain_draws_no_random_number(backend):
+    before = torch.get_rng_state()
+    x = torch.zeros(1, 2, 8, 16)
+    with fastattn.backend.use(backend):
+        text = fastattn.explain(fastattn.attention, x, x, x, dropout_p=0.5)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert backend == "triton" or "matrix products" in text
+    with pytest.raises(ValueError, match="dropout_p must be in"):
+        fastattn.explain(fastattn.attention, x, x, x, dropout_p=1.5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

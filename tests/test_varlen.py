@@ -1,5 +1,6 @@
 """`varlen_attention` against the fp64 definition of each sequence: both backends, every gradient, empty sequences."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -93,6 +94,21 @@ def test_matches_the_definition(name, dtype, backend):
     assert not out[-BEHIND:].any()
     assert not dq[-BEHIND:].any()
     assert not dk[-BEHIND:].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_offsets_need_not_be_contiguous(backend):
+    q, k, v = (x.requires_grad_() for x in inputs(torch.float32, False))
+    ends = [offsets(LENGTHS_Q), offsets(LENGTHS_K)]
+    strided = [torch.stack([x, torch.full_like(x, 99)], 1)[:, 0] for x in ends]
+    longest = np.int64(max(LENGTHS_Q)), np.int32(max(LENGTHS_K))
+
+    def results(ends):
+        out = fastattn.varlen_attention(q, k, v, *ends, *longest, causal=True)
+        return out, *torch.autograd.grad(out.square().sum(), (q, k, v))
+
+    with fastattn.backend.use(backend):
+        assert all(torch.equal(a, b) for a, b in zip(results(strided), results(ends)))
 
 
 def test_double_backward_and_transforms():

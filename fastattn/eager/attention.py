@@ -280,10 +280,13 @@ def _logits(q: Tensor, k: Tensor, block: Block) -> tuple[Tensor, Tensor | None]:
     scaled = q * (block.scale / block.softcap if block.softcap else block.scale)
     s = (_grouped(scaled, k) @ k.transpose(-1, -2)).reshape(*q.shape[:3], k.shape[2])
     additive = block.additive(q.device)
-    if not block.softcap:
-        return (s if additive is None else s + additive), None
-    t = torch.tanh(s)
-    return (t * block.softcap if additive is None else torch.add(additive, t, alpha=block.softcap)), t
+    t = torch.tanh(s) if block.softcap else None
+    s = s if t is None else t * block.softcap if additive is None else t
+    if additive is None:
+        return s, t
+    total = torch.add(additive, s, alpha=block.softcap or 1.0)
+    # (NaN - inf is NaN: `forward` asks again, not concrete, where it finds one)
+    return (total if block.concrete else torch.where(additive == float("-inf"), additive, total)), t
 
 
 def _grouped(x: Tensor, kv: Tensor) -> Tensor:
@@ -319,9 +322,21 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tens
 
 def _nothing(query: Tensor, value: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """(out, lse) where there are no queries or no keys."""
-    zero = query.sum(-1) * 0
+    zero = query[..., :0].sum(-1)  # of no number: `* 0` would be NaN where the sum is not finite
     lse = zero.float() + (float("-inf") if sinks is None else sinks.float()[:, None])
     return zero[..., None].expand(*query.shape[:3], value.shape[3]), lse
+
+
+def _mended(out: Tensor, lse: Tensor, additive: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a block, where a row that sees nothing has 0 and -inf whatever its query is."""
+    # (the fused kernel says 0 for such a row, or NaN where the query does)
+    if additive is None or bool((lse.abs() > 0.0).all()):
+        return out, lse
+    unknown = lse.isnan()
+    blind = (additive.amax(-1) == float("-inf")) & ((lse == 0.0) | unknown)
+    if unknown.any():
+        out = out.masked_fill(blind[..., None], 0.0)
+    return out, lse.masked_fill(blind, float("-inf"))
 
 
 def whole_block(
@@ -465,12 +480,12 @@ def forward(
     for block in blocks:
         q, k, v = block.of_rows(query), block.of_columns(key), block.of_columns(value)
         if fused is None:
-            parts.append(_attend(q, k, v, block))
+            found = _attend(q, k, v, block)
+            parts.append(_attend(q, k, v, replace(block, concrete=False)) if found[1].isnan().any() else found)
             continue
         additive = _fused_mask(block, is_causal, query)
         out, lse = fused_forward(q, k, v, is_causal, scale, additive)
-        if additive is not None and not lse.all():  # the fused kernel says 0 for a row that sees nothing
-            lse = lse.masked_fill((lse == 0.0) & (additive.amax(-1) == float("-inf")), float("-inf"))
+        out, lse = _mended(out, lse, additive)
         if sinks is not None:
             with_sink = torch.logaddexp(lse, sinks.float()[:, None])
             out = (out * torch.exp(lse - with_sink)[..., None].nan_to_num(0.0)).to(out.dtype)
@@ -554,7 +569,10 @@ def backward(
         blocks, is_causal = fused
         key, value = _as_stored(blocks, key, value)
     if not is_causal:
-        lse = lse.masked_fill(lse == float("-inf"), 0.0 if fused else float("inf"))
+        blind = lse == float("-inf")
+        if blind.any():  # their queries, which may be NaN, stay out of the products
+            query = query.masked_fill(blind[..., None], 0.0)
+            lse = lse.masked_fill(blind, 0.0 if fused else float("inf"))
     if fused and len(blocks) == 1 and len(blocks[0].columns) == key.shape[2]:
         additive = _fused_mask(blocks[0], is_causal, query)
         dq, dk, dv = fused_backward(grad_out, query, key, value, out, lse, is_causal, scale, additive)

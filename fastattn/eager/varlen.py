@@ -51,7 +51,7 @@ def definition(
         )  # fmt: skip
         parts.append(part)
         end = q.stop
-    rest = query[:, :, end:].sum(-1) * 0
+    rest = query[:, :, end:, :0].sum(-1)
     out = torch.cat([*(part[0] for part in parts), rest[..., None].expand(*rest.shape, value.shape[3])], 2)
     return out, torch.cat([*(part[1] for part in parts), rest.float() - torch.inf], 2)
 

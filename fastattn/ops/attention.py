@@ -15,18 +15,22 @@ from fastattn.block_mask import BlockMask, Blocks
 from fastattn.eager import attention as eager
 from fastattn.layout import new_gradient, new_output
 from fastattn.ops.checks import (
+    as_int,
     autocast,
     check_probability,
     check_rank,
     check_same_device,
+    check_scale,
     check_shape,
     check_softcap,
     check_tensor,
+    is_integer,
     name_of,
 )
 from fastattn.ops.library import call, define, differentiate, listening, needs_composite
 
 MAX_HEAD_DIM = 256
+FARTHEST = 1 << 30  # of a window's side: kernels add positions to it in 32 bits, and no sequence is longer
 
 _RULES = (
     "Tensor? mask, Tensor[]? blocks, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, float scale, "
@@ -188,9 +192,9 @@ def check_window(window: object, causal: bool) -> tuple[int | None, int | None]:
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise ValueError(f"window must be None or (left, right), got {window!r}")
     for name, side in zip(("left", "right"), window):
-        if side is not None and (isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)) or side < 0):
+        if side is not None and (not is_integer(side) or side < 0):
             raise ValueError(f"window's {name} side must be None (unbounded) or an integer >= 0, got {side!r}")
-    left, right = window
+    left, right = (None if side is None else torch.sym_min(as_int(side), FARTHEST) for side in window)
     return left, 0 if causal else right
 
 
@@ -201,7 +205,7 @@ def check_slopes(slopes: Tensor | None, batch: int, heads: int) -> Tensor | None
     check_tensor("alibi_slopes", slopes)
     if tuple(slopes.shape) not in ((heads,), (batch, heads)):
         raise ValueError(f"alibi_slopes must have shape ({heads},) or ({batch}, {heads}), got {tuple(slopes.shape)}")
-    if slopes.requires_grad:
+    if slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError("alibi_slopes has no gradient: pass a differentiable bias, or alibi_slopes.detach()")
     return slopes.float().expand(batch, heads)
 
@@ -234,9 +238,10 @@ def canonical(
         check_tensor("bias", bias)
     sinks = check_sinks(sinks, query.shape[1])
     check_softcap(softcap)
+    check_scale(scale)
+    slopes = check_slopes(slopes, *query.shape[:2])
     given_mask = mask if blocks is None else blocks.kinds
     check_same_device(query=query, key=key, value=value, mask=given_mask, bias=bias, alibi_slopes=slopes, sinks=sinks)
-    slopes = check_slopes(slopes, *query.shape[:2])
     mask, bias = _pairwise("mask", mask, query, key), _pairwise("bias", bias, query, key)
     if scale is None:
         scale = query.shape[3] ** -0.5
@@ -262,6 +267,8 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: fl
 
     The way through checks and dispatch shows in calls of a few milliseconds, after a kernel that swept the caches.
     """
+    if scale is not None and not (type(scale) is float and -math.inf < scale < math.inf):
+        return None
     if listening() or not (type(query) is type(key) is type(value) is Tensor and backend.eager_on_cpu()):
         return None
     dtype = query.dtype
@@ -470,8 +477,13 @@ def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[st
     left, right = check_window(o.get("window"), o.get("causal", False))
     if o.get("is_causal"):
         right = o["query"].shape[-2] - o["key"].shape[-2]
-    arguments = canonical(
+    dropout_p = o["dropout_p"]
+    check_probability("dropout_p", dropout_p)
+    *tensors, seed, scale, left, right, cap, _ = canonical(
         o["query"], o["key"], o["value"], o.get("mask"), o.get("bias"), o.get("alibi_slopes"), o.get("sinks"), o["scale"],
-        left, right, o.get("softcap"), o["dropout_p"],
+        left, right, o.get("softcap"), 0.0,
     )  # fmt: skip
-    return backend.implementation("attention", o["query"].device).explain(*arguments)
+    if dropout_p > 0.0:
+        seed = torch.zeros(1, dtype=torch.int64, device=o["query"].device)  # drawing one would advance the generator
+    launchers = backend.implementation("attention", o["query"].device)
+    return launchers.explain(*tensors, seed, scale, left, right, cap, float(dropout_p))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -45,14 +48,45 @@ def check_same_device(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} is on {tensor.device} but {first_name} is on {first}")
 
 
+def check_number(name: str, value: object) -> None:
+    """TypeError unless `value` is a real number: a tensor's gradient would be lost, a string parsed."""
+    if type(value) not in (float, int, torch.SymFloat, torch.SymInt) and (
+        isinstance(value, bool) or not isinstance(value, numbers.Real)
+    ):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+
+
+def is_integer(value: object) -> bool:
+    """Whether `value` is an integer, NumPy's and a compiler's among them, and no bool."""
+    return type(value) in (int, torch.SymInt) or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
+
+
+def as_int(value: int) -> int:
+    """An integer of any kind as int; a compiler's stays symbolic."""
+    return value if type(value) in (int, torch.SymInt) else int(value)
+
+
 def check_probability(name: str, value: float) -> None:
+    if type(value) is not float and not isinstance(value, bool):
+        check_number(name, value)
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {value}")
 
 
 def check_softcap(softcap: float | None) -> None:
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"softcap must be None or > 0, got {softcap}")
+    if softcap is None:
+        return
+    check_number("softcap", softcap)
+    if not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap must be None or > 0 and finite, got {softcap}")
+
+
+def check_scale(scale: float | None) -> None:
+    if scale is None:
+        return
+    check_number("scale", scale)
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be None or finite, got {scale}")
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
