@@ -271,6 +271,12 @@ NEW = {"key": torch.zeros(2, 2, 1, 8), "value": torch.zeros(2, 2, 1, 8)}
         ({"block_table": torch.zeros(1, 1, dtype=torch.int32)}, ValueError, "one row for each of the 2 sequences"),
         ({"rotary_cos": torch.zeros(6, 4)}, ValueError, "given together, but rotary_sin is None"),
         ({"softcap": -1.0}, ValueError, "softcap must be None or > 0"),
+        ({"scale": "1", **NEW}, TypeError, "scale must be a real number, got str"),
+        ({"scale": torch.ones(()), **NEW}, TypeError, "scale must be a real number, got Tensor"),
+        ({"scale": torch.inf, **NEW}, ValueError, "scale must be None or finite"),
+        ({"softcap": "1", **NEW}, TypeError, "softcap must be a real number, got str"),
+        ({"alibi_slopes": [1.0] * 4}, TypeError, "alibi_slopes must be a torch.Tensor, got list"),
+        ({"block_table": [[0], [1]]}, TypeError, "block_table must be a torch.Tensor, got list"),
         ({"sinks": torch.zeros(2)}, ValueError, r"sinks must have shape \(4,\)"),
         ({"query": X.clone().requires_grad_()}, ValueError, "query requires a gradient, and attention_with_kv_cache has none"),
     ],
@@ -278,9 +284,11 @@ NEW = {"key": torch.zeros(2, 2, 1, 8), "value": torch.zeros(2, 2, 1, 8)}
 )  # fmt: skip
 def test_bad_arguments_are_named_and_nothing_is_written(change, error, message):
     arguments = {"query": X, "key_cache": KEYS, "value_cache": KEYS, "cache_seqlens": 2, **change}
+    version = KEYS._version
     with pytest.raises(error, match=message):
         fastattn.attention_with_kv_cache(**arguments)
     assert not KEYS.any()
+    assert KEYS._version == version
 
 
 def test_explain_names_the_splits():

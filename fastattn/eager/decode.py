@@ -49,12 +49,13 @@ def forward(
         window_right = None  # one query stands at the last key
     if query.shape[2] == 1 and window_left is window_right is alibi_slopes is sinks is None:
         # one query of each head, all at the same place: the heads that share a key head are rows, and read it once
-        rows = query.reshape(batch, key_cache.shape[1], -1, query.shape[3])
+        kv_heads = key_cache.shape[1]
+        rows = query.reshape(batch, kv_heads, query.shape[1] // kv_heads, query.shape[3])
         if rows.shape[2] > 1:
             out, lse = forward(
                 rows, key_cache, value_cache, lengths, more, block_table, None, None, scale, None, None, softcap, precision
             )  # fmt: skip
-            return out.reshape(batch, -1, 1, out.shape[3]), lse.reshape(batch, -1, 1)
+            return out.reshape(*query.shape[:3], out.shape[3]), lse.reshape(query.shape[:3])
     rules = (scale, window_left, window_right, softcap, 0.0, precision)
     counts = [more] if lengths is None else sorted({more + n for n in lengths.tolist()})
     if len(counts) == 1 and block_table is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
@@ -17,6 +18,7 @@ from fastattn.ops.checks import (
     FLOAT_DTYPES,
     check_rank,
     check_same_device,
+    check_scale,
     check_shape,
     check_softcap,
     check_tensor,
@@ -29,6 +31,9 @@ from fastattn.ops.rotary import rotary
 def _append(key_cache: Tensor, *rest: Any) -> None:
     with backend.device_guard(key_cache.device):
         backend.implementation("decode", key_cache.device).append(key_cache, *rest)
+    for cache in (key_cache, rest[0]):
+        if not cache.is_inference():
+            torch.autograd.graph.increment_version(cache)  # a kernel's writes are invisible to autograd
 
 
 def _attend(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -111,28 +116,58 @@ def _check_lengths(lengths: Tensor | int, batch: int, new: int, capacity: int) -
         raise ValueError(f"cache_seqlens must be at least 0 and fit into the cache ({room}), got {lengths}")
 
 
-def _check_table(table: Tensor, batch: int, pages: int) -> None:
+def _check_table(table: Tensor, batch: int) -> None:
     check_tensor("block_table", table, (torch.int32,))
     check_rank("block_table", table, 2, "(batch, pages of a sequence)")
     if table.shape[0] != batch:
         raise ValueError(f"block_table must have one row for each of the {batch} sequences, got {tuple(table.shape)}")
-    if table.device.type == "cpu" and not torch.compiler.is_compiling() and table.numel():
-        low, high = (x.item() for x in table.aminmax())
-        if low < 0 or high >= pages:
-            raise ValueError(f"block_table must hold page numbers in [0, {pages}), got {low if low < 0 else high}")
+
+
+def _check_pages(table: Tensor, lengths: Tensor | int, new: int, cache: Tensor) -> None:
+    """The page numbers of what the sequences hold; behind them a table may hold anything."""
+    if table.device.type != "cpu" or torch.compiler.is_compiling() or table.numel() == 0:
+        return
+    ends = (lengths[:, None] if isinstance(lengths, Tensor) else lengths) + new
+    read = torch.arange(table.shape[1]) * cache.shape[2] < ends
+    wrong = table[read & ((table < 0) | (table >= cache.shape[0]))]
+    if wrong.numel():
+        raise ValueError(f"block_table must hold page numbers in [0, {cache.shape[0]}), got {wrong[0].item()}")
+
+
+def _check_untracked(**tensors: Tensor | None) -> None:
+    """ValueError where a gradient or a tangent, which would silently be lost, is asked for."""
+    recorded = torch.is_grad_enabled()
+    dual = not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+    if not (recorded or dual):
+        return
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if recorded and tensor.requires_grad:
+            raise ValueError(f"{name} requires a gradient, and attention_with_kv_cache has none: use torch.no_grad()")
+        if dual and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+            raise ValueError(f"{name} has a forward-mode tangent, and attention_with_kv_cache has none")
 
 
 def _turned(
     query: Tensor, key: Tensor | None, new: int, lengths: Tensor | int, cos: Tensor | None, sin: Tensor | None,
-    interleaved: bool,
+    interleaved: bool, blind: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """query and key, rotated by their positions: the new keys come behind the cache, the last query is the last key."""
+    """query and key, rotated by their positions: the new keys come behind the cache, the last query is the last key.
+
+    `blind`: rows in front of the first key see nothing, so that any position will do for them.
+    """
     if cos is None or sin is None:
         missing = "rotary_cos" if cos is None else "rotary_sin"
         raise ValueError(f"rotary_cos and rotary_sin must be given together, but {missing} is None")
     if query.shape[2] == new:
         return rotary(query, key, cos, sin, offset=lengths, interleaved=interleaved)
-    query, _ = rotary(query, None, cos, sin, offset=lengths + (new - query.shape[2]), interleaved=interleaved)
+    offset, positions = lengths + (new - query.shape[2]), None
+    if blind and (isinstance(offset, Tensor) or offset < 0):
+        steps = torch.arange(query.shape[2], device=query.device)
+        first = offset[:, None] if isinstance(offset, Tensor) else offset
+        offset, positions = 0, (first + steps).clamp(min=0)
+    query, _ = rotary(query, None, cos, sin, positions=positions, offset=offset, interleaved=interleaved)
     return query, None if key is None else rotary(key, None, cos, sin, offset=lengths, interleaved=interleaved)[0]
 
 
@@ -144,6 +179,8 @@ def _by_torch(
     is not, or where the arguments are wrong. The query heads that share a key head are rows of it, which reads the cache once.
     """
     if torch.compiler.is_compiling() or type(length) is not int or key is None or value is None:
+        return None
+    if scale is not None and not (type(scale) is float and -math.inf < scale < math.inf):
         return None
     tensors = (query, key_cache, value_cache, key, value)
     if any(type(t) is not Tensor for t in tensors):
@@ -169,8 +206,7 @@ def _by_torch(
     keys[:, :, length:].copy_(key)
     values[:, :, length:].copy_(value)
     rows = query if heads == kv_heads else query.reshape(batch, kv_heads, heads // kv_heads, dim)
-    factor = None if scale is None else float(scale)
-    out = fused_forward(rows, keys, values, False, factor)[0]
+    out = fused_forward(rows, keys, values, False, scale)[0]
     return out if heads == kv_heads else out.reshape(shape)
 
 
@@ -259,41 +295,35 @@ def attention_with_kv_cache(
         if plain is not None:
             return plain
     _check_caches(query, key_cache, value_cache)
-    if torch.is_grad_enabled():
-        given = {
-            "query": query,
-            "key_cache": key_cache,
-            "value_cache": value_cache,
-            "key": key,
-            "value": value,
-            "sinks": sinks,
-        }
-        for name, tensor in given.items():
-            if tensor is not None and tensor.requires_grad:
-                raise ValueError(
-                    f"{name} requires a gradient, and attention_with_kv_cache has none: use torch.no_grad()"
-                )
     batch = query.shape[0]
     new = _check_new(key, value, query, value_cache)
+    sinks = None if sinks is None else check_sinks(sinks, query.shape[1])
+    _check_untracked(query=query, key_cache=key_cache, value_cache=value_cache, key=key, value=value, sinks=sinks)
     capacity = key_cache.shape[2]
     if block_table is not None:
-        _check_table(block_table, batch, key_cache.shape[0])
+        _check_table(block_table, batch)
         block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
         capacity = capacity * block_table.shape[1]
     elif key_cache.shape[0] < batch:
         raise ValueError(f"key_cache has room for {key_cache.shape[0]} sequences, but query has {batch}")
     _check_lengths(cache_seqlens, batch, new, capacity)
-    lengths, length = (cache_seqlens, 0) if isinstance(cache_seqlens, Tensor) else (None, cache_seqlens)
+    if block_table is not None:
+        _check_pages(block_table, cache_seqlens, new, key_cache)
+    # (kernels know no stride of the lengths)
+    lengths, length = (cache_seqlens.contiguous(), 0) if isinstance(cache_seqlens, Tensor) else (None, cache_seqlens)
     left, right = check_window(window, causal)
     check_softcap(softcap)
-    sinks = check_sinks(sinks, query.shape[1])
-    slopes = check_slopes(alibi_slopes, batch, query.shape[1])
+    if scale is not None:
+        check_scale(scale)
+    slopes = None if alibi_slopes is None else check_slopes(alibi_slopes, batch, query.shape[1])
     check_same_device(
         query=query, key_cache=key_cache, value_cache=value_cache, cache_seqlens=lengths, key=key, value=value,
         block_table=block_table, alibi_slopes=slopes, sinks=sinks,
     )  # fmt: skip
     if rotary_cos is not None or rotary_sin is not None:
-        query, key = _turned(query, key, new, cache_seqlens, rotary_cos, rotary_sin, rotary_interleaved)
+        _check_untracked(rotary_cos=rotary_cos, rotary_sin=rotary_sin)
+        blind = right == 0  # rows in front of the first key see none
+        query, key = _turned(query, key, new, cache_seqlens, rotary_cos, rotary_sin, rotary_interleaved, blind)
     if key is not None and value is not None:
         call(
             append_op, key_cache, value_cache, row_contiguous(key), row_contiguous(value), lengths, length, block_table
