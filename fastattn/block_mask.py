@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,42 @@ def _lists(kinds: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([order, kinds.long().gather(3, order)], -1).int(), counts.int()
 
 
+def _cut_to_window(blocks: Blocks, num_queries: int, num_keys: int, left: int | None, right: int | None) -> Blocks:
+    """What these blocks and a window have in common, by operations whose shapes do not depend on values: all blocks that a side of
+    the window may cross, two in each row of blocks, get a tile."""
+    tiles, kinds = blocks.tiles, blocks.kinds
+    if 0 in kinds.shape:
+        return blocks
+    batch, heads, grid_rows, grid_columns = kinds.shape
+    shift, inside = num_keys - num_queries, torch.arange(BLOCK, device=kinds.device)
+    starts = torch.arange(grid_rows, device=kinds.device) * BLOCK + shift  # of the rows, as columns
+    columns = torch.arange(grid_columns, device=kinds.device) * BLOCK
+    gap = columns - starts[:, None]  # column - row of the first pair of each block
+    kept, crossed = torch.ones_like(gap, dtype=torch.bool), []
+    if left is not None:
+        kept = kept & (gap + BLOCK > -left)
+        crossed += [(starts - left).div(BLOCK, rounding_mode="floor") + step for step in (0, 1)]
+    if right is not None:
+        kept = kept & (gap - BLOCK < right)
+        crossed += [(starts + right).div(BLOCK, rounding_mode="floor") + step for step in (0, 1)]
+    where = torch.stack(crossed, 1).clamp(0, grid_columns - 1)  # (R, 2 or 4)
+    distance = (where * BLOCK - starts[:, None])[..., None, None] + inside - inside[:, None]  # (R, 2 or 4, 128, 128)
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if left is not None:
+        visible = visible & (distance >= -left)
+    if right is not None:
+        visible = visible & (distance <= right)
+    where = where.expand(batch, heads, -1, -1)
+    found = tiles[kinds.gather(3, where).long()] & visible
+    first = tiles.shape[0] - 2
+    numbers = torch.arange(first, first + where.numel(), device=kinds.device).view(where.shape)
+    some, every = found.flatten(4).any(4), found.flatten(4).all(4)
+    numbers = torch.where(every, FULL, torch.where(some, numbers, EMPTY)).int()
+    kinds = torch.where(kept, kinds, EMPTY).scatter(3, where, numbers)
+    tiles = torch.cat([tiles[:-2], found.flatten(0, 3), tiles[-2:]])
+    return Blocks(tiles, kinds, *_lists(kinds), *_lists(kinds.transpose(2, 3)))
+
+
 @dataclass(frozen=True, eq=False)
 class BlockMask:
     """Which query sees which key, with lists of the blocks that need work: made once, for every layer and every step.
@@ -117,8 +154,12 @@ class BlockMask:
         """Row i sees i + Nk - Nq - left <= j <= i + Nk - Nq + right; None is unbounded. As `attention`'s `window`."""
         num_keys = num_queries if num_keys is None else num_keys
         for name, size in (("num_queries", num_queries), ("num_keys", num_keys)):
-            if size < 0:
-                raise ValueError(f"{name} must be at least 0, got {size}")
+            if not isinstance(size, Integral) or size < 0:
+                raise ValueError(f"{name} must be an integer of at least 0, got {size!r}")
+        for name, side in (("left", left), ("right", right)):
+            if side is not None and (not isinstance(side, Integral) or side < 0):
+                raise ValueError(f"{name} must be None (unbounded) or an integer of at least 0, got {side!r}")
+        num_queries, num_keys = int(num_queries), int(num_keys)
         columns = torch.arange(num_keys, device=device) + (num_queries - num_keys)
 
         def strip(rows: slice) -> Tensor:
@@ -154,7 +195,9 @@ class BlockMask:
             if tensor.dim() not in (1, 2):
                 raise ValueError(f"{name} must have shape (length,) or (batch, length), got {tuple(tensor.shape)}")
         q, k = (x[None] if x.dim() == 1 else x for x in (ids, key_ids))
-        batch = torch.broadcast_shapes(q.shape[:1], k.shape[:1])[0]
+        if 1 not in (len(q), len(k)) and len(q) != len(k):
+            raise ValueError(f"ids and key_ids must be of one batch, got {tuple(ids.shape)} and {tuple(key_ids.shape)}")
+        batch = max(len(q), len(k)) if 0 not in (len(q), len(k)) else 0
 
         def strip(rows: slice) -> Tensor:
             return (q[:, rows, None] == k[:, None, :])[:, None]
@@ -166,6 +209,13 @@ class BlockMask:
         cls, shape: tuple[int, int, int, int], device: torch.device, strip: Callable[[slice], Tensor]
     ) -> BlockMask:
         """From `strip(rows)`, which gives bool (B or 1, H or 1, rows, Nk). What lies beyond the last pair is invisible."""
+        with torch.inference_mode(False):  # so that training can save what inference has made
+            return cls._built(shape, device, strip)
+
+    @classmethod
+    def _built(
+        cls, shape: tuple[int, int, int, int], device: torch.device, strip: Callable[[slice], Tensor]
+    ) -> BlockMask:
         batch, heads, num_queries, num_keys = shape
         columns = -(-num_keys // BLOCK)
         all_kinds, all_tiles, count = [], [], 0
@@ -196,13 +246,16 @@ class BlockMask:
 
     def to(self, device: torch.device | str) -> BlockMask:
         """The same on another device."""
-        return BlockMask(self.shape, Blocks(*(tensor.to(device) for tensor in self.blocks)))
+        with torch.inference_mode(False):
+            return BlockMask(self.shape, Blocks(*(tensor.to(device) for tensor in self.blocks)))
 
     def within(self, left: int | None, right: int | None) -> BlockMask:
-        """`self & BlockMask.window(Nq, Nk, left, right)`, made at the first call."""
+        """`self & BlockMask.window(Nq, Nk, left, right)`, made at the first call; inside a compiler's graph at each."""
         if left is None and right is None:
             return self
         if (left, right) not in self._within:
+            if torch.compiler.is_compiling():
+                return BlockMask(self.shape, _cut_to_window(self.blocks, *self.shape[2:], left, right))
             window = BlockMask.window(*self.shape[2:], left, right, self.blocks.kinds.device)
             self._within[left, right] = self & window
         return self._within[left, right]
@@ -220,6 +273,10 @@ class BlockMask:
         if self.shape[2:] != other.shape[2:]:
             raise ValueError(
                 f"block masks must have the same Nq and Nk to be combined, got {self.shape} and {other.shape}"
+            )
+        if any(1 not in sizes and sizes[0] != sizes[1] for sizes in zip(self.shape[:2], other.shape[:2])):
+            raise ValueError(
+                f"block masks must have the same batch and heads, or 1, to be combined, got {self.shape} and {other.shape}"
             )
         batch, heads = torch.broadcast_shapes(self.shape[:2], other.shape[:2])
         return self._build(

@@ -5,7 +5,7 @@ import torch
 
 import fastattn
 from fastattn import BlockMask
-from fastattn.block_mask import EMPTY, FULL
+from fastattn.block_mask import EMPTY, FULL, _cut_to_window
 from fastattn.kernels.config import AttentionConfig
 from fastattn.ops.attention import attention_backward_op, attention_op
 from tests import reference
@@ -137,6 +137,64 @@ def test_causal_and_window_are_intersected_once(backend):
     assert mask.within(None, None) is mask
 
 
+WINDOWS = [(None, 0), (0, None), (40, 3), (0, 0), (129, 127), (128, 128), (500, 500), (5, 2**30)]
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_window_inside_a_graph_is_the_one_outside(name):
+    mask, _ = MASKS[name]
+    for sides in WINDOWS:
+        cut, eager = BlockMask(mask.shape, _cut_to_window(mask.blocks, *mask.shape[2:], *sides)), mask.within(*sides)
+        assert torch.equal(cut.to_dense().expand(mask.shape), eager.to_dense().expand(mask.shape))
+        assert torch.equal(cut.blocks.kinds.clamp(max=0), eager.blocks.kinds.clamp(max=0))
+        assert torch.equal(cut.blocks.row_counts, eager.blocks.row_counts)
+        assert torch.equal(cut.blocks.column_counts, eager.blocks.column_counts)
+    none = BlockMask.causal(0, 5)
+    assert _cut_to_window(none.blocks, 0, 5, 0, 0) is none.blocks
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_causal_and_window_in_one_graph_that_comes_first(backend):
+    mask = BlockMask.document(IDS)
+    q, k, v = (t.requires_grad_() for t in tensors_for(mask)[:3])
+
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v):
+            return fastattn.attention(q, k, v, mask=mask, causal=True, window=(50, None))
+
+    with fastattn.backend.use(backend):
+        graphs = [torch.compile(Layer(), fullgraph=True, backend="aot_eager")]
+        if backend == "eager":
+            graphs.append(torch.export.export(Layer(), (q, k, v)).module())
+        outs = [graph(q, k, v) for graph in graphs]
+        assert not mask._within
+        expected = Layer()(q, k, v)
+        truth = torch.autograd.grad(expected.square().sum(), (q, k, v))
+        for out in outs:
+            grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+            assert all(torch.equal(a, b) for a, b in zip((out, *grads), (expected, *truth)))
+
+
+def test_a_mask_first_used_in_inference_mode_trains():
+    with torch.inference_mode():
+        masks = (
+            BlockMask.document(IDS),
+            BlockMask.document(IDS).to("cpu"),
+            BlockMask.causal(160) & BlockMask.causal(160),
+        )
+        x = torch.randn(1, 1, 160, 16)
+        for mask in masks:
+            fastattn.attention(x, x, x, mask=mask, causal=True)
+    for mask in masks:
+        assert not any(tensor.is_inference() for tensor in (*mask.blocks, *mask.within(None, 0).blocks))
+        leaf = torch.randn(1, 1, 160, 16, requires_grad=True)
+        step = torch.compile(
+            lambda x, mask=mask: fastattn.attention(x, x, x, mask=mask, causal=True), backend="aot_eager"
+        )
+        step(leaf).sum().backward()
+        assert leaf.grad is not None
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backward_is_deterministic_bit_for_bit(backend):
     with fastattn.backend.use(backend):
@@ -211,7 +269,18 @@ def test_opcheck_and_one_graph(backend):
         (lambda: BlockMask.from_mask(torch.ones(3).bool()), ValueError, "2 to 4 dimensions"),
         (lambda: BlockMask.document(torch.ones(3)), TypeError, "ids must be a tensor of integers"),
         (lambda: BlockMask.document(IDS, IDS.view(2, 4, 20)), ValueError, r"key_ids must have shape \(length,\)"),
-        (lambda: BlockMask.causal(-1), ValueError, "num_queries must be at least 0"),
+        (lambda: BlockMask.causal(-1), ValueError, "num_queries must be an integer of at least 0"),
+        (lambda: BlockMask.window(5.0), ValueError, "num_queries must be an integer of at least 0, got 5.0"),
+        (lambda: BlockMask.window(5, 5, -1), ValueError, r"left must be None .* got -1"),
+        (lambda: BlockMask.window(5, 5, 1, 0.5), ValueError, r"right must be None .* got 0.5"),
+        (
+            lambda: BlockMask.document(IDS.expand(2, -1), IDS.expand(3, -1)), ValueError,
+            r"ids and key_ids must be of one batch, got \(2, 160\) and \(3, 160\)",
+        ),
+        (
+            lambda: BlockMask.document(IDS.expand(2, -1)) & BlockMask.document(IDS.expand(3, -1)), ValueError,
+            r"the same batch and heads, or 1, to be combined, got \(2, 1, 160, 160\) and \(3",
+        ),
         (lambda: BlockMask.causal(3) & BlockMask.causal(4), ValueError, "same Nq and Nk"),
         (
             lambda: fastattn.attention(*torch.zeros(3, 1, 2, 5, 8), mask=BlockMask.causal(4)), ValueError,
