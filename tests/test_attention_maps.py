@@ -1,5 +1,6 @@
 """Attention weights of chosen rows and sums of columns against the fp64 definition, whose values are one-hot."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,6 +67,11 @@ def test_empty_and_bad_arguments():
     for row in (3, -1, 0.5, True):
         with pytest.raises(ValueError, match=r"rows must be integers in \[0, 3\)"):
             fastattn.attention_weights(query, query, rows=[row])
+    for rows in (3, torch.tensor(3), slice(0, 2)):
+        with pytest.raises(ValueError, match=r"rows must be a sequence of integers in \[0, 3\)"):
+            fastattn.attention_weights(query, query, rows=rows)
+    for rows in (range(2), (np.int64(0), 1), np.arange(2)):
+        assert fastattn.attention_weights(query, query, rows=rows).shape == (1, 2, 2, 3)
     with pytest.raises(ValueError, match="same head_dim"):
         fastattn.attention_column_sums(query, torch.zeros(1, 2, 3, 4))
     assert "a block of rows at a time" in fastattn.explain(fastattn.attention_weights, query, query)

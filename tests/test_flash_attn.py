@@ -76,7 +76,8 @@ def test_kv_cache_means_the_same(name, where):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_kv_cache_turns_by_position(causal, interleaved):
+@pytest.mark.parametrize("unbounded", [(-1, -1), [-1, -1]], ids=["tuple", "list"])
+def test_kv_cache_turns_by_position(unbounded, causal, interleaved):
     """Where attention is neither causal nor local, flash-attn takes all queries to stand at the first new position."""
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 3, 4, 16), torch.randn(2, 3, 2, 16), torch.randn(2, 3, 2, 16)
@@ -89,8 +90,9 @@ def test_kv_cache_turns_by_position(causal, interleaved):
     standing = positions if causal else lengths[:, None].expand(2, 3)
     query = reference.rotary(*[q.transpose(1, 2).double()] * 2, positions=standing, **turn)[0]
     out = flash_attn_with_kvcache(
-        q, key_cache, value_cache, k, v, cos, sin, lengths, causal=causal, rotary_interleaved=interleaved
-    )
+        q, key_cache, value_cache, k, v, cos, sin, lengths, causal=causal, window_size=unbounded,
+        rotary_interleaved=interleaved,
+    )  # fmt: skip
     for i, n in enumerate(lengths.tolist()):
         keys = torch.cat([key_cache[i, :n].transpose(0, 1).double(), new[i]], 1)[None]
         values = torch.cat([value_cache[i, :n], v[i]]).transpose(0, 1)[None].double()
@@ -136,5 +138,13 @@ def test_what_is_not_supported_is_refused():
         flash_attn_with_kvcache(q, cache, cache, q, q)
     with pytest.raises(ValueError, match=r"qkv must have shape \(batch, length, 3, heads, head_dim\), got \(3, 2, 8\)"):
         flash_attn_qkvpacked_func(x)
+    for window in (None, 3, (1, 2, 3)):
+        with pytest.raises(ValueError, match=r"window_size must be \(left, right\), -1 where unbounded, got "):
+            flash_attn_func(q, q, q, window_size=window)
+    with pytest.raises(TypeError, match=r"block_table must be a torch\.Tensor, got list"):
+        flash_attn_with_kvcache(q, cache, cache, block_table=[[0]])
+    for index in (1, -1):
+        with pytest.raises(ValueError, match=rf"cache_batch_idx must be in \[0, 1\), the caches, got {index}"):
+            flash_attn_with_kvcache(q, cache, cache, cache_batch_idx=torch.tensor([index], dtype=torch.int32))
     with pytest.raises(ValueError, match=r"q must have 4 dimensions \(batch, length, heads, head_dim\)"):
         flash_attn_func(x, x, x)

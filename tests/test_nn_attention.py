@@ -141,6 +141,11 @@ def test_torchs_encoder_calls_our_forward_in_eval_too(monkeypatch):
     ("change", "error", "message"),
     [
         (lambda q, k, v: ((q[0, 0], k, v), {}), ValueError, "3 dimensions, or 2 for one sequence"),
+        (
+            lambda q, k, v: ((torch.nested.nested_tensor([q[0], q[1]], layout=torch.jagged), k, v), {}),
+            ValueError,
+            "query must be dense, got a nested tensor",
+        ),
         (lambda q, k, v: ((q[..., 1:], k, v), {}), ValueError, "query must have 16 features"),
         (lambda q, k, v: ((q, k, v[1:]), {}), ValueError, "same length and batch size"),
         (lambda q, k, v: ((q[:, :2], k, v), {}), ValueError, "same batch size"),
@@ -157,7 +162,7 @@ def test_torchs_encoder_calls_our_forward_in_eval_too(monkeypatch):
         (lambda q, k, v: ((q, k, v), {"attn_mask": CAUSAL.int()}), TypeError, "attn_mask must be bool"),
         (lambda q, k, v: ((q, k, v), {"is_causal": True}), RuntimeError, "is a hint about attn_mask"),
     ],
-    ids=["rank", "features", "lengths", "batch", "padding", "mask", "mask_dtype", "hint"],
+    ids=["rank", "nested", "features", "lengths", "batch", "padding", "mask", "mask_dtype", "hint"],
 )
 def test_bad_arguments_are_named(change, error, message):
     arguments, options = change(*inputs({}))

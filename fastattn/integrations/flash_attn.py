@@ -22,6 +22,8 @@ Result = Tensor | tuple[Tensor, Tensor, None]
 
 
 def _window(window_size: tuple[int, int]) -> tuple[int | None, int | None]:
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise ValueError(f"window_size must be (left, right), -1 where unbounded, got {window_size!r}")
     left, right = window_size
     return None if left == -1 else left, None if right == -1 else right
 
@@ -176,11 +178,15 @@ def flash_attn_with_kvcache(
         if tensor is not None:
             check_tensor(name, tensor)
             check_rank(name, tensor, 4, "(batch or pages, length, heads, head_dim)")
+    window = _window(window_size)
     if cache_leftpad is not None:
         raise ValueError("cache_leftpad must be None: left padding is not supported")
     if cache_seqlens is None:
         if k is not None:
             raise ValueError("cache_seqlens must say where k and v are appended, got None")
+        if block_table is not None:
+            check_tensor("block_table", block_table, (torch.int32,))
+            check_rank("block_table", block_table, 2, "(batch, pages of a sequence)")
         cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     if cache_batch_idx is not None:
         if block_table is not None:
@@ -189,20 +195,29 @@ def flash_attn_with_kvcache(
             )
         check_tensor("cache_batch_idx", cache_batch_idx, (torch.int32,))
         check_shape("cache_batch_idx", cache_batch_idx, (q.shape[0],), "one cache per sequence")
+        _check_places(cache_batch_idx, k_cache.shape[0])
         block_table = cache_batch_idx[:, None]  # each sequence has one page, as long as the cache
     query, key_cache, value_cache = (t.transpose(1, 2) for t in (q, k_cache, v_cache))
     key, value = (None if t is None else t.transpose(1, 2) for t in (k, v))
     if rotary_cos is not None or rotary_sin is not None:
         if key is None or rotary_cos is None or rotary_sin is None:
             raise ValueError("rotary_cos and rotary_sin must be given together, and with k and v")
-        by_position = causal or window_size != (-1, -1)
+        by_position = causal or window != (None, None)
         query, key = _rotated(query, key, rotary_cos, rotary_sin, cache_seqlens, rotary_interleaved, by_position)
     out, lse = attention_with_kv_cache(
         query, key_cache, value_cache, cache_seqlens, key=key, value=value, block_table=block_table, causal=causal,
-        window=_window(window_size), alibi_slopes=alibi_slopes, softcap=softcap or None, scale=softmax_scale,
+        window=window, alibi_slopes=alibi_slopes, softcap=softcap or None, scale=softmax_scale,
         return_lse=True,
     )  # fmt: skip
     return (out.transpose(1, 2), lse) if return_softmax_lse else out.transpose(1, 2)
+
+
+def _check_places(cache_batch_idx: Tensor, caches: int) -> None:
+    if cache_batch_idx.device.type != "cpu" or torch.compiler.is_compiling():
+        return  # looking at the values would make the host wait for the device
+    wrong = cache_batch_idx[(cache_batch_idx < 0) | (cache_batch_idx >= caches)]
+    if wrong.numel():
+        raise ValueError(f"cache_batch_idx must be in [0, {caches}), the caches, got {wrong[0].item()}")
 
 
 def _rotated(

@@ -139,6 +139,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _check_inputs(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, embed_dim: int, kdim: int, vdim: int, first: bool
 ) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.is_nested:
+            raise ValueError(f"{name} must be dense, got a nested tensor: pad it, or pack it for varlen_attention")
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
         raise ValueError(f"query, key and value must all have 3 dimensions, or 2 for one sequence, got {shapes}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from fastattn.block_mask import BlockMask
 from fastattn.eager import attention_maps
 from fastattn.ops.attention import canonical, check_window
+from fastattn.ops.checks import is_integer
 
 
 def _rules(query: Tensor, key: Tensor, causal: bool, window: Any, softcap: float | None, **options: Any) -> Any:
@@ -57,11 +58,20 @@ def attention_weights(
     query, key, rules = _rules(
         query, key, causal, window, softcap, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, scale=scale
     )
-    wanted = range(query.shape[2]) if rows is None else rows.tolist() if isinstance(rows, Tensor) else list(rows)
-    for row in wanted:
-        if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < query.shape[2]:
-            raise ValueError(f"rows must be integers in [0, {query.shape[2]}), the query's rows, got {row!r}")
+    wanted = range(query.shape[2]) if rows is None else _chosen(rows, query.shape[2])
     return attention_maps.weights_of_rows(query, key, wanted, *rules)
+
+
+def _chosen(rows: Sequence[int] | Tensor, count: int) -> list[int]:
+    """The rows as a list, checked."""
+    listed = rows.tolist() if hasattr(rows, "tolist") else rows
+    if not isinstance(listed, Iterable):
+        raise ValueError(f"rows must be a sequence of integers in [0, {count}), the query's rows, got {rows!r}")
+    chosen = list(listed)
+    for row in chosen:
+        if not is_integer(row) or not 0 <= row < count:
+            raise ValueError(f"rows must be integers in [0, {count}), the query's rows, got {row!r}")
+    return [int(row) for row in chosen]
 
 
 @torch.no_grad()
