@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 import fastattn
 
-CALLS = {
+GQA = {"enable_gqa": True}
+CALLS = {  # shapes of the query, of the key, the options, and where it differs the value's shape
     "plain": ((2, 3, 5, 8), (2, 3, 7, 8), {}),
     "causal": ((2, 3, 5, 8), (2, 3, 5, 8), {"is_causal": True}),
     "causal_more_keys": ((2, 3, 5, 8), (2, 3, 7, 8), {"is_causal": True}),
@@ -22,28 +23,77 @@ CALLS = {
     "float_mask": ((2, 3, 5, 8), (2, 3, 7, 8), {"attn_mask": torch.randn(2, 1, 5, 7), "scale": 0.2}),
     "gqa": ((2, 6, 5, 8), (2, 3, 7, 8), {"enable_gqa": True}),
     "broadcast_batch": ((2, 3, 5, 8), (1, 3, 7, 8), {}),
+    "gqa_no_batch": ((6, 5, 8), (2, 7, 8), {**GQA, "attn_mask": torch.rand(6, 5, 7) > 0.2}),
+    "gqa_five_dims": ((2, 2, 4, 5, 8), (2, 1, 2, 7, 8), {**GQA, "attn_mask": torch.randn(2, 4, 5, 7)}),
+    "gqa_broadcast_batch": ((2, 4, 5, 8), (1, 2, 7, 8), GQA),
+    "gqa_broadcast_query": ((1, 4, 5, 8), (2, 2, 7, 8), GQA),
+    "gqa_ranks": ((2, 4, 5, 8), (2, 5, 8), {**GQA, "is_causal": True}),
+    "gqa_other_value_heads": ((2, 4, 5, 8), (2, 2, 7, 8), GQA, (2, 1, 7, 8)),
+    "gqa_more_value_heads": ((2, 4, 5, 8), (2, 2, 7, 8), GQA, (1, 4, 7, 8)),
+    "one_key_head": ((2, 4, 5, 8), (2, 1, 7, 8), {"attn_mask": torch.rand(5, 7) > 0.2}),
+    "one_key_head_causal": ((2, 4, 5, 8), (2, 1, 5, 8), {"is_causal": True}),
+    "one_value_head": ((2, 4, 5, 8), (2, 4, 7, 8), {}, (2, 1, 7, 8)),
+    "one_query_head": ((2, 1, 5, 8), (2, 4, 7, 8), {}),
+    "ranks": ((4, 5, 8), (2, 1, 7, 8), {}, (7, 8)),
 }
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_equals_torchs(name):
-    shape_q, shape_k, options = CALLS[name]
+    shape_q, shape_k, options, *shape_v = CALLS[name]
     torch.manual_seed(0)
-    q, k, v = (torch.randn(shape, requires_grad=True) for shape in (shape_q, shape_k, shape_k))
+    q, k, v = (torch.randn(shape, requires_grad=True) for shape in (shape_q, shape_k, *(shape_v or [shape_k])))
     expected = F.scaled_dot_product_attention(q, k, v, **options)
     got = fastattn.scaled_dot_product_attention(q, k, v, **options)
     assert got.shape == expected.shape
     assert torch.allclose(got, expected, atol=1e-6)
     for ours, theirs in zip(*(torch.autograd.grad(out.sin().sum(), (q, k, v)) for out in (got, expected))):
         assert torch.allclose(ours, theirs, atol=2e-6)
+    assert "eager, because" in fastattn.explain(fastattn.scaled_dot_product_attention, q, k, v, **options)
+
+
+def test_broadcasting_keeps_one_graph():
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(1, 7, 8), torch.randn(2, 1, 7, 8)
+    mask = torch.rand(2, 1, 1, 7) > 0.2
+    compiled = torch.compile(fastattn.scaled_dot_product_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    expected = fastattn.scaled_dot_product_attention(q, k, v, mask)
+    assert torch.allclose(compiled(q, k, v, mask), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (torch.ones(5, 7).int(), TypeError, "attn_mask has dtype int32; allowed: bool, float32"),
+        ([[True]], TypeError, r"attn_mask must be a torch\.Tensor, got list"),
+        (fastattn.BlockMask.causal(5, 7), TypeError, r"attn_mask must be a torch\.Tensor, got BlockMask"),
+        (
+            torch.ones(3, 5, 7).bool(),
+            ValueError,
+            r"attn_mask must broadcast to .* = \(4, 5, 7\), got shape \(3, 5, 7\)",
+        ),
+        (torch.ones(1, 4, 5, 7), ValueError, r"attn_mask must broadcast to .* = \(4, 5, 7\), got shape \(1, 4, 5, 7\)"),
+        (torch.ones(5, 7, device="meta"), ValueError, "attn_mask is on meta but query is on cpu"),
+    ],
+    ids=["dtype", "list", "block_mask", "heads", "rank", "device"],
+)
+def test_a_bad_attn_mask_is_named(mask, error, message):
+    q, k = torch.randn(4, 5, 8), torch.randn(4, 7, 8)
+    with pytest.raises(error, match=message):
+        fastattn.scaled_dot_product_attention(q, k, k, attn_mask=mask)
 
 
 def test_what_torch_refuses_is_refused():
     q = torch.randn(1, 4, 5, 8)
     with pytest.raises(ValueError, match="attn_mask must be None when is_causal=True"):
         fastattn.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(5, 5).bool(), is_causal=True)
-    with pytest.raises(ValueError, match="same heads without enable_gqa=True, got 4, 1 and 1"):
-        fastattn.scaled_dot_product_attention(q, q[:, :1], q[:, :1])
+    with pytest.raises(
+        ValueError, match=r"same heads, or 1, without enable_gqa=True, got query \(1, 4, 5, 8\), key \(1, 2"
+    ):
+        fastattn.scaled_dot_product_attention(q, q[:, :2], q[:, :2])
+    with pytest.raises(ValueError, match="multiple of the key's and of the value's, got query"):
+        fastattn.scaled_dot_product_attention(q, q[:, :2], q[:, :3], enable_gqa=True)
+    with pytest.raises(ValueError, match="the batch dimensions of query, key and value must broadcast, got query"):
+        fastattn.scaled_dot_product_attention(q.expand(2, -1, -1, -1), *[q.expand(3, -1, -1, -1)] * 2)
     with pytest.raises(ValueError, match="at least 2 dimensions"):
         fastattn.scaled_dot_product_attention(q[0, 0, 0], q, q)
 

@@ -27,6 +27,7 @@ from fastattn.ops.checks import (
     is_integer,
     name_of,
 )
+from fastattn.ops.leading_dims import four_dims
 from fastattn.ops.library import call, define, differentiate, listening, needs_composite
 
 MAX_HEAD_DIM = 256
@@ -416,20 +417,20 @@ def scaled_dot_product_attention(
     Unlike `attention`, `is_causal` is aligned at the top left: row i sees j <= i whatever Nq and Nk are.
 
     Args:
-        query: (..., Nq, D), with any number of leading dimensions; the last of them is the heads where there are two or more.
+        query: (..., Nq, D), with any number of leading dimensions, which broadcast; the last of them is the heads.
         key: (..., Nk, D).
         value: (..., Nk, Dv).
         attn_mask: broadcastable to (..., Nq, Nk): bool (True = attend) or floating (added to the scores, differentiable).
         dropout_p: probability in [0, 1); applied whenever it is positive, as in torch.
         is_causal: excludes `attn_mask`.
         scale: None = 1 / sqrt(D).
-        enable_gqa: allow the query to have a multiple of the key's heads.
+        enable_gqa: allow the query to have a multiple of the key's heads, and of the value's.
 
     Returns:
         (..., Nq, Dv). A row that sees nothing is 0.
 
     Raises:
-        ValueError, TypeError: as `attention`; `attn_mask` with `is_causal`; unequal heads without `enable_gqa`.
+        ValueError, TypeError: as `attention`; `attn_mask` with `is_causal`; shapes that do not broadcast.
 
     Example:
         >>> q, k, v = (torch.randn(2, 8, 128, 64) for _ in range(3))
@@ -443,28 +444,9 @@ def scaled_dot_product_attention(
             return plain
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask must be None when is_causal=True")
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_tensor(name, tensor)
-        if tensor.dim() < 2:
-            raise ValueError(
-                f"{name} must have at least 2 dimensions (length, head_dim), got shape {tuple(tensor.shape)}"
-            )
-    leading: tuple[int, ...] = tuple(query.shape[:-2])
-    if query.dim() != 4 or not enable_gqa:
-        leading = tuple(torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2]))
-        if query.dim() == 4 and not query.shape[1] == key.shape[1] == value.shape[1]:
-            got = f"{query.shape[1]}, {key.shape[1]} and {value.shape[1]}"
-            raise ValueError(f"query, key and value must have the same heads without enable_gqa=True, got {got}")
-        query, key, value = (t.expand(*leading, -1, -1) for t in (query, key, value))
-    pairs = (query.shape[-2], key.shape[-2])
-    if len(leading) != 2:
-        *batches, heads = leading or (1,)
-        batch = math.prod(batches)
-        query, key, value = (t.reshape(batch, heads, *t.shape[-2:]) for t in (query, key, value))
-        if attn_mask is not None and attn_mask.dim() > 2:
-            attn_mask = attn_mask.expand(*leading, *pairs).reshape(batch, heads, *pairs)
+    query, key, value, attn_mask, leading = four_dims(query, key, value, attn_mask, enable_gqa)
     mask, bias = (attn_mask, None) if attn_mask is not None and attn_mask.dtype == torch.bool else (None, attn_mask)
-    right = pairs[0] - pairs[1] if is_causal else None  # row i stands at column i + Nk - Nq
+    right = query.shape[2] - key.shape[2] if is_causal else None  # row i stands at column i + Nk - Nq
     out, _ = attend(canonical(query, key, value, mask, bias, None, None, scale, None, right, None, dropout_p))
     return out.reshape(*leading, *out.shape[-2:]) if len(leading) != 2 else out
 
@@ -475,8 +457,11 @@ def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[st
     given.apply_defaults()
     o = given.arguments
     left, right = check_window(o.get("window"), o.get("causal", False))
-    if o.get("is_causal"):
-        right = o["query"].shape[-2] - o["key"].shape[-2]
+    if function is scaled_dot_product_attention:
+        names = ("query", "key", "value", "attn_mask", "enable_gqa")
+        o["query"], o["key"], o["value"], pairs, _ = four_dims(*(o[name] for name in names))
+        o["bias" if pairs is not None and pairs.is_floating_point() else "mask"] = pairs
+        right = o["query"].shape[2] - o["key"].shape[2] if o["is_causal"] else None
     dropout_p = o["dropout_p"]
     check_probability("dropout_p", dropout_p)
     *tensors, seed, scale, left, right, cap, _ = canonical(
