@@ -307,8 +307,6 @@ def attention_with_kv_cache(
     elif key_cache.shape[0] < batch:
         raise ValueError(f"key_cache has room for {key_cache.shape[0]} sequences, but query has {batch}")
     _check_lengths(cache_seqlens, batch, new, capacity)
-    if block_table is not None:
-        _check_pages(block_table, cache_seqlens, new, key_cache)
     # (kernels know no stride of the lengths)
     lengths, length = (cache_seqlens.contiguous(), 0) if isinstance(cache_seqlens, Tensor) else (None, cache_seqlens)
     left, right = check_window(window, causal)
@@ -320,6 +318,8 @@ def attention_with_kv_cache(
         query=query, key_cache=key_cache, value_cache=value_cache, cache_seqlens=lengths, key=key, value=value,
         block_table=block_table, alibi_slopes=slopes, sinks=sinks,
     )  # fmt: skip
+    if block_table is not None:
+        _check_pages(block_table, cache_seqlens, new, key_cache)
     if rotary_cos is not None or rotary_sin is not None:
         _check_untracked(rotary_cos=rotary_cos, rotary_sin=rotary_sin)
         blind = right == 0  # rows in front of the first key see none
