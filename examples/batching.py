@@ -122,15 +122,15 @@ class Engine:
     @torch.inference_mode()
     def _run(self) -> None:
         while not self._closed.is_set():
-            self._admit()
             try:
+                self._admit()
                 self._step()
             except Exception as error:  # a server goes on with the next request
                 self._end_all(f"error: {error}")
         self._end_all("closed")
         while not self._waiting.empty():
             if (request := self._waiting.get_nowait()) is not None:
-                request.emit("closed")
+                _tell(request, "closed")
 
     def _admit(self) -> None:
         """Take requests out of the queue while rows are free; wait for one where there is nothing else to do."""
@@ -142,17 +142,18 @@ class Engine:
             if request is None:
                 return
             if request.cancelled.is_set():
-                request.emit("cancelled")
+                _tell(request, "cancelled")
                 continue
-            generator = torch.Generator(self.model.output_weight.device)
-            generator.seed() if request.seed is None else generator.manual_seed(request.seed)
+            row, generator = len(self.active), torch.Generator(self.model.output_weight.device)
             self.active.append(request)
             self._generators.append(generator)
             try:
-                row = len(self.active) - 1
-                self._write(row, self._read(row, request.tokens[-self._cache.capacity :]))
+                generator.seed() if request.seed is None else generator.manual_seed(request.seed)
+                logits = self._read(row, request.tokens[-self._cache.capacity :])
             except Exception as error:
-                self._remove(len(self.active) - 1, f"error: {error}")
+                self._remove(row, f"error: {error}")
+            else:
+                self._write(row, logits)
 
     def _read(self, row: int, tokens: list[int]) -> Tensor:
         """Logits after `tokens`, (vocab_size,), which fill the row anew."""
@@ -186,7 +187,16 @@ class Engine:
             self._write(row, logits[row])
 
     def _write(self, row: int, logits: Tensor) -> None:
-        """Choose a request's next token; end the request where it is its last."""
+        """Choose a request's next token; end the request where it is its last, or where it cannot be chosen or told."""
+        try:
+            reason = self._choose(row, logits)
+        except Exception as error:
+            reason = f"error: {error}"
+        if reason is not None:
+            self._remove(row, reason)
+
+    def _choose(self, row: int, logits: Tensor) -> str | None:
+        """Append and emit the next token; the reason is returned where the request ends with it."""
         request, logits = self.active[row], logits[None]
         if request.repetition_penalty != 1.0:
             seen = torch.tensor([request.tokens[-self._cache.lengths[row] :]], device=logits.device)
@@ -194,13 +204,11 @@ class Engine:
         options = request.temperature, request.top_k, request.top_p
         token = int(sample(logits, *options, self._generators[row]))
         if token == self.end:
-            self._remove(row, "stop")
-            return
+            return "stop"
         request.tokens.append(token)
         request.written += 1
         request.emit(token)
-        if request.written == request.max_new_tokens:
-            self._remove(row, "length")
+        return "length" if request.written == request.max_new_tokens else None
 
     def _remove(self, row: int, reason: str) -> None:
         request, last = self.active[row], len(self.active) - 1
@@ -209,8 +217,14 @@ class Engine:
             self.active[row], self._generators[row] = self.active[last], self._generators[last]
         self.active.pop()
         self._generators.pop()
-        request.emit(reason)
+        _tell(request, reason)
 
     def _end_all(self, reason: str) -> None:
         while self.active:
             self._remove(len(self.active) - 1, reason)
+
+
+def _tell(request: Request, reason: str) -> None:
+    """Emit the end of a request; whoever it belongs to may be gone."""
+    with contextlib.suppress(Exception):
+        request.emit(reason)

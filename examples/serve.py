@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import json
 import math
 import socket
@@ -147,6 +148,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("max_tokens", "rows", "waiting"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    if not 0 <= arguments.port < 2**16:
+        parser.error(f"--port must be in [0, 65535], got {arguments.port}")
     if not arguments.timeout > 0:
         parser.error(f"--timeout must be above 0, got {arguments.timeout}")
     return arguments
@@ -185,10 +188,12 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port))
     except OSError as error:
-        message = (
-            f"cannot listen on {host}:{port}: {error.strerror or error}. Another server may have it: try another --port"
-        )
-        raise TrainingError(message) from error
+        advice = ""
+        if error.errno == errno.EADDRINUSE:
+            advice = ". Another server may have it: try another --port"
+        elif error.errno != errno.EACCES:  # a port below 1024
+            advice = ". --host must be a name or an address of this machine"
+        raise TrainingError(f"cannot listen on {host}:{port}: {error.strerror or error}{advice}") from error
 
 
 def ask(server: Server, address: str, text: str) -> bool:

@@ -41,6 +41,7 @@ class Limits:
         timeout: seconds until an answer must be complete.
         body: bytes of a request.
         texts: prompts or texts in a request.
+        stops, stop_length: stop strings in a request, and characters of one.
     """
 
     max_tokens: int = 512
@@ -49,25 +50,33 @@ class Limits:
     timeout: float = 60.0
     body: int = 2**20
     texts: int = 16
+    stops: int = 16
+    stop_length: int = 256
 
 
 class CompletionRequest(BaseModel):
-    """OpenAI's, without what is not done here, which is refused by name."""
+    """OpenAI's; what is not done here may be given where it changes nothing, as clients do, and is refused otherwise."""
 
     model_config = ConfigDict(extra="forbid")
     prompt: str | list[str]
     model: str | None = None
     max_tokens: int = Field(default=16, ge=1)
-    temperature: float = Field(default=1.0, ge=0.0, le=100.0)
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    temperature: float = Field(default=1.0, ge=0.0, le=100.0, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0, allow_inf_nan=False)
     top_k: int | None = Field(default=None, ge=1)
-    repetition_penalty: float = Field(default=1.0, gt=0.0, le=100.0)
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=100.0, allow_inf_nan=False)
     n: int = Field(default=1, ge=1, le=1)
     stop: str | list[str] | None = None
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stream: bool = False
     echo: bool = False
     user: str | None = None
+    best_of: int = Field(default=1, ge=1, le=1)
+    presence_penalty: float = Field(default=0.0, ge=0.0, le=0.0)
+    frequency_penalty: float = Field(default=0.0, ge=0.0, le=0.0)
+    logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
+    logprobs: None = None
+    suffix: None = None
 
 
 class ClassifyRequest(BaseModel):
@@ -88,6 +97,14 @@ class Refusal(HTTPException):
 def refusal_body(status: int, message: str) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}
+
+
+def check_text(name: str, texts: list[str]) -> None:
+    """Refuse what JSON can write and no text holds: half a character of two units."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise Refusal(400, f"{name} holds a lone surrogate, which is no character: {error}") from error
 
 
 def busy(what: str) -> Refusal:
@@ -157,6 +174,11 @@ class Texts:
         prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
         if not 1 <= len(prompts) <= self.limits.texts:
             raise Refusal(400, f"prompt must hold 1 to {self.limits.texts} texts, got {len(prompts)}")
+        check_text("prompt", prompts)
+        stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        if len(stops) > self.limits.stops or any(len(stop) > self.limits.stop_length for stop in stops):
+            most = f"at most {self.limits.stops} strings of at most {self.limits.stop_length} characters"
+            raise Refusal(400, f"stop must be {most}")
         if body.max_tokens > self.limits.max_tokens:
             raise Refusal(400, f"max_tokens must be at most {self.limits.max_tokens}, got {body.max_tokens}")
         jobs = [Job(self.engine, self.tokenizer, prompt, body, self.limits.timeout) for prompt in prompts]
@@ -238,6 +260,7 @@ class Labels:
             raise Refusal(400, f"text must hold 1 to {self.limits.texts} texts, got {len(texts)}")
         if body.attention and len(texts) > 1:
             raise Refusal(400, f"attention is of one text at a time, got {len(texts)}")
+        check_text("text", texts)
         if not self._room.acquire(blocking=False):
             raise busy("too many requests are waiting")
         attention = None

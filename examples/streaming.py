@@ -33,6 +33,34 @@ class Decoder:
         return piece
 
 
+class _Stop:
+    """A stop string that is looked for in a text that comes in pieces, by Knuth, Morris and Pratt (1977).
+
+    Attributes:
+        text: the stop string.
+        matched: how many of its first characters the text so far ends with.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text, self.matched = text, 0
+        self._borders = [0]  # of each beginning of `text`, the longest shorter one that it ends with
+        for character in text[1:]:
+            self._borders.append(self._next(self._borders[-1], character))
+
+    def _next(self, matched: int, character: str) -> int:
+        while matched and self.text[matched] != character:
+            matched = self._borders[matched - 1]
+        return matched + (self.text[matched] == character)
+
+    def read(self, piece: str) -> int:
+        """How many characters of the piece were read when the stop string was complete, or 0."""
+        for count, character in enumerate(piece, 1):
+            self.matched = self._next(self.matched, character)
+            if self.matched == len(self.text):
+                return count
+        return 0
+
+
 class StopStrings:
     """Lets text through up to the first of the stop strings; what may be the beginning of one is held back.
 
@@ -41,17 +69,17 @@ class StopStrings:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = [stop for stop in stops if stop]
+        self._stops = [_Stop(stop) for stop in stops if stop]
         self._held = ""
         self.found = False
 
     def push(self, piece: str) -> str:
         held = self._held + piece
-        if places := [place for stop in self._stops if (place := held.find(stop)) >= 0]:
-            self.found, self._held = True, ""
-            return held[: min(places)]
-        beginnings = (stop[:length] for stop in self._stops for length in range(1, len(stop)))
-        keep = max((len(beginning) for beginning in beginnings if held.endswith(beginning)), default=0)
+        ends = [(stop, end) for stop in self._stops if (end := stop.read(piece))]
+        if ends:
+            self.found, known, self._held = True, len(self._held), ""
+            return held[: min(known + end - len(stop.text) for stop, end in ends)]
+        keep = max((stop.matched for stop in self._stops), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]
 

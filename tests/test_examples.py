@@ -383,6 +383,17 @@ def test_stop_strings_in_pieces(size: int) -> None:
 
 
 @pytest.mark.usefixtures("scripts")
+def test_long_stop_strings_take_no_long_time() -> None:
+    """Each character is looked at a few times, whatever the stop string's length; half of it is held back."""
+    from streaming import StopStrings
+
+    gate, start = StopStrings(["x" * 200_000 + "y", "xxz"]), time.perf_counter()
+    assert "".join(gate.push("x" * 10) for _ in range(10_000)) == ""
+    assert gate.push("w") == "x" * 100_000 + "w"
+    assert time.perf_counter() - start < 5  # 35 seconds for ten pieces where beginnings were compared
+
+
+@pytest.mark.usefixtures("scripts")
 def test_streamed_text_is_the_decoded_text(finished: Path) -> None:
     """Characters of several bytes arrive whole, whatever tokens their bytes are in."""
     import corpus

@@ -1,5 +1,6 @@
 """examples/serve.py and batching.py: the same texts as without a server, limits, time-outs, and clients that leave."""
 
+import contextlib
 import http.client
 import json
 import queue
@@ -158,6 +159,26 @@ def test_requests_end_and_are_cancelled() -> None:
         collect(engine, tokens=[1], max_new_tokens=1)
 
 
+def test_the_engine_survives_what_one_request_raises() -> None:
+    """Before its first token, when it is told one, and at its end; the others go on."""
+    import batching
+
+    def refuse(event: int | str) -> None:
+        raise ValueError(event)
+
+    engine = batching.Engine(make_gpt(), None, rows=2)
+    try:
+        _, seed = collect(engine, tokens=[1], max_new_tokens=1, seed=2**80)
+        assert "error: " in seed.get(timeout=10)
+        engine.submit(batching.Request([1], 1, refuse))
+        _, option = collect(engine, tokens=[1], max_new_tokens=1, top_k="many")
+        assert "error: " in option.get(timeout=10)
+        _, good = collect(engine, tokens=[1], max_new_tokens=2, seed=-1)
+        assert [type(good.get(timeout=10)) for _ in range(3)] == [int, int, str]
+    finally:
+        engine.close()
+
+
 def streamed(response: Any) -> tuple[str, list[dict[str, Any]]]:
     lines = [line for line in response.text.split("\n\n") if line]
     assert lines[-1] == "data: [DONE]"
@@ -216,7 +237,12 @@ def test_classification(client: Callable[..., Any]) -> None:
 
 
 BAD = {
-    "field": ({"prompt": "a", "logprobs": 3}, 400, "logprobs: Extra inputs are not permitted"),
+    "field": ({"prompt": "a", "tools": 3}, 400, "tools: Extra inputs are not permitted"),
+    "penalty": ({"prompt": "a", "presence_penalty": 1}, 400, "presence_penalty: Input should be less than or equal"),
+    "seed": ({"prompt": "a", "seed": 2**80}, 400, "seed: Input should be less than"),
+    "stops": ({"prompt": "a", "stop": ["x"] * 17}, 400, "at most 16 strings of at most 256 characters"),
+    "stop": ({"prompt": "a", "stop": "x" * 257}, 400, "at most 16 strings of at most 256 characters"),
+    "surrogate": ({"prompt": ["a", "\ud800"]}, 400, "prompt holds a lone surrogate"),
     "no prompt": ({}, 400, "prompt"),
     "too much": ({"prompt": "a", "max_tokens": 61}, 400, "max_tokens must be at most 60, got 61"),
     "temperature": ({"prompt": "a", "temperature": -1}, 400, "temperature"),
@@ -230,10 +256,21 @@ BAD = {
 @pytest.mark.parametrize(("body", "status", "message"), BAD.values(), ids=BAD)
 def test_refused_requests(client: Callable[..., Any], body: dict[str, Any], status: int, message: str) -> None:
     web = client(body=4096)
-    response = web.post("/v1/completions", json=body)
+    response = web.post("/v1/completions", content=json.dumps(body), headers={"Content-Type": "application/json"})
     assert response.status_code == status
     assert message in response.json()["error"]["message"]
     assert web.post("/v1/completions", json={"prompt": "a"}).status_code == 200
+
+
+def test_values_that_change_nothing(client: Callable[..., Any]) -> None:
+    """OpenAI's clients send them; what is not a number says so."""
+    web, neutral = client(), {"presence_penalty": 0, "frequency_penalty": 0.0, "best_of": 1}
+    neutral |= {"logit_bias": None, "suffix": None, "logprobs": None}
+    assert web.post("/v1/completions", json={"prompt": "a", **neutral}).status_code == 200
+    as_json = {"Content-Type": "application/json"}
+    response = web.post("/v1/completions", content=b'{"prompt": "a", "temperature": NaN}', headers=as_json)
+    assert response.json()["error"]["message"] == "temperature: Input should be a finite number"
+    assert web.post("/v1/classify", content=b'{"text": "\\ud800"}', headers=as_json).status_code == 400
 
 
 def test_an_empty_prompt(client: Callable[..., Any]) -> None:
@@ -411,6 +448,23 @@ def test_a_server_that_asks_itself(tmp_path: Path, capsys: pytest.CaptureFixture
         printed = capsys.readouterr().out
         assert "POST /v1/completions" in printed
         assert expected in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "99999"], "--port must be in [0, 65535], got 99999"),
+        (["--port", "-1"], "--port must be in [0, 65535], got -1"),
+        (["--host", "203.0.113.1", "--port", "0"], "--host must be a name or an address of this machine"),
+        (["--host", "no.such.host.invalid", "--port", "0"], "--host must be a name or an address of this machine"),
+    ],
+)
+def test_where_it_cannot_listen(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import serve
+
+    with contextlib.suppress(SystemExit):
+        assert serve.main(["nowhere", *arguments]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_a_taken_port() -> None:
