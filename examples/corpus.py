@@ -12,6 +12,7 @@ import io
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,6 +38,7 @@ PACKAGES = {
 }
 END_OF_TEXT = "<|endoftext|>"  # stands after every document
 SUFFIXES = (".txt", ".md", ".text")
+csv.field_size_limit(2**31 - 1)  # a text may be a book
 
 
 class DataError(Exception):
@@ -60,6 +62,8 @@ def read_documents(source: str) -> list[Document]:
             "bbc" (2,225 news articles).
     """
     path = Path(source)
+    if not source:
+        raise DataError("--data is empty: it must name a file, a folder or a built-in source")
     if source in PACKAGES:
         documents = _read_package(source)
     elif path.is_dir():
@@ -84,10 +88,28 @@ def read_file(path: Path) -> str:
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
+        encoding = "UTF-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "LATIN1"
         raise DataError(
             f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}. "
-            f"If it is text in another encoding, convert it: iconv -f LATIN1 -t UTF-8 {path} > converted.txt"
+            f"If it is text in another encoding, convert it: iconv -f {encoding} -t UTF-8 {path} > converted.txt"
         ) from error
+
+
+def read_stdin() -> str:
+    try:
+        return whole(sys.stdin.read())
+    except (UnicodeDecodeError, DataError) as error:
+        raise DataError(f"standard input is not UTF-8 text: {error}") from error
+
+
+def whole(text: str) -> str:
+    """The text; DataError where it holds a lone surrogate, half of a character, which \\ud800 in JSON or odd bytes become."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise DataError(f"character {error.start} is the lone surrogate {half}, which no text holds") from error
+    return text
 
 
 def _read_rows(path: Path) -> list[Document]:
@@ -100,7 +122,11 @@ def _read_rows(path: Path) -> list[Document]:
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                 fields = ", ".join(map(str, row)) if isinstance(row, dict) else "no fields at all"
                 raise DataError(f"{path}: every row needs the field text, row {number} has {fields or 'none'}")
-            documents.append(Document(row["text"], None if row.get("label") is None else str(row["label"])))
+            label = None if row.get("label") is None else str(row["label"])
+            try:
+                documents.append(Document(whole(row["text"]), label and whole(label)))
+            except DataError as error:
+                raise DataError(f"{path}: row {number}: {error}") from error
     except (ValueError, csv.Error) as error:
         raise DataError(f"{path}: row {number + 1} cannot be read: {error}") from error
     return documents
@@ -166,8 +192,11 @@ class Corpus:
 def load_tokenizer(folder: Path) -> Tokenizer:
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
-        raise DataError(f"{folder} holds no tokenizer.json: it is not a folder that train_gpt.py wrote")
-    return Tokenizer.from_file(str(path))
+        raise DataError(f"{folder} holds no tokenizer.json: it is not a folder that a training script wrote")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises no other class
+        raise DataError(f"{path} is damaged or incomplete: {error}") from error
 
 
 def end_of_text(tokenizer: Tokenizer) -> int:
@@ -180,7 +209,7 @@ def end_of_text(tokenizer: Tokenizer) -> int:
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """The tokens of `text`; where it is empty, the one after which a new document begins."""
-    return list(tokenizer.encode(text).ids) or [end_of_text(tokenizer)]
+    return list(tokenizer.encode(whole(text)).ids) or [end_of_text(tokenizer)]
 
 
 def prepare(source: str, root: Path, vocab_size: int, val_fraction: float) -> Corpus:
@@ -269,14 +298,20 @@ def _pieces(text: str, size: int = 2**18) -> list[str]:
 
 
 def _open(folder: Path) -> Corpus:
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    parts = {}
-    for name in ("train", "val"):
-        count = manifest[f"{name}_tokens"]
-        path, dtype = folder / f"{name}.bin", np.dtype(manifest["dtype"])
+    path, parts, advice = folder / "manifest.json", {}, f"delete {folder} to build it anew"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        counts = {name: int(manifest[f"{name}_tokens"]) for name in ("train", "val")}
+        dtype, vocab_size = np.dtype(manifest["dtype"]), int(manifest["vocab_size"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path} is damaged ({error!r}): {advice}") from error
+    for name, count in counts.items():
+        path = folder / f"{name}.bin"
         if not path.is_file() or path.stat().st_size != count * dtype.itemsize:
-            raise DataError(f"{path} does not match {folder / 'manifest.json'}: delete {folder} to build it anew")
+            raise DataError(f"{path} does not match {folder / 'manifest.json'}: {advice}")
         parts[name] = np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype)
+        if count and parts[name].max() >= vocab_size:
+            raise DataError(f"{path} holds tokens beyond the vocabulary of {vocab_size}: {advice}")
     return Corpus(folder, parts["train"], parts["val"], manifest)
 
 

@@ -48,7 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--weight-decay", type=float, default=0.1, help="AdamW's, on matrices only (%(default)s)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (%(default)s)")
     add("--dropout", type=float, default=0.1, help="few examples are soon learnt by heart (%(default)s)")
-    add("--seed", type=int, default=0, help="of the examples' order and the dropout (%(default)s)")
+    add("--seed", type=training.seed_number, default=0, help="of the examples' order and the dropout (%(default)s)")
     add("--device", default="auto", help="auto takes the GPU if there is one; or cpu, cuda, cuda:1, ...")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 autocast where it is fast")
     add("--eval-every", type=int, default=50, help="steps between validation losses and checkpoints (%(default)s)")
@@ -84,8 +84,7 @@ class Trainer:
         self.device = training.choose_device(arguments.device)
         self.dtype = training.choose_dtype(arguments.dtype, self.device)
         saved = self.out / "checkpoint.pt"
-        if saved.exists() and not (arguments.resume or arguments.overwrite):
-            raise TrainingError(f"{saved} exists: add --resume to go on, --overwrite to start anew, or change --out")
+        training.check_out(self.out, [saved] if saved.exists() else [], arguments)
         self.tokenizer = corpus.load_tokenizer(arguments.model)
         try:
             start = GPT.from_pretrained(arguments.model, dtype=torch.float32)
@@ -119,9 +118,7 @@ class Trainer:
         }
         self.checkpoint = training.Checkpoint(saved, identity)
         self.step, self.best, self.untuned = 0, float("inf"), float("nan")
-        if arguments.overwrite:
-            saved.unlink(missing_ok=True)
-        elif saved.exists():
+        if saved.exists() and not arguments.overwrite:
             progress = self.checkpoint.load(self.model, self.optimizer, self.device)
             self.step, self.best, self.untuned = progress["step"], progress["best"], progress["untuned"]
         self.metrics = training.Metrics(self.out / "metrics.jsonl", self.step or -1)  # a new run measures at step 0
@@ -196,6 +193,7 @@ class Trainer:
         self.model.train()
         if self.step == 0:
             self.untuned = val_loss = self.evaluate()
+            self.checkpoint.path.unlink(missing_ok=True)  # of the run that this one overwrites, whose model is gone
         interval = 0.5 if sys.stderr.isatty() else 15.0
         with (
             training.StopSignal() as stop,
@@ -219,7 +217,7 @@ class Trainer:
                 progress.update()
         if stop.received and self.step < steps:
             self.save()
-            print(f"{stop.received.name}: saved after step {self.step}; the same command with --resume goes on")
+            training.say(f"{stop.received.name}: saved after step {self.step}; the same command with --resume goes on")
             return 128 + stop.received
         return 0
 
@@ -231,15 +229,18 @@ class Trainer:
             self.metrics.write(step=self.step, final_val_loss=loss, untuned_val_loss=self.untuned)
         title = f"{self.arguments.model.name}, fine-tuned on {Path(self.arguments.data).name}"
         training.plot_losses(self.metrics, {"untuned": self.untuned}, self.out / "loss.png", title)
-        print(f"\nvalidation loss {loss:.3f} nats per token of the completions (before fine-tuning {self.untuned:.3f})")
-        print(f"curve {self.out / 'loss.png'}, metrics {self.out / 'metrics.jsonl'}, model {self.out}")
+        lines = [
+            f"\nvalidation loss {loss:.3f} nats per token of the completions (before fine-tuning {self.untuned:.3f})"
+        ]
+        lines.append(f"curve {self.out / 'loss.png'}, metrics {self.out / 'metrics.jsonl'}, model {self.out}")
         shown = self.held_out[: self.arguments.samples]
         prompts = completions.encode_prompts(self.tokenizer, shown, self.config.context_length)
         self.model.eval()
         for example, text in zip(shown, completions.answer(self.model, self.tokenizer, prompts, 48)):
-            print(f"{'-' * 72}\n...{example.prompt[-200:]}\n  wanted {example.completion.strip()[:200]!r}")
-            print(f"  the model says {text.strip()!r}")
-        print(f"measure it: python examples/evaluate.py {self.out} --data {self.out / 'val.jsonl'}")
+            lines.append(f"{'-' * 72}\n...{example.prompt[-200:]}\n  wanted {example.completion.strip()[:200]!r}")
+            lines.append(f"  the model says {text.strip()!r}")
+        lines.append(f"measure it: python examples/evaluate.py {self.out} --data {self.out / 'val.jsonl'}")
+        training.say("\n".join(lines))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,9 +1,9 @@
-"""Write text with a GPT that examples/train_gpt.py or finetune_gpt.py trained.
+r"""Write text with a GPT that examples/train_gpt.py or finetune_gpt.py trained.
 
 python examples/generate.py runs/gpt --prompt "ROMEO:"
 python examples/generate.py runs/gpt --prompt "To be, or" --temperature 0          the most likely words
 echo "JULIET:" | python examples/generate.py runs/gpt --prompt - --samples 3 --seed 1
-python examples/generate.py runs/gpt --interactive --stop "\n\n"                   a prompt a line
+python examples/generate.py runs/gpt --interactive --stop $'\n\n'                  a prompt a line
 python examples/generate.py runs/gpt --prompts prompts.txt > answers.jsonl         a file of them, .txt (a line each) or .jsonl
 """
 
@@ -31,9 +31,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", type=Path, help="folder with config.json, model.safetensors and tokenizer.json")
-    add("--prompt", default="\n", help="the text to continue; - reads it from standard input")
-    add("--prompts", type=Path, help="a file of prompts; the result is a line of JSON for each")
-    add("--interactive", action="store_true", help="ask for one prompt after the other")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--prompt", default="\n", help="the text to continue; - reads it from standard input")
+    either("--prompts", type=Path, help="a file of prompts; the result is a line of JSON for each")
+    either("--interactive", action="store_true", help="ask for one prompt after the other")
     add("--tokens", type=int, default=300, help="tokens to write (%(default)s)")
     add("--samples", type=int, default=1, help="how many continuations, one after the other (%(default)s)")
     add(
@@ -46,10 +47,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--top-p", type=float, default=0.95, help="choose among the likeliest tokens that reach p (%(default)s)")
     add("--repetition-penalty", type=float, default=1.0, help="above 1: what was said is less likely (%(default)s)")
     add("--stop", action="append", default=[], help="end before this text; may be given several times")
-    add("--seed", type=int, help="repeats a result; by default every call writes something new")
+    add("--seed", type=training.seed_number, help="repeats a result; by default every call writes something new")
     add("--device", default="auto", help="auto takes the GPU if there is one")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (%(default)s)")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.samples < 1:
+        parser.error(f"--samples must be at least 1, got {arguments.samples}")
+    return arguments
 
 
 def options(arguments: argparse.Namespace, sample: int = 0) -> dict[str, Any]:
@@ -116,7 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
                 completion = "".join(writer.continuation(text, sample))
                 print(json.dumps({"prompt": text, "completion": completion}), flush=True)
     else:
-        text = sys.stdin.read().rstrip("\n") if arguments.prompt == "-" else arguments.prompt
+        text = corpus.read_stdin().rstrip("\n") if arguments.prompt == "-" else arguments.prompt
         for sample in range(arguments.samples):
             if arguments.samples > 1:
                 print(f"--- sample {sample + 1} of {arguments.samples}")
@@ -128,6 +132,8 @@ def run(arguments: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     try:
         run(parse(argv))
+    except BrokenPipeError:  # whoever read this has seen enough
+        training.drop_stdout()
     except (DataError, TrainingError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -96,7 +96,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--weight-decay", type=float)
     add("--average", type=float, help="decay of the moving average of the weights that is evaluated; 0: none")
     add("--word-dropout", type=float, help="share of the words that are hidden, in training and pre-training")
-    add("--seed", type=int, default=0)
+    add("--seed", type=training.seed_number, default=0)
     add("--device", default="auto")
     add("--dtype", choices=("auto", "fp32", "bf16"), help="auto: bf16 autocast where it is fast")
     add("--baseline", action=argparse.BooleanOptionalAction, default=True, help="fit the logistic regression as well")
@@ -111,9 +111,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             setattr(arguments, name, value)
     given = {f.name: getattr(arguments, f.name, None) for f in dataclasses.fields(ClassifierConfig)}
     arguments.model = preset["model"] | {name: value for name, value in given.items() if value is not None}
-    for name, least in (("epochs", 1), ("batch_size", 1), ("pretrain_epochs", 0)):
-        if getattr(arguments, name) < least:
+    for name, least in (("epochs", 1), ("batch_size", 1), ("pretrain_epochs", 0), ("weight_decay", 0)):
+        if not getattr(arguments, name) >= least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}")
+    if arguments.model["vocab_size"] < 3:
+        least = "3 (the padding, the unknown word and a known one)"
+        parser.error(f"--vocab-size must be at least {least}, got {arguments.model['vocab_size']}")
     if arguments.pretrain_epochs and not arguments.word_dropout:
         parser.error("--pretrain-epochs guesses the words that --word-dropout hides: it must be above 0")
     for name in ("lr", "pretrain_lr"):
@@ -126,7 +129,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def baseline_accuracy(train: Labelled, test: Labelled) -> float:
-    """Of logistic regression on the tf-idf of words and pairs of words."""
+    """Of logistic regression on the tf-idf of words and pairs of words.
+
+    Raises:
+        ValueError: no word occurs in two texts, or they are all of one class.
+    """
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
@@ -147,10 +154,11 @@ class Trainer:
         self.device = training.choose_device(arguments.device)
         self.dtype = training.choose_dtype(arguments.dtype, self.device)
         saved = self.out / "checkpoint.pt"
-        if saved.exists() and not (arguments.resume or arguments.overwrite):
-            raise TrainingError(f"{saved} exists: add --resume to go on, --overwrite to start anew, or change --out")
+        training.check_out(self.out, [saved] if saved.exists() else [], arguments)
         data = labelled.read(arguments.data)
-        size = arguments.test_size or (4904 if arguments.data == "imdb" else len(data.texts) // 5)
+        size = arguments.test_size
+        if size is None:
+            size = 4904 if arguments.data == "imdb" else len(data.texts) // 5
         self.train, self.test = data.split(size, seed=0)
         if arguments.validate:
             self.train, self.test = self.train.split(len(self.train.texts) // 5, seed=1)
@@ -159,12 +167,12 @@ class Trainer:
         settings = arguments.model | {"vocab_size": self.tokenizer.get_vocab_size(), "num_classes": len(data.names)}
         try:
             self.config = ClassifierConfig(**settings)
+            torch.manual_seed(arguments.seed)
+            self.model = Classifier(self.config)
         except ValueError as error:
             raise TrainingError(str(error)) from error
         length = self.config.context_length
         self.tokens = [labelled.encode(self.tokenizer, part.texts, length) for part in (self.train, self.test)]
-        torch.manual_seed(arguments.seed)
-        self.model = Classifier(self.config)
         if self.config.ngram_votes:
             self.model.votes.learn_ngrams(labelled.batches(self.tokens[0], self.train.labels, 64))
         self.model.to(self.device)
@@ -180,13 +188,12 @@ class Trainer:
         }
         self.checkpoint = training.Checkpoint(saved, identity)
         self.epoch = 0
-        if arguments.overwrite:
-            saved.unlink(missing_ok=True)
-        elif saved.exists():
+        if saved.exists() and not arguments.overwrite:
             progress = self.checkpoint.load(self.model, self.optimizer, self.device)
             self.epoch = progress["epoch"]
             if self.averaged is not None:
-                self.averaged.load_state_dict(progress["averaged"])
+                with training.readable(saved):
+                    self.averaged.load_state_dict(progress["averaged"])
         self.metrics = training.Metrics(self.out / "metrics.jsonl", self.epoch, tensorboard=arguments.tensorboard)
 
     def _average(self, average: torch.Tensor, new: torch.Tensor, steps: torch.Tensor | int) -> torch.Tensor:
@@ -308,24 +315,25 @@ class Trainer:
                 record = self.train_epoch(stop)
                 if record is None:
                     assert stop.received is not None
-                    print(f"{stop.received.name}: {self.epoch} complete epochs are saved; --resume goes on after them")
+                    training.say(
+                        f"{stop.received.name}: {self.epoch} complete epochs are saved; --resume goes on after them"
+                    )
                     return 128 + stop.received
                 self.epoch += 1
                 if "pretrain_loss" in record:
                     self.metrics.write(step=self.epoch, **record)
                     self.save()
                     loss, seconds = record["pretrain_loss"], record["seconds"]
-                    print(f"epoch {self.epoch}: pre-training loss {loss:.3f} ({seconds:.0f} s)", flush=True)
+                    training.say(f"epoch {self.epoch}: pre-training loss {loss:.3f} ({seconds:.0f} s)")
                     continue
                 probabilities, labels = self.test_probabilities()
                 accuracy = float((probabilities.argmax(1) == labels).mean())
                 loss = float(-np.log(probabilities[np.arange(len(labels)), labels].clip(1e-12)).mean())
                 self.metrics.write(step=self.epoch, **record, test_loss=loss, test_accuracy=accuracy)
                 self.save()
-                print(
+                training.say(
                     f"epoch {self.epoch}: training loss {record['train_loss']:.3f}, accuracy {record['train_accuracy']:.2%}; "
-                    f"test loss {loss:.3f}, accuracy {accuracy:.2%} ({record['seconds']:.0f} s)",
-                    flush=True,
+                    f"test loss {loss:.3f}, accuracy {accuracy:.2%} ({record['seconds']:.0f} s)"
                 )
         return 0
 
@@ -333,17 +341,14 @@ class Trainer:
         """Measure the final model, fit the baseline, write report.json, curves.png and report.html."""
         probabilities, labels = self.test_probabilities()
         report = evaluate(probabilities, labels)
-        print(
+        lines = [
             f"\ntest accuracy {report['accuracy']:.2%}, macro F1 {report['f1']:.2%}, calibration error {report['ece']:.2%}"
-        )
+        ]
         if self.arguments.baseline:
-            report["baseline_accuracy"] = baseline_accuracy(self.train, self.test)
-            difference = report["accuracy"] - report["baseline_accuracy"]
-            verdict = f"{abs(difference):.2%} {'better' if difference > 0 else 'WORSE'}"
-            print(f"logistic regression on words and pairs {report['baseline_accuracy']:.2%}: the model is {verdict}")
-        print("confusion (rows: truth, columns: prediction)")
+            lines.append(f"logistic regression on words and pairs {self.baseline(report)}")
+        lines.append("confusion (rows: truth, columns: prediction)")
         for name, row in zip(self.train.names, report["confusion"]):
-            print(f"  {name:>12} " + " ".join(f"{count:6d}" for count in row))
+            lines.append(f"  {name:>12} " + " ".join(f"{count:6d}" for count in row))
         with atomic_write(self.out / "report.json") as file:
             file.write(json.dumps(report, indent=2).encode() + b"\n")
         plot(self.metrics, report, self.train.names, self.out / "curves.png")
@@ -355,7 +360,18 @@ class Trainer:
             settings={**vars(self.arguments), "model": dataclasses.asdict(self.config)},
             samples=self.examples(probabilities, labels),
         )
-        print(f"report {self.out / 'report.html'}, figures {self.out / 'report.json'}, model {self.out}")
+        lines.append(f"report {self.out / 'report.html'}, figures {self.out / 'report.json'}, model {self.out}")
+        training.say("\n".join(lines))
+
+    def baseline(self, report: dict[str, Any]) -> str:
+        """What logistic regression reaches, also put into the report, and how the model compares; or why there is none."""
+        try:
+            report["baseline_accuracy"] = baseline_accuracy(self.train, self.test)
+        except ValueError as error:
+            return f"is left out, the data is too small for it: {str(error).splitlines()[0]}"
+        difference = report["accuracy"] - report["baseline_accuracy"]
+        verdict = f"{abs(difference):.2%} {'better' if difference > 0 else 'WORSE'}"
+        return f"{report['baseline_accuracy']:.2%}: the model is {verdict}"
 
     def examples(self, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, str]:
         """The test texts that the model was most sure of, rightly and wrongly, each under what it said."""
@@ -410,7 +426,8 @@ def plot(metrics: training.Metrics, report: dict[str, Any], names: list[str], pa
     for (row, column), count in np.ndenumerate(confusion):
         dark = count > confusion.max() / 2
         axes[1, 0].text(column, row, str(count), ha="center", va="center", color="white" if dark else "black")
-    axes[1, 0].set_xticks(range(len(names)), names)
+    turned = {"rotation": 45, "ha": "right"} if sum(map(len, names)) > 30 else {}
+    axes[1, 0].set_xticks(range(len(names)), names, **turned)
     axes[1, 0].set_yticks(range(len(names)), names)
     axes[1, 0].set(xlabel="prediction", ylabel="truth", title=f"test accuracy {report['accuracy']:.2%}")
     points = [(bin["confidence"], bin["accuracy"]) for bin in report["reliability"]]

@@ -75,7 +75,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--warmup", type=int, default=50, help="steps of linear warm-up before the cosine (%(default)s)")
     add("--weight-decay", type=float, default=0.1, help="AdamW's, on matrices only (%(default)s)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (%(default)s)")
-    add("--seed", type=int, default=0, help="of the initial weights, the data's order and the dropout (%(default)s)")
+    add("--seed", type=training.seed_number, default=0, help="of weights, data's order and dropout (%(default)s)")
 
     run = parser.add_argument_group("run")
     add = run.add_argument
@@ -116,8 +116,7 @@ class Trainer:
         self.device = processes.device
         self.dtype = training.choose_dtype(arguments.dtype, self.device)
         saved = checkpoints.find(self.out)
-        if saved and not (arguments.resume or arguments.overwrite):
-            raise TrainingError(f"{saved[0]} exists: add --resume to go on, --overwrite to start anew, or change --out")
+        training.check_out(self.out, saved, arguments)
         if arguments.batch_size % processes.count:
             raise TrainingError(
                 f"--batch-size must be a multiple of the {processes.count} processes, got {arguments.batch_size}"
@@ -136,13 +135,13 @@ class Trainer:
                 num_kv_heads=arguments.kv_heads,
                 **ARCHITECTURES[arguments.architecture],
             )
+            torch.manual_seed(arguments.seed)
+            self.model = GPT(self.config).to(self.device)
         except ValueError as error:
             raise TrainingError(str(error)) from error
         for part in ("train", "val"):
             corpus.check_length(getattr(self.corpus, part), self.config.context_length, part)
         self.baselines = self.corpus.baselines()
-        torch.manual_seed(arguments.seed)
-        self.model = GPT(self.config).to(self.device)
         parallel.prepare_blocks(self.model, compiled=arguments.compile, checkpointed=arguments.checkpoint_activations)
         self.wrapped = processes.wrap(self.model)
         self.optimizer = training.make_optimizer(self.model, arguments.lr, arguments.weight_decay)
@@ -157,8 +156,6 @@ class Trainer:
         if saved and arguments.resume:
             progress = self.checkpoints.load(self.model, self.optimizer)
             self.step, self.best = progress["step"], progress["best"]
-        elif processes.main:
-            checkpoints.delete(saved)
         self.metrics = training.Metrics(
             self.out / "metrics.jsonl", self.step, writes=processes.main, tensorboard=arguments.tensorboard
         )
@@ -263,7 +260,7 @@ class Trainer:
         if self.step < steps:
             self.save()
             name = signal.Signals(number).name
-            print(f"{name}: saved after step {self.step}; the same command with --resume goes on")
+            training.say(f"{name}: saved after step {self.step}; the same command with --resume goes on")
             return 128 + number
         return 0
 
@@ -280,10 +277,6 @@ class Trainer:
         title = f"GPT on {Path(manifest['source']).name}"
         training.plot_losses(self.metrics, self.baselines, self.out / "loss.png", title)
         training.plot_progress(self.metrics, self.out / "progress.png")
-        print(f"\nvalidation loss {loss:.3f} nats per token, {bits:.2f} bits per byte, on text it never saw")
-        for name, baseline in self.baselines.items():
-            verdict = f"{baseline - loss:.3f} better" if loss < baseline else f"{loss - baseline:.3f} WORSE"
-            print(f"  {name:>8} guessing {baseline:.3f}: the model is {verdict}")
         sample = self.sample() if self.arguments.sample_tokens else ""
         results = {"validation loss, nats per token": loss, "bits per byte": bits}
         results |= {f"loss of {name} guessing": baseline for name, baseline in self.baselines.items()}
@@ -295,9 +288,15 @@ class Trainer:
             settings={**vars(self.arguments), "data": manifest, "processes": str(self.processes)},
             samples={f"after {self.arguments.prompt!r}, temperature 0.8, top-p 0.95": sample} if sample else None,
         )
-        print(f"report {self.out / 'report.html'}, metrics {self.out / 'metrics.jsonl'}, model {self.out}")
+        lines = [f"\nvalidation loss {loss:.3f} nats per token, {bits:.2f} bits per byte, on text it never saw"]
+        for name, baseline in self.baselines.items():
+            verdict = f"{baseline - loss:.3f} better" if loss < baseline else f"{loss - baseline:.3f} WORSE"
+            lines.append(f"  {name:>8} guessing {baseline:.3f}: the model is {verdict}")
+        lines.append(f"report {self.out / 'report.html'}, metrics {self.out / 'metrics.jsonl'}, model {self.out}")
         if sample:
-            print(f"\na sample (more: python examples/generate.py {self.out}):\n{'-' * 72}\n{sample}\n{'-' * 72}")
+            lines.append(f"\na sample (more: python examples/generate.py {self.out}):")
+            lines.append(f"{'-' * 72}\n{sample}\n{'-' * 72}")
+        training.say("\n".join(lines))
 
     def sample(self) -> str:
         """What the model writes after the prompt, prompt included."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import shutil
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -59,6 +60,14 @@ def seed(*numbers: int) -> None:
     torch.manual_seed(np.random.SeedSequence(numbers).generate_state(1, np.uint64).item())
 
 
+def seed_number(text: str) -> int:
+    """A --seed, for `argparse`."""
+    number = int(text)
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"must be in [0, 2**63), got {number}")
+    return number
+
+
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     """Linear warm-up to `peak`, then half a cosine down to a tenth of it at the last step."""
     if step < warmup:
@@ -75,6 +84,42 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)
+
+
+def refuse_models(folder: Path, advice: str) -> None:
+    """TrainingError where `folder` holds a model, which would be written over."""
+    for name in ("config.json", "model.safetensors", "classifier.pt2"):
+        if (folder / name).exists():
+            raise TrainingError(f"{folder / name} exists: {advice}")
+
+
+def check_out(out: Path, saved: list[Path], arguments: argparse.Namespace) -> None:
+    """TrainingError where a run into `out` would write over another run, or over a model that none of ours began.
+
+    Args:
+        out: the run's folder.
+        saved: the checkpoints in it.
+        arguments: with `resume` and `overwrite`.
+    """
+    advice = "--overwrite to start anew, or change --out"
+    if saved and not (arguments.resume or arguments.overwrite):
+        raise TrainingError(f"{saved[0]} exists: add --resume to go on, {advice}")
+    killed = arguments.resume and (out / "metrics.jsonl").exists()  # between its first model and its first checkpoint
+    if not (saved or killed or arguments.overwrite):
+        refuse_models(out, f"a model that no checkpoint belongs to; add {advice}")
+
+
+def say(text: str) -> None:
+    """Print; a reader who has gone does not end a training."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        drop_stdout()
+
+
+def drop_stdout() -> None:
+    """Print into nothing from now on, also what is still buffered: the reader has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -104,7 +149,7 @@ def run_script(held: AbstractContextManager[Any], make: Callable[[Any], Any], pr
     try:
         with held as given:
             trainer = make(given)
-            print(trainer.describe(), flush=True)
+            say(trainer.describe())
             status: int = trainer.run()
             if status == 0:
                 trainer.finish()
@@ -172,22 +217,20 @@ class Checkpoint:
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, Any]:
         """Restore model, optimizer and random generators; the `progress` that was saved is returned."""
         state = self.read(device)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["cpu_generator"].cpu())
-        if state["device_generator"] is not None:
-            torch.get_device_module(device).set_rng_state(state["device_generator"].cpu(), device)
-        return dict(state["progress"])
+        with readable(self.path):
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["cpu_generator"].cpu())
+            if state["device_generator"] is not None:
+                torch.get_device_module(device).set_rng_state(state["device_generator"].cpu(), device)
+            return dict(state["progress"])
 
     def read(self, device: torch.device | str) -> dict[str, Any]:
         """What `save` wrote; a checkpoint of another configuration is refused."""
-        try:
+        with readable(self.path):
             state = torch.load(self.path, map_location=device, weights_only=True)
-            identity = state["identity"]
-        except Exception as error:
-            raise TrainingError(f"{self.path} cannot be read as a checkpoint: {error}") from error
-        self.check(identity, self.path)
-        return dict(state)
+            self.check(state["identity"], self.path)
+            return dict(state)
 
     def check(self, identity: dict[str, Any], path: Path) -> None:
         """TrainingError, with every setting that changed, where `path` was not written by this configuration."""
@@ -199,6 +242,20 @@ class Checkpoint:
                 f"{path} belongs to a run with another configuration: {changes}. Give the old values to go on, "
                 "another --out to train beside it, or --overwrite to start anew"
             )
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What goes wrong within becomes a TrainingError that says that `path` is damaged, and what to do."""
+    try:
+        yield
+    except TrainingError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise TrainingError(
+            f"{path} cannot be read as a checkpoint ({reason}): put back a copy, or add --overwrite to start anew"
+        ) from error
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -221,6 +278,13 @@ def event_writer(folder: Path, wanted: bool | None) -> Any:
     return SummaryWriter(str(folder))
 
 
+def _delete_events(folder: Path) -> None:
+    for file in folder.glob("events.out.tfevents.*"):
+        file.unlink()
+    with suppress(OSError):  # it holds other files, or is not there
+        folder.rmdir()
+
+
 class Metrics:
     """A file of JSON lines, one a record, each with the number of steps done, and TensorBoard's copy of it.
 
@@ -240,16 +304,23 @@ class Metrics:
                 file.writelines(json.dumps(record).encode() + b"\n" for record in self.records)
         events = path.with_name("tensorboard")
         if writes:
-            shutil.rmtree(events, ignore_errors=True)  # of the steps that a resumed run repeats, one copy remains
+            _delete_events(events)  # of the steps that a resumed run repeats, one copy remains
         self._events = event_writer(events, tensorboard) if writes else None
         for record in self.records:
             self._log(record)
 
     @staticmethod
     def _read(path: Path) -> list[dict[str, Any]]:
-        """What is there; a last line that a killed process left unfinished does not count."""
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        """What is there; what a killed process or a power cut left of a line does not count."""
+        records = []
+        for line in path.read_bytes().split(b"\n") if path.exists() else []:
+            try:
+                record = json.loads(line)
+                if isinstance(record["step"], int):
+                    records.append(record)
+            except (ValueError, TypeError, KeyError):
+                continue
+        return records
 
     def write(self, **record: Any) -> None:
         self.records.append(record)
@@ -287,9 +358,11 @@ def plot_losses(metrics: Metrics, baselines: dict[str, float], path: Path, title
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
     axes.plot(steps, _smooth(losses), color="tab:blue", label="training (smoothed)")
     steps, losses = metrics.series("val_loss")
-    axes.plot(steps, losses, color="tab:orange", marker="o", markersize=4, label="validation")
+    axes.plot(steps, losses, color="tab:orange", marker="o", markersize=4, label="validation, a part of it")
+    steps, losses = metrics.series("final_val_loss")
     if losses:
-        axes.annotate(f"{losses[-1]:.2f}", (steps[-1], losses[-1]), textcoords="offset points", xytext=(-8, 8))
+        label = f"the best model on all of it, {losses[-1]:.3f}"
+        axes.plot(steps[-1], losses[-1], color="black", marker="D", linestyle="", label=label)
     for (name, value), style in zip(baselines.items(), (":", "--")):
         axes.axhline(value, color="gray", linestyle=style, label=f"{name} baseline, {value:.2f}")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)

@@ -6,6 +6,7 @@ import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -170,8 +171,42 @@ def test_bad_arguments(train: Callable[..., str], reviews: Path, tmp_path: Path)
         (("--num-heads", 3), 1, "d_model must be a multiple of num_heads"),
         (("--pooling", "max"), 1, "pooling must be one of"),
         (("--epochs", 0), 2, "--epochs must be at least 1"),
+        (("--test-size", 0), 1, "the test set must hold 1 to 199 of the texts, got 0"),
+        (("--activation", "foo"), 1, "activation"),
+        (("--vocab-size", 1), 2, "--vocab-size must be at least 3"),
+        (("--weight-decay", -1), 2, "--weight-decay must be at least 0"),
     ):
         assert message in train(reviews, tmp_path, *options, status=status)
+
+
+def test_a_baseline_that_the_data_is_too_small_for() -> None:
+    """No word occurs twice, or there is but one class in the training part."""
+    pytest.importorskip("sklearn")
+    from types import SimpleNamespace
+
+    import labelled
+    import train_classifier
+
+    for texts, labels in ((["one", "two", "three"], [0, 1, 0]), (["a b c d"] * 3, [0, 0, 0])):
+        data, report = labelled.Labelled(texts, np.array(labels), ["x", "y"]), {}
+        trainer = SimpleNamespace(train=data, test=data)
+        said = train_classifier.Trainer.baseline(trainer, report)
+        assert said.startswith("is left out, the data is too small for it: ")
+        assert report == {}
+
+
+def test_long_names_of_classes_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import train_classifier
+    import training
+
+    plt, names = training.pyplot(), [f"a class with a long name, {number}" for number in range(12)]
+    drawn: list[Any] = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    report = train_classifier.evaluate(np.eye(12), np.arange(12))
+    train_classifier.plot(training.Metrics(tmp_path / "m", 0, tensorboard=False), report, names, tmp_path / "a.png")
+    labels = drawn[0].axes[2].get_xticklabels()
+    assert {label.get_rotation() for label in labels} == {45.0}
+    plt.close("all")
 
 
 def test_a_missing_package_comes_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
