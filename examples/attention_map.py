@@ -110,15 +110,16 @@ def draw(found: TextMap, path: Path, title: str) -> None:
         heat.imshow(rows, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest", extent=extent)
         heat.set_yticks(range(layers * heads), [f"layer {i // heads}, head {i % heads}" for i in range(layers * heads)])
         if shown:
-            heat.set_xticks(range(len(words)), [plain(word) for word in words], rotation=90)
+            heat.set_xticks(range(len(words)), [label(word) for word in words], rotation=90)
         heat.set(title=f"attention {name} (each row up to its largest)", xlabel="" if shown else "token")
         relative = found.relative(name)
         top = np.argsort(-relative, kind="stable")[:20]
         bars.bar(range(len(top)), relative[top], color="tab:orange")
         bars.axhline(1, color="gray", linestyle="--", linewidth=0.8, label="if all were alike")
-        bars.set_xticks(range(len(top)), [plain(words[i]) for i in top], rotation=90)
+        bars.set_xticks(range(len(top)), [label(words[i]) for i in top], rotation=90)
         bars.set(title=f"attention {name}: the most, mean of all heads (1: all alike)")
-        bars.legend()
+        bars.set_ylim(top=1.3 * max(1.0, relative.max()))
+        bars.legend(loc="upper right")  # above the lowest bars
     figure.suptitle(title)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
@@ -126,8 +127,13 @@ def draw(found: TextMap, path: Path, title: str) -> None:
 
 
 def plain(word: str) -> str:
-    """A token as a label: its white space made visible, no mathematics."""
-    return (word.replace("\n", "\u21b5").strip() or "\u2423").replace("$", r"\$")
+    """A token in one line, its white space made visible."""
+    return word.replace("\n", "\u21b5").strip() or "\u2423"
+
+
+def label(word: str) -> str:
+    """A token in a picture, where dollars would begin mathematics."""
+    return plain(word).replace("$", r"\$")
 
 
 PAGE = """<!doctype html>
@@ -198,14 +204,11 @@ def read_text(arguments: argparse.Namespace) -> str:
                 f"--index must be in [0, {len(documents)}), the texts of {arguments.data}, got {arguments.index}"
             )
         return documents[arguments.index].text
-    try:
-        return sys.stdin.read() if str(arguments.file) == "-" else arguments.file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{arguments.file} is not UTF-8: {error}") from error
+    return corpus.read_stdin() if str(arguments.file) == "-" else corpus.read_file(arguments.file)
 
 
 def look(arguments: argparse.Namespace) -> None:
-    text, device = read_text(arguments), training.choose_device(arguments.device)
+    text, device = corpus.whole(read_text(arguments)), training.choose_device(arguments.device)
     model: GPT | Classifier
     if labelled.is_classifier(arguments.model):
         model, tokenizer, names = labelled.load_classifier(arguments.model, device)

@@ -74,6 +74,10 @@ def _read_jsonl(path: Path) -> list[Example]:
                 raise TypeError("the fields are not strings")
             if not example.completion:
                 raise ValueError("the completion is empty")
+            for text in (example.prompt, example.completion, *example.answers):
+                corpus.whole(text)
+        except DataError as error:
+            raise DataError(f"{path}, line {number}: {error}") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{path}, line {number}: needs the fields prompt and completion ({error!r})") from error
         examples.append(example)

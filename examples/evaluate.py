@@ -47,15 +47,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("model", type=Path, help="folder of a GPT or of a classifier")
     add("--data", required=True, help="examples, see finetune_gpt.py; for a classifier see train_classifier.py")
-    add("--metrics", default="perplexity", help=f"of a GPT, with commas: {', '.join(METRICS)} (%(default)s)")
+    add("--metrics", help=f"of a GPT, with commas: {', '.join(METRICS)} (perplexity)")
     add("--limit", type=int, help="measure that many examples only, the first ones")
     add("--held-out", type=int, help="classifier: only that many texts, those that its training left out of the data")
     add("--max-new-tokens", type=int, default=64, help="longest answer (%(default)s)")
     add("--out", type=Path, help="file for the result (default: evaluation.json in the model's folder)")
     add("--device", default="auto", help="auto takes the GPU if there is one")
     arguments = parser.parse_args(argv)
-    arguments.metrics = arguments.metrics.split(",")
-    if unknown := [name for name in arguments.metrics if name not in METRICS]:
+    arguments.metrics = arguments.metrics and arguments.metrics.split(",")
+    if unknown := [name for name in arguments.metrics or () if name not in METRICS]:
         parser.error(f"--metrics has {', '.join(unknown)}; known: {', '.join(METRICS)}")
     for name in ("limit", "held_out", "max_new_tokens"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
@@ -183,12 +183,14 @@ def evaluate_gpt(arguments: argparse.Namespace, device: torch.device) -> dict[st
     examples = completions.read(arguments.data)[: arguments.limit]
     subject = Subject(model, tokenizer, examples, arguments.max_new_tokens)
     result: dict[str, Any] = {"examples": len(examples)}
-    for name in arguments.metrics:
+    for name in arguments.metrics or ["perplexity"]:
         result |= METRICS[name](subject)
     return result
 
 
 def evaluate_classifier(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    if arguments.metrics:
+        raise DataError("--metrics is of a GPT; a classifier's accuracy, F1 and confusion are always measured")
     metrics = need("sklearn.metrics", "scikit-learn", "accuracy")
     model, tokenizer, names = labelled.load_classifier(arguments.model, device)
     data = labelled.read(arguments.data)

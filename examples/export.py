@@ -17,8 +17,10 @@ from pathlib import Path
 import corpus
 import labelled
 import torch
+import training
 from corpus import DataError
 from torch import Tensor, nn
+from training import TrainingError
 
 import fastattn
 from fastattn.models import GPT, Classifier
@@ -94,14 +96,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder that a training script wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for the exported files, another one")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model that --out may hold")
     arguments = parser.parse_args(argv)
     if arguments.out.resolve() == arguments.model.resolve():
         parser.error(f"--out {arguments.out} is the model's own folder: take another one")
     try:
         export = export_classifier if labelled.is_classifier(arguments.model) else export_gpt
+        if not arguments.overwrite:
+            training.refuse_models(arguments.out, "add --overwrite, or change --out")
         arguments.out.mkdir(parents=True, exist_ok=True)
         print(f"fastattn {fastattn.__version__}: {export(arguments.model, arguments.out)}")
-    except (DataError, OSError, ValueError) as error:
+    except (DataError, TrainingError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from corpus import DataError, read_documents
+from corpus import DataError, load_tokenizer, read_documents
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 from fastattn.models import Classifier
+from fastattn.models.pretrained import read_json
 
 PAD, UNKNOWN = "[PAD]", "[UNK]"
 
@@ -85,20 +86,25 @@ def encode(tokenizer: Tokenizer, texts: list[str], length: int) -> list[np.ndarr
 
 def is_classifier(folder: Path) -> bool:
     """Whether the model in a folder is a `Classifier`; otherwise it is a `GPT`, or nothing."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise DataError(f"{folder} holds no config.json: it is not a folder that a training script wrote")
-    return bool(json.loads(path.read_text(encoding="utf-8")).get("model") == "Classifier")
+    try:
+        return bool(read_json(folder / "config.json").get("model") == "Classifier")
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError(str(error)) from error
 
 
 def load_classifier(folder: Path, device: torch.device) -> tuple[Classifier, Tokenizer, list[str]]:
     """(model, tokenizer, names of the classes) of a folder that train_classifier.py wrote."""
-    for name in ("tokenizer.json", "labels.json"):
-        if not (folder / name).is_file():
-            raise DataError(f"{folder} holds no {name}: it is not a folder that train_classifier.py wrote")
+    path, tokenizer = folder / "labels.json", load_tokenizer(folder)
+    if not path.is_file():
+        raise DataError(f"{folder} holds no {path.name}: it is not a folder that train_classifier.py wrote")
     model = Classifier.from_pretrained(folder, device=device)
-    names = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
-    return model, Tokenizer.from_file(str(folder / "tokenizer.json")), names
+    try:
+        names = [str(name) for name in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path} is damaged or incomplete: {error}") from error
+    if len(names) != model.config.num_classes:
+        raise DataError(f"{path} names {len(names)} classes, and the model has {model.config.num_classes}")
+    return model, tokenizer, names
 
 
 @torch.no_grad()

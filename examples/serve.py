@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     limits = Limits(arguments.max_tokens, arguments.rows, arguments.waiting, arguments.timeout)
     try:
-        text = sys.stdin.read() if arguments.ask == "-" else arguments.ask
+        text = corpus.read_stdin() if arguments.ask == "-" else arguments.ask
         with listen(
             arguments.host, arguments.port
         ) as listener:  # before the models are loaded: a taken port is soon known

@@ -100,11 +100,11 @@ def refusal_body(status: int, message: str) -> dict[str, Any]:
 
 
 def check_text(name: str, texts: list[str]) -> None:
-    """Refuse what JSON can write and no text holds: half a character of two units."""
     try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:
-        raise Refusal(400, f"{name} holds a lone surrogate, which is no character: {error}") from error
+        for text in texts:
+            corpus.whole(text)
+    except corpus.DataError as error:
+        raise Refusal(400, f"{name}: {error}") from error
 
 
 def busy(what: str) -> Refusal:

@@ -242,7 +242,7 @@ BAD = {
     "seed": ({"prompt": "a", "seed": 2**80}, 400, "seed: Input should be less than"),
     "stops": ({"prompt": "a", "stop": ["x"] * 17}, 400, "at most 16 strings of at most 256 characters"),
     "stop": ({"prompt": "a", "stop": "x" * 257}, 400, "at most 16 strings of at most 256 characters"),
-    "surrogate": ({"prompt": ["a", "\ud800"]}, 400, "prompt holds a lone surrogate"),
+    "surrogate": ({"prompt": ["a", "\ud800"]}, 400, "prompt: character 0 is the lone surrogate"),
     "no prompt": ({}, 400, "prompt"),
     "too much": ({"prompt": "a", "max_tokens": 61}, 400, "max_tokens must be at most 60, got 61"),
     "temperature": ({"prompt": "a", "temperature": -1}, 400, "temperature"),

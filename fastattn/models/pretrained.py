@@ -161,10 +161,10 @@ class Pretrained(nn.Module):
         settings = read_json(folder / "config.json")
         tensors = _read_tensors(folder)
         if dtype is None:
-            dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+            dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
         try:
             config, state = cls._from_files(settings, tensors)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{folder}: {error}") from error
         model = cls(config)
         try:
@@ -190,10 +190,18 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of `model.safetensors`, or of the files ("shards") that the index beside them lists."""
     names = ["model.safetensors"]
     if (index := folder / "model.safetensors.index.json").is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
-    tensors: dict[str, Tensor] = {}
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(f"{index} has no weight_map, which says in which files the tensors are")
+        names = sorted(set(shards.values()))
+    load_file, tensors = _safetensors().load_file, {}
+    from safetensors import SafetensorError
+
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}: it is not a folder with a saved model")
-        tensors.update(_safetensors().load_file(folder / name))
+        try:
+            tensors.update(load_file(folder / name))
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name} is damaged or incomplete: {error}") from error
     return tensors
