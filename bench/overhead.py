@@ -27,6 +27,7 @@ import triton
 from torch import Tensor
 
 import fastattn
+from bench.arguments import seconds
 from bench.calls import BUDGETS, count_calls
 from bench.contest import Run, Times, fast, race
 from fastattn.kernels.stand_in import StandInDriver
@@ -224,7 +225,7 @@ def table(chosen: dict[str, Op], seconds: float) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("op", nargs="?", default="", help="only ops with this text in their name")
-    parser.add_argument("--seconds", type=float, default=1.0, help="about how long each op may take (%(default)s)")
+    parser.add_argument("--seconds", type=seconds, default=1.0, help="about how long each op may take (%(default)s)")
     parser.add_argument("--write-budgets", action="store_true", help="record the calls of each op")
     parser.add_argument("--counts", action="store_true", help="print the calls of each op as JSON, and time nothing")
     arguments = parser.parse_args(argv)

@@ -21,6 +21,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from bench.arguments import count, folder, seconds
 from bench.contest import Estimate, fast_ratio
 from bench.table import OURS, text
 
@@ -185,6 +186,21 @@ def change(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> tu
     return Estimate.of(lambda before, after: fast_ratio(after) / fast_ratio(before), *pairs), peer or "the clock"
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A results.json.
+
+    Raises:
+        OSError, ValueError: it is not there, or something else.
+    """
+    try:
+        result = json.loads(path.read_text())
+        if not all({"case", "provider", "rounds"} <= row.keys() for row in result["rows"]):
+            raise ValueError("a row without case, provider or rounds")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not a results.json of this benchmark ({error!r})") from error
+    return dict(result)
+
+
 def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, int]:
     """(Markdown table, number of cases that became slower)"""
     lines = ["| case | new / old | 95 % within | against | verdict |", "|---|---|---|---|---|"]
@@ -206,26 +222,31 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all of them")
     parser.add_argument("--all", action="store_true", help="every size, and the providers that have to be compiled")
-    parser.add_argument("--seconds", type=float, default=1.5, help="about how long a comparison may take (%(default)s)")
+    parser.add_argument(
+        "--seconds", type=seconds, default=1.5, help="about how long a comparison may take (%(default)s)"
+    )
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
-    parser.add_argument("--out", type=Path, help="folder for the results; default: bench/results/<machine>")
+    parser.add_argument("--threads", type=count, help="CPU threads; default: all cores")
+    parser.add_argument("--out", type=folder, help="folder for the results; default: bench/results/<machine>")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="compare two results.json")
     arguments = parser.parse_args(argv)
     unknown = [suite for suite in arguments.suites if suite not in SUITES]
     if unknown:
         parser.error(f"SUITE must be one of {', '.join(SUITES)}, got {', '.join(unknown)}")
     if arguments.compare:
-        table, slower = compare(*(json.loads(path.read_text()) for path in arguments.compare))
+        try:
+            table, slower = compare(*map(read, arguments.compare))
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
         print(table)
         return 1 if slower else 0
     from bench import machine
 
     suites, memory = arguments.suites or list(SUITES), not arguments.no_memory
     result = run(suites, arguments.all, arguments.seconds, memory, arguments.threads)
-    folder = arguments.out or Path(__file__).parent / "results" / machine.slug()
-    write(result, folder)
-    print(f"results.json, results.csv, results.md and plots are in {folder}")
+    out = arguments.out or Path(__file__).parent / "results" / machine.slug()
+    write(result, out)
+    print(f"results.json, results.csv, results.md and plots are in {out}")
     return 1 if result["failed"] else 0
 
 

@@ -23,6 +23,7 @@ import torch
 
 import fastattn
 from bench import machine
+from bench.arguments import folder
 from bench.memory import growth, in_child
 
 WINDOW = 256
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--heads", type=int, default=2, help="attention heads (%(default)s)")
     parser.add_argument("--dim", type=int, default=64, help="head dimension (%(default)s)")
     parser.add_argument("--backward", action="store_true", help="forward and backward instead of forward alone")
-    parser.add_argument("--out", type=Path, help="folder for scaling.png; default: bench/results/<machine>")
+    parser.add_argument("--out", type=folder, help="folder for scaling.png; default: bench/results/<machine>")
     arguments = parser.parse_args(argv)
     if unknown := [kind for kind in arguments.kinds if kind not in CURVES]:
         parser.error(f"KIND must be one of {', '.join(CURVES)}, got {', '.join(unknown)}")
@@ -139,8 +140,7 @@ def main(argv: list[str] | None = None) -> int:
                 for costs, expected in ((times, curve.time), (memory, curve.memory))]  # fmt: skip
         exceeded |= any("EXCEEDED" in fit for fit in fits)
         print(f"  {kind:8} exponents: time {fits[0]}, memory {fits[1]}", flush=True)
-    folder = arguments.out or Path(__file__).parent / "results" / machine.slug()
-    print(f"plot: {_plot(curves, folder)}")
+    print(f"plot: {_plot(curves, arguments.out or Path(__file__).parent / 'results' / machine.slug())}")
     return 1 if exceeded else 0
 
 

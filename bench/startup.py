@@ -18,6 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+from bench.arguments import count
+from fastattn.warmup import architectures
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 HIDE_TRITON = "import sys, importlib.util as u; find = u.find_spec; sys.modules['triton'] = None; "
 HIDE_TRITON += "u.find_spec = lambda name, package=None: None if name == 'triton' else find(name, package); "
@@ -79,22 +82,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="sm_90", help="GPU that is compiled for (%(default)s)")
     parser.add_argument(
-        "--runs", type=int, default=5, help="processes that import, of which the median is taken (%(default)s)"
+        "--runs", type=count, default=5, help="processes that import, of which the median is taken (%(default)s)"
     )
     parser.add_argument("--only", default="", help="only the first calls with this text in their name")
     arguments = parser.parse_args(argv)
-    if arguments.runs < 1:
-        parser.error(f"--runs must be at least 1, got {arguments.runs}")
+    if arguments.arch not in (known := architectures()):
+        parser.error(f"--arch must be one of {', '.join(known)}, got {arguments.arch}")
+    chosen = {name: call for name, call in FIRST_CALLS.items() if arguments.only in name}
+    if not chosen:
+        parser.error(f"no first call has {arguments.only!r} in its name; there are {', '.join(FIRST_CALLS)}")
     print("| process | seconds |\n|---|---|")
     for name, program in IMPORTS.items():
         print(f"| {name} | {import_seconds(program, arguments.runs):.2f} |", flush=True)
     print(
         f"\n| first call, forward and backward, {arguments.arch} | kernels | seconds | of it compiling |\n|---|---|---|---|"
     )
-    for name, call in FIRST_CALLS.items():
-        if arguments.only in name:
-            kernels, total, compiling = first_call(call, arguments.arch)
-            print(f"| {name} | {kernels} | {total:.1f} | {compiling:.1f} |", flush=True)
+    for name, call in chosen.items():
+        kernels, total, compiling = first_call(call, arguments.arch)
+        print(f"| {name} | {kernels} | {total:.1f} | {compiling:.1f} |", flush=True)
     return 0
 
 

@@ -16,10 +16,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest import mock
+
+from bench.arguments import count
 
 if TYPE_CHECKING:
     from fastattn.kernels.config import AttentionConfig
@@ -75,6 +78,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"more_flags": ["window", "sinks"]},
     {"packed": True},
 )
+FLAGS = ("causal", "window", "mask", "blocks", "bias", "alibi", "softcap", "sinks", "dropout")
 PACKED = {"causal", "window", "alibi", "softcap", "sinks", "dropout"}  # what packed sequences have
 
 
@@ -145,20 +149,36 @@ def candidates(kernel: Kernel, head_dim: int) -> list[AttentionConfig]:
     return kept
 
 
-def main() -> None:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    from fastattn.kernels.targets import TARGETS
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kernel", choices=KERNELS)
     parser.add_argument("--targets", default="sm_80,sm_90,sm_100,sm_120")
     parser.add_argument("--head-dims", default="64,128,256")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
     parser.add_argument("--flags", default="causal", help="features that are on, separated by commas")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--show", type=int, default=6, help="rows per table")
-    options = parser.parse_args()
-    kernel = KERNELS[options.kernel]
-    flags = [flag for flag in options.flags.split(",") if flag]
+    parser.add_argument("--jobs", type=count, default=os.cpu_count())
+    parser.add_argument("--show", type=count, default=6, help="rows per table")
+    options = parser.parse_args(argv)
+    options.targets, options.flags = (text.split(",") if text else [] for text in (options.targets, options.flags))
+    for name, known in (("targets", tuple(TARGETS)), ("flags", FLAGS)):
+        if unknown := [given for given in getattr(options, name) if given not in known]:
+            parser.error(f"--{name} must be of {', '.join(known)}, got {', '.join(unknown)}")
+    try:
+        options.head_dims = [int(text) for text in options.head_dims.split(",")]
+    except ValueError as error:
+        parser.error(f"--head-dims: {error}")
+    if not all(1 <= head_dim <= 256 for head_dim in options.head_dims):
+        parser.error(f"--head-dims must be in 1..256, got {options.head_dims}")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(argv)
+    kernel, flags = KERNELS[options.kernel], options.flags
     with ProcessPoolExecutor(options.jobs) as pool:
-        for target, head_dim in itertools.product(options.targets.split(","), map(int, options.head_dims.split(","))):
+        for target, head_dim in itertools.product(options.targets, options.head_dims):
             arguments = {"dtype": options.dtype, "head_dim": head_dim, "flags": flags}
             trials = [
                 pool.submit(try_config, kernel, target, config, arguments) for config in candidates(kernel, head_dim)

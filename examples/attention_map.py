@@ -115,11 +115,9 @@ def draw(found: TextMap, path: Path, title: str) -> None:
         relative = found.relative(name)
         top = np.argsort(-relative, kind="stable")[:20]
         bars.bar(range(len(top)), relative[top], color="tab:orange")
-        bars.axhline(1, color="gray", linestyle="--", linewidth=0.8, label="if all were alike")
+        bars.axhline(1, color="gray", linestyle="--", linewidth=0.8)
         bars.set_xticks(range(len(top)), [label(words[i]) for i in top], rotation=90)
-        bars.set(title=f"attention {name}: the most, mean of all heads (1: all alike)")
-        bars.set_ylim(top=1.3 * max(1.0, relative.max()))
-        bars.legend(loc="upper right")  # above the lowest bars
+        bars.set(title=f"attention {name}: the most, mean of all heads (dashed: if all were alike)")
     figure.suptitle(title)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)

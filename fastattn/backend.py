@@ -66,7 +66,8 @@ def choose(device: torch.device) -> tuple[str, str]:
         ("triton" | "eager", reason)
 
     Raises:
-        RuntimeError: Triton was asked for and is not installed.
+        RuntimeError: Triton was asked for and is not installed, or by the environment for tensors on the CPU, which its
+            kernels do not take unless TRITON_INTERPRET=1.
     """
     return _choose(device.type, _override)
 
@@ -86,6 +87,11 @@ def _choose(device_type: str, override: str | None) -> tuple[str, str]:
         if override is None:
             choice = _checked(_VARIABLE, "environment variable FASTATTN_BACKEND")
             reason = "set by the environment variable FASTATTN_BACKEND"
+            if (choice, device_type, _INTERPRETING) == ("triton", "cpu", False) and has_triton:
+                raise RuntimeError(
+                    "FASTATTN_BACKEND is 'triton', whose kernels take tensors on a GPU; for tensors on the CPU set "
+                    "TRITON_INTERPRET=1 (slow), or FASTATTN_BACKEND to 'auto' or 'eager'"
+                )
     if choice == "auto":
         if device_type == "cpu":
             interpreted = _INTERPRETING and has_triton

@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -178,6 +179,11 @@ def main(argv: list[str] | None = None) -> int:
         took = "in the cache already" if compiled.cached else f"compiled in {compiled.seconds:.1f} s"
         print(f"  {compiled.kernel:32} {took}", flush=True)
 
+    try:
+        Path(knobs.cache.dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=knobs.cache.dir).close()
+    except OSError as error:
+        parser.error(f"the kernels cannot be written, TRITON_CACHE_DIR names another folder: {error}")
     print(f"{kind.__name__} for {arch} ({known[arch]}), {arguments.dtype}, into {knobs.cache.dir}", flush=True)
     found = warm(lambda: model_steps(kind, config, DTYPES[arguments.dtype], steps), arch, progress)
     new = [compiled for compiled in found if not compiled.cached]

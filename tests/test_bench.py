@@ -1,5 +1,8 @@
 """The benchmarks' own arithmetic: exponents, and comparisons that see a slowdown and nothing where there is none."""
 
+import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -65,6 +68,48 @@ def test_a_planted_slowdown_takes_that_much_longer():
     rounds = [(clock(work), clock(planted)) for _ in range(30)]  # in turn: the machine's own speed changes, too
     plain, slow = map(min, zip(*rounds))
     assert 1.3 < slow / plain < 1.8
+
+
+REFUSED = [
+    ("bench.report", ["loss", "--threads", "0"], "--threads: must be at least 1, got 0"),
+    ("bench.report", ["loss", "--seconds", "-1"], "--seconds: must be above 0, got -1"),
+    ("bench.report", ["loss", "--out", "FILE"], "--out: cannot be a folder"),
+    ("bench.report", ["--compare", "nowhere", "nowhere"], "No such file or directory: 'nowhere'"),
+    ("bench.report", ["--compare", "FILE", "FILE"], "is not a results.json of this benchmark (KeyError('rows'))"),
+    ("bench.scaling", ["loss", "--out", "FILE"], "--out: cannot be a folder"),
+    ("bench.overhead", ["--seconds", "-1"], "--seconds: must be above 0"),
+    ("bench.startup", ["--arch", "foo"], "--arch must be one of sm_80, "),
+    ("bench.startup", ["--only", "zzz"], "no first call has 'zzz' in its name; there are attention, "),
+    ("bench.tune", ["attention_forward", "--jobs", "0"], "--jobs: must be at least 1, got 0"),
+    ("bench.tune", ["attention_forward", "--head-dims", "x"], "--head-dims: invalid literal"),
+    ("bench.tune", ["attention_forward", "--head-dims", "0"], "--head-dims must be in 1..256, got [0]"),
+    ("bench.tune", ["attention_forward", "--targets", "foo"], "--targets must be of sm_80, "),
+    ("bench.tune", ["attention_forward", "--flags", "foo"], "--flags must be of causal, "),
+    ("bench.tune", ["attention_forward", "--dtype", "foo"], "--dtype: invalid choice: 'foo'"),
+    ("bench.codegen.__main__", ["--jobs", "0"], "--jobs: must be at least 1, got 0"),
+    ("bench.codegen.__main__", ["--kernels", "zzz"], "no case has 'zzz' in its name"),
+    ("bench.codegen.__main__", ["--output", "FILE"], "--output: cannot be a folder"),
+]
+SAID = """
+import contextlib, importlib, io, json, sys
+def said(module, arguments):
+    with contextlib.redirect_stderr(io.StringIO()) as error:
+        try:
+            importlib.import_module(module).main([sys.argv[1] if word == "FILE" else word for word in arguments])
+        except SystemExit as end:
+            return end.code, error.getvalue()
+print(json.dumps([said(module, arguments) for module, arguments, _ in json.loads(sys.argv[2])]))
+"""
+
+
+def test_what_is_wrong_is_known_before_anything_is_measured(tmp_path):
+    """In a process of its own, as importing some of them turns Triton's interpreter off."""
+    (tmp_path / "file").write_text("{}")
+    command = [sys.executable, "-c", SAID, str(tmp_path / "file"), json.dumps(REFUSED)]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
+    for (code, error), (module, arguments, message) in zip(found, REFUSED):
+        assert code == 2, (module, arguments)
+        assert message in error
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
+from fastattn import backend
 
 GQA = {"enable_gqa": True}
 CALLS = {  # shapes of the query, of the key, the options, and where it differs the value's shape
@@ -151,6 +152,16 @@ def test_the_environment_decides(environment, expected):
         [sys.executable, "-c", code], env={**clean, **environment}, capture_output=True, text=True, check=False
     )
     assert expected in run.stdout + run.stderr
+
+
+def test_kernels_asked_for_by_the_environment_need_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.setattr(backend, "_VARIABLE", "triton")
+    choose = backend._choose.__wrapped__
+    assert choose("cpu", None)[0] == "triton"
+    monkeypatch.setattr(backend, "_INTERPRETING", False)
+    assert choose("cuda", None)[0] == choose("cpu", "triton")[0] == "triton"
+    with pytest.raises(RuntimeError, match="for tensors on the CPU set TRITON_INTERPRET=1"):
+        choose("cpu", None)
 
 
 def test_import_needs_no_triton_and_touches_no_gpu():

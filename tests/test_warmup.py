@@ -81,6 +81,15 @@ def test_wrong_arguments_are_named(arguments, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
+def test_a_cache_that_cannot_be_written(capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(SystemExit):
+        main(["--arch", "sm_90"])
+    assert "TRITON_CACHE_DIR names another folder" in capsys.readouterr().err
+
+
 def test_a_folders_config_is_read_without_its_weights(tmp_path):
     Classifier(ClassifierConfig(50, 3, d_model=32)).save_pretrained(tmp_path)
     next(tmp_path.glob("*.safetensors")).unlink()

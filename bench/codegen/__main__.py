@@ -18,12 +18,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # read at triton's first import; the processes of the pool inherit it
 
+from bench.arguments import count, folder
 from bench.codegen import budgets, cases, measure, published, report, timeline, user_file
 from bench.codegen.worker import report_launches
 from fastattn.kernels.targets import TARGETS, find_target
@@ -51,7 +53,7 @@ def _distinct(name: str, rows: list[dict[str, Any]]) -> list[report.Row]:
     return [*chosen.values()]
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.codegen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -62,13 +64,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--summary", action="store_true", help="one Markdown line per kernel, a column per target")
     parser.add_argument("--signature", default="", help="of a kernel given as file.py:kernel")
     parser.add_argument("--constants", default="", help="constexprs and launch options of that kernel")
-    parser.add_argument("--output", type=Path, help="directory for report.md, report.json and the plots")
+    parser.add_argument("--output", type=folder, help="directory for report.md, report.json and the plots")
     parser.add_argument("--timeline", choices=("training", "decode"), help="the launches of a GPT's step, in order")
     parser.add_argument("--validate", action="store_true", help="the model's error where measured figures are public")
     parser.add_argument("--measure", action="store_true", help="on this machine's GPU, measured against predicted")
     parser.add_argument("--write-budgets", action="store_true", help="record new budgets and print what changed")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
-    return parser.parse_args()
+    parser.add_argument("--jobs", type=count, default=os.cpu_count(), help="processes that compile")
+    options = parser.parse_args(argv)
+    options.cases = [case for case in cases.CASES if case.core or options.all]
+    if options.write_budgets:
+        options.cases = budgets.budget_cases()
+    options.cases = [case for case in options.cases if options.kernels in case.name or options.kernels in case.function]
+    if not (options.cases or options.places):
+        parser.error(f"no case has {options.kernels!r} in its name{'' if options.all else '; --all searches more'}")
+    return options
 
 
 def report_timeline(step: str, target: str, output: Path | None) -> None:
@@ -88,13 +97,15 @@ def print_measured(without_gpu: str) -> int:
         name = f"{target}, {find_target(target).product}"
     except ValueError as error:
         sys.exit(str(error))
+    if not on_gpu:
+        print(f"this machine has no GPU: predictions for {name} alone, in a minute or two", file=sys.stderr)
     compared = [row for workload in measure.WORKLOADS for row in measure.compare(workload, target, on_gpu)]
     print(f"{name}\n\n{measure.table(compared)}")
     return 0
 
 
-def main() -> int:
-    options = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(argv)
     targets = budgets.TARGETS if options.write_budgets else tuple(options.targets.split(","))
     try:
         for target in targets:
@@ -111,9 +122,6 @@ def main() -> int:
         for target in targets:
             report_timeline(options.timeline, target, options.output)
         return 0
-    chosen = [case for case in cases.CASES if case.core or options.all]
-    if options.write_budgets:
-        chosen = budgets.budget_cases()
     rows: list[report.Row] = []
     failures: list[str] = []
     with ProcessPoolExecutor(options.jobs) as pool:
@@ -124,8 +132,7 @@ def main() -> int:
                     job = pool.submit(report_place, place, target, options.signature, options.constants)
                     jobs.append((f"{place} on {target}", job))
             else:
-                matching = [c for c in chosen if options.kernels in c.name or options.kernels in c.function]
-                jobs += [(f"{case.name} on {target}", pool.submit(report_case, case, target)) for case in matching]
+                jobs += [(f"{case.name} on {target}", pool.submit(report_case, case, target)) for case in options.cases]
         for name, job in jobs:
             if problem := job.exception():
                 failures.append(f"{name}: {type(problem).__name__}: {problem}".splitlines()[0])
