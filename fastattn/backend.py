@@ -74,11 +74,12 @@ def choose(device: torch.device) -> tuple[str, str]:
 
 def eager_on_cpu() -> bool:
     """Whether CPU tensors run in PyTorch, asked without a device: calls of less than a millisecond ask it each time."""
-    return _choose("cpu", _override)[0] == "eager"
+    return _choose("cpu", _override, False)[0] == "eager"
 
 
 @cache
-def _choose(device_type: str, override: str | None) -> tuple[str, str]:
+def _choose(device_type: str, override: str | None, tensors_there: bool = True) -> tuple[str, str]:
+    """See `choose`; without tensors on the device, that Triton could not take them is no error."""
     has_triton = triton_available()
     if override not in (None, "auto"):
         choice, reason = str(override), "set by fastattn.backend.use"
@@ -87,7 +88,8 @@ def _choose(device_type: str, override: str | None) -> tuple[str, str]:
         if override is None:
             choice = _checked(_VARIABLE, "environment variable FASTATTN_BACKEND")
             reason = "set by the environment variable FASTATTN_BACKEND"
-            if (choice, device_type, _INTERPRETING) == ("triton", "cpu", False) and has_triton:
+            compiled_on_cpu = choice == "triton" and has_triton and device_type == "cpu" and not _INTERPRETING
+            if compiled_on_cpu and tensors_there:
                 raise RuntimeError(
                     "FASTATTN_BACKEND is 'triton', whose kernels take tensors on a GPU; for tensors on the CPU set "
                     "TRITON_INTERPRET=1 (slow), or FASTATTN_BACKEND to 'auto' or 'eager'"
