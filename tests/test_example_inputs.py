@@ -1,5 +1,6 @@
 """What the example scripts make of damaged models, of characters that are none, and of encodings: one line that names the file."""
 
+import importlib.util
 import io
 import json
 import os
@@ -179,6 +180,8 @@ def test_an_export_does_not_write_over_a_model(
     monkeypatch.setitem(sys.modules, "transformers", None)
     before = {path: path.read_bytes() for path in classifier.iterdir()}
     assert "exists: add --overwrite, or change --out" in fails("export", gpt, "--out", classifier)
+    if importlib.util.find_spec("gguf"):
+        assert "exists: add --overwrite, or change --save" in fails("chat", "--save", classifier)
     assert {path: path.read_bytes() for path in classifier.iterdir()} == before
     shutil.copytree(classifier, tmp_path / "copy")
     assert export.main([str(gpt), "--out", str(tmp_path / "copy"), "--overwrite"]) == 0
