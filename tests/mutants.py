@@ -43,6 +43,7 @@ TRANSFORMER = ("tests/test_nn_transformer.py",)
 HUB = ("tests/test_hub.py",)
 PATCHING = ("tests/test_patching.py", "tests/test_patching_comparison.py")
 TRANSFORMERS = ("tests/test_transformers_attention.py",)
+TRANSFORMS = ("tests/test_transforms.py",)
 
 
 @dataclass(frozen=True)
@@ -337,6 +338,55 @@ MUTANTS = (
         "onednn_linear(x, weight, bias)",
         "onednn_linear(x, weight, None)",
         CPU_PRODUCTS,
+    ),
+    Mutant(
+        "oneDNN reads a bias whatever its strides",
+        "eager/products.py",
+        "None if bias is None else bias.contiguous()",
+        "bias",
+        CPU_PRODUCTS,
+    ),
+    Mutant(
+        "a compiler's graph holds an op where tangents pass",
+        "ops/library.py",
+        "        return _traced_in_transform()\n",
+        "        return False\n",
+        TRANSFORMS,
+    ),
+    Mutant(
+        "a batch of gradients is taken as one",
+        "ops/library.py",
+        "            if in_batch():\n",
+        "            if False:\n",
+        TRANSFORMS,
+    ),
+    Mutant(
+        "a lost tangent is not noticed",
+        "ops/library.py",
+        "if has_tangent(*arguments) and not",
+        "if False and not",
+        TRANSFORMS,
+    ),
+    Mutant(
+        "in fp16 a sum over rows is taken for their mean",
+        "ops/linear_loss.py",
+        "grad_weight.mul_(unit * mean)",
+        "grad_weight.mul_(unit)",
+        EAGER_LOSS,
+    ),
+    Mutant(
+        "the bias's gradient forgets the unit of the token weights",
+        "ops/linear_loss.py",
+        "        grad_bias.mul_(unit)\n",
+        "",
+        EAGER_LOSS,
+    ),
+    Mutant(
+        "an ignored token of the least numbers",
+        "kernels/loss.py",
+        'tl.where(valid, lse, float("inf"))',
+        "lse",
+        LOSS,
     ),
     Mutant(
         "a weight's gradient lies in another order than the weight",
