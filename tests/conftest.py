@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bench.codegen.worker import CompileWorker
+from tests.scripts import EXAMPLES
 
 ON_GPU = os.environ.get("FASTATTN_TEST_GPU") == "1"
 
@@ -40,6 +41,12 @@ def _poison_uninitialised_memory() -> None:
     """`torch.empty` returns NaN (integers: their largest value), so that an element never written cannot look right."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the example scripts importable, for what needs no process of its own."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
 @pytest.fixture(scope="session")

@@ -13,13 +13,7 @@ import torch
 
 from fastattn.models import GPT, Classifier, ClassifierConfig, GPTConfig
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 pytestmark = pytest.mark.usefixtures("scripts")
-
-
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
 @pytest.fixture

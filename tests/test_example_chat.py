@@ -13,7 +13,6 @@ from fastattn.models import GPT
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 pytestmark = [pytest.mark.usefixtures("scripts"), pytest.mark.filterwarnings("default")]
 LAYERS, HEADS, KV_HEADS, WIDTH, HIDDEN = 2, 4, 2, 32, 64
 PARTS = {
@@ -27,11 +26,6 @@ PARTS = {
     "mlp.down_proj": "ffn_down",
 }
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-
-
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
 @pytest.fixture(scope="module")

@@ -11,18 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.scripts import EXAMPLES, kill_at_random, script
+from tests.scripts import kill_at_random, script
 
 TINY = (
     "--context-length 16 --d-model 16 --num-heads 2 --vocab-size 100 --bigram-buckets 32 --batch-size 16 --epochs 3 "
     "--average 0.9 --word-dropout 0.1 --ngram-votes 50 --pretrain-epochs 1 --test-size 40 --lr 0.03 --dtype fp32 --device cpu --no-baseline"
 )
 pytestmark = pytest.mark.usefixtures("scripts")
-
-
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,8 @@ import pytest
 import torch
 
 from fastattn.models import GPT, Classifier, ClassifierConfig, GPTConfig
-from tests.scripts import EXAMPLES
 
 pytestmark = pytest.mark.usefixtures("scripts")
-
-
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
 @pytest.fixture

@@ -116,12 +116,6 @@ def test_killed_runs_resume_to_the_same_curve(text: Path, finished: Path, tmp_pa
 
 
 @pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the scripts importable, for what needs no process of its own."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-
-
-@pytest.fixture
 def train(scripts: None, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs train_gpt.py and returns what it said on standard error; `status` is the exit status to expect."""
     import train_gpt

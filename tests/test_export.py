@@ -6,17 +6,12 @@ import pytest
 import torch
 
 from fastattn.models import GPT, Classifier, ClassifierConfig, GPTConfig
-from tests.scripts import EXAMPLES
 
+pytestmark = pytest.mark.usefixtures("scripts")
 VARIANTS = {
     "votes, bigrams": {"ngram_votes": 20, "bigram_buckets": 64},
     "cls, post-norm": {"pooling": "cls", "norm_first": False},
 }
-
-
-@pytest.fixture(autouse=True)
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
 def export(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -19,11 +19,6 @@ pytestmark = pytest.mark.usefixtures("scripts")
 
 
 @pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-
-
-@pytest.fixture
 def start(tmp_path: Path, scripts: None) -> Path:
     """A model that was not trained, and its tokenizer."""
     import corpus

@@ -12,7 +12,6 @@ import torch
 
 from fastattn.models import GPT, Classifier, ClassifierConfig, GPTConfig, attention_maps
 from fastattn.models.layers import SelfAttention
-from tests.scripts import EXAMPLES
 
 SIZES = {"context_length": 24, "num_layers": 2, "num_heads": 4, "d_model": 16}
 LLAMA = {"positions": "rotary", "norm": "rms_norm", "gated": True, "num_kv_heads": 2, "window": 5}
@@ -76,11 +75,6 @@ def test_maps_leave_the_model_as_it_was() -> None:
             attention_maps(model, bad)
     assert model.training
     assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
 @pytest.fixture

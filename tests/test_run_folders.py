@@ -18,11 +18,6 @@ pytestmark = pytest.mark.usefixtures("scripts")
 IDENTITY = {"training": {"lr": 0.1}}
 
 
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-
-
 def model_and_optimizer() -> tuple[nn.Module, torch.optim.Optimizer]:
     model = nn.Linear(2, 2)
     return model, torch.optim.AdamW(model.parameters())

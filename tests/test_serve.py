@@ -33,11 +33,6 @@ pytestmark = pytest.mark.usefixtures("scripts")
 LLAMA = {"positions": "rotary", "norm": "rms_norm", "gated": True, "num_kv_heads": 1, "window": 7}
 
 
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-
-
 def tokenizer() -> Any:
     import corpus
 

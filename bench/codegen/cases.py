@@ -296,6 +296,8 @@ def _normalization_cases() -> Iterator[Case]:
     yield case("bf16 4096 rms residual", core=True, width=4096, op="rms_norm", flags=["residual"])
     for width in (64, 256, 1024, 2048, 4096, 16384, 65536):
         for dtype in ("bfloat16", "float32"):
+            yield case(f"{dtype} {width}", dtype=dtype, width=width)
+            yield case(f"{dtype} {width} modulation", dtype=dtype, width=width, flags=["modulation"])
             yield case(f"{dtype} {width} plain", dtype=dtype, width=width, flags=["plain"])
             yield case(f"{dtype} {width} everything", dtype=dtype, width=width, flags=["residual", "modulation"])
 

@@ -460,7 +460,9 @@ def norm_backward_config(
 
     itemsize: of the input and its gradient. mixed_residual: the stream has a dtype of its own. heavy: there is dropout or
     adaptive scaling. alone: a layer norm without those and without a residual; from 513 columns on, where 16 divides them, 64
-    registers hold it without spills, so that 32 warps are resident. With a mixed residual and more, a program holds six tiles of two kinds, which from 4,097 columns on spill 16 to 88 bytes
+    registers hold it without spills, so that 32 warps are resident.
+
+    With a mixed residual and heavy, a program holds six tiles of two kinds, which from 4,097 columns on spill 16 to 88 bytes
     a thread, whatever the number of warps (so they do without the second on sm_120, and at widths that 16 does not divide).
     Such rows are taken as wide ones: 22 bytes move for a number of bf16 input and fp32 stream, since the sums over rows
     read two tensors once more, of at least 16.
