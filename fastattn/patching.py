@@ -21,6 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 import fastattn.nn as ours
 from fastattn.adapters import ADAPTERS, Adapter, adapted
+from fastattn.nn.modes import evaluating
 from fastattn.nn.plain import is_plain_linear
 from fastattn.ops.checks import FLOAT_DTYPES, name_of
 
@@ -288,18 +289,14 @@ def _error(got: Tensor, expected: Tensor, tolerance: float) -> float:
 @contextmanager
 def _probing(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Without gradients and autocast; what is inside is in evaluation mode, no nn.Dropout drops, and no draw counts."""
-    modes = [(m, m.training) for m in module.modules()]
     shares = [(m, m.p) for m in module.modules() if isinstance(m, _DropoutNd)]
     generators = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
     try:
-        module.eval()
         for dropout, _ in shares:
             dropout.p = 0.0
-        with torch.no_grad(), torch.autocast(device.type, enabled=False), generators:
+        with evaluating(module), torch.no_grad(), torch.autocast(device.type, enabled=False), generators:
             yield
     finally:
-        for m, mode in modes:
-            m.training = mode
         for dropout, share in shares:
             dropout.p = share
 

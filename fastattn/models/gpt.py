@@ -19,10 +19,11 @@ from fastattn.eager.products import product
 from fastattn.layout import Packing
 from fastattn.models import hub
 from fastattn.models.decoding import TokenReader, can_read_tokens
-from fastattn.models.layers import NORMS, Block, KVCache, SelfAttention, evaluating, make_norm
+from fastattn.models.layers import NORMS, Block, KVCache, SelfAttention, make_norm
 from fastattn.models.pretrained import Pretrained, check_indices, check_integers, check_sizes
 from fastattn.models.sampling import penalise_repetition, sample
 from fastattn.nn import FeedForward, GatedFeedForward, RotaryEmbedding
+from fastattn.nn.modes import evaluating
 from fastattn.nn.plain import linear
 from fastattn.ops.feed_forward import ACTIVATIONS, RECOMPUTE
 from fastattn.ops.linear_loss import linear_cross_entropy

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,18 +19,6 @@ NORMS = ("layer_norm", "rms_norm")
 def make_norm(name: str, d_model: int, eps: float = 1e-5, bias: bool = True) -> nn.Module:
     """The norm of that name; an RMS norm has no bias."""
     return LayerNorm(d_model, eps, bias=bias) if name == "layer_norm" else RMSNorm(d_model, eps)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model.eval()`, and afterwards every module's mode as it was: some may be frozen in evaluation mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 class KVCache:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastattn.models.classifier import Classifier
 from fastattn.models.gpt import GPT
-from fastattn.models.layers import SelfAttention, evaluating
+from fastattn.models.layers import SelfAttention
+from fastattn.nn.modes import evaluating
 from fastattn.ops.attention_maps import attention_column_sums, attention_weights
 
 
