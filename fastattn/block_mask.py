@@ -42,13 +42,15 @@ class Blocks(NamedTuple):
         return bits[:, :, first_row : first_row + len(rows), first_column : first_column + len(columns)]
 
     def hulls(self) -> tuple[range, ...]:
-        """Of each row of blocks the columns outside of which it sees nothing, in whole blocks."""
+        """For each row of blocks: the shortest range of columns that holds all it sees, in whole blocks."""
         return hulls((self.kinds != EMPTY).flatten(0, 1).any(0), BLOCK)
 
 
 def hulls(seen: Tensor, size: int) -> tuple[range, ...]:
-    """Of each row of bool (rows, columns) the shortest range of columns, `size` positions each, that has all that is True; where none
-    is, one that ends before it starts, and adds nothing to others' ends."""
+    """For each row of `seen`, bool (rows, columns): the shortest range of columns that holds every True, times `size`.
+
+    A row without one gives an empty range (start > stop), which never widens a union.
+    """
     count = seen.shape[1]
     if count == 0:
         return ()
@@ -66,8 +68,10 @@ def _lists(kinds: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cut_to_window(blocks: Blocks, num_queries: int, num_keys: int, left: int | None, right: int | None) -> Blocks:
-    """What these blocks and a window have in common, by operations whose shapes do not depend on values: all blocks that a side of
-    the window may cross, two in each row of blocks, get a tile."""
+    """These blocks cut to a window, by operations whose shapes do not depend on values (for graphs of a compiler).
+
+    So every block that a side of the window may cross (two a side in each row of blocks) gets a tile, needed or not.
+    """
     tiles, kinds = blocks.tiles, blocks.kinds
     if 0 in kinds.shape:
         return blocks

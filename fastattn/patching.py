@@ -103,9 +103,9 @@ def patch(model: nn.Module, *, include: Patterns = None, exclude: Patterns = Non
     Known are torch's MultiheadAttention, transformer layers and stacks, LayerNorm and RMSNorm; norms and feed-forward layers
     of the families of GPT-2, BERT, RoBERTa, ViT, Llama, Mistral, Qwen and Gemma in transformers, and the blocks of timm's
     vision transformers, which are recognised by their structure and then compared, on small and large random inputs, with
-    what they replace (what drops numbers otherwise than by an `nn.Dropout` inside is left); and the attention of
-    transformers' models (`attn_implementation="fastattn"`). It keeps no attention maps: a model whose configuration asks for
-    them (`output_attentions`) keeps its attention, and a call that does is a ValueError until `unpatch`.
+    what they replace (a module whose dropout is no `nn.Dropout` is left); and the attention of transformers' models
+    (`attn_implementation="fastattn"`). That attention keeps no maps: a model whose configuration asks for them
+    (`output_attentions`) keeps its own attention, and a call that asks for them raises ValueError until `unpatch`.
 
     Parameters, hooks, tied weights, devices, dtypes, optimizers and wrappers such as DistributedDataParallel stay. Patch
     before `fully_shard` and `parallelize_module`: modules whose parameters are distributed tensors are left.

@@ -1,12 +1,11 @@
 """Activations and their gradients in PyTorch; the formulas stand in `fastattn/kernels/activations.py`.
 
 `ACTIVATIONS` can be differentiated by any of torch's means. `activate` and `gradient` are for launchers, which know what may be
-overwritten. Each is one call of PyTorch's: the value and the gradient of GELU's tanh form share a sigmoid, and blocks that stay
-in the cache made them a fifth faster on quiet cores, but with another process on one of them a core waits for the other at
-the end of each call, for milliseconds, and there were 18 times as many.
+overwritten. Each is one call of PyTorch's and not one per block that fits into the cache: at the end of each call the cores wait
+for the slowest of them, which is long where another process uses one.
 
 The value of GELU's tanh form is oneDNN's, which computes it faster than PyTorch's own kernel (`python -m bench.report feed_forward`).
-It has it for the results of a product only, and the one that changes nothing is a convolution of each column with a one.
+oneDNN applies it only to the result of a product; the product here, which changes nothing, is a convolution of each column with 1.
 """
 
 from __future__ import annotations

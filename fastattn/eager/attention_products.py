@@ -22,8 +22,8 @@ from fastattn.eager.exponential import LEAST_EXPONENT
 from fastattn.eager.products import has_tiles
 from fastattn.layout import new_gradient
 
-_LARGEST = 1 << 14  # length · head_dim up to which there are faster ways
-_LARGEST_GROUP = 1 << 21  # scores of the query heads that share a key head, likewise
+_LARGEST = 1 << 14  # largest length x head_dim for which this is faster than PyTorch's backward
+_LARGEST_GROUP = 1 << 21  # most scores of the query heads that share a key head for which it is
 _SCORES = 1 << 22  # of the heads that are done together: 16 MB of fp32
 _HALVED = 128  # rows from which on the half of the rows that sees half of the keys is done by itself
 

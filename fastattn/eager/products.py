@@ -18,7 +18,7 @@ from torch import Tensor
 _linear_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 MOST_PACKED = 1 << 30  # bytes
 LEAST_WEIGHT = 1 << 17  # numbers of an fp32 weight from which on oneDNN's call, which takes longer than MKL's, pays
-LEAST_PRODUCT = 1 << 22  # multiplications, likewise
+LEAST_PRODUCT = 1 << 22  # multiplications from which on oneDNN's call pays
 _LEAST_RATIO = 2  # of the sides of a weight's gradient from which on oneDNN is faster
 
 

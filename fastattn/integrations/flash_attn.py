@@ -163,7 +163,7 @@ def flash_attn_with_kvcache(
     """Attention of q (B, Nq, Hq, D) over caches (≥ B, capacity, Hkv, D), to which k and v (B, new, Hkv, D) are appended.
 
     See `fastattn.attention_with_kv_cache`. `cache_seqlens` None means that the caches are full; `cache_batch_idx` (B,)
-    says which of the caches is each sequence's; with `block_table` the caches are (pages, page_size, Hkv, D).
+    gives the number of each sequence's cache; with `block_table` the caches are (pages, page_size, Hkv, D).
     With rotary tables, k is turned by its positions, and q by its own or, where attention is neither causal nor local, by
     the position `cache_seqlens` alone. `num_splits` is accepted: the number of splits follows from the shapes here.
 

@@ -66,13 +66,14 @@ def attention_forward(
         module: the layer; its `is_causal`, where it has one, stands in for the argument.
         query: (B, Hq, Nq, D).
         key, value: (B, Hkv, Nk, D) and (B, Hkv, Nk, Dv), with everything that is in the cache.
-        attention_mask: bool, broadcastable to (B, Hq, Nq, Nk), True = attend; or floating, added to the scores; None: all
-            pairs, or the causal ones (from the top left: keys behind the queries are a static cache's empty places).
+        attention_mask: bool, broadcastable to (B, Hq, Nq, Nk), True = attend; or floating, added to the scores; None: see
+            `is_causal`.
         dropout: probability of dropping a weight.
         scaling: multiplies the scores; None = 1 / sqrt(D).
-        is_causal: what a missing mask means.
+        is_causal: without a mask and with several queries, row i sees the keys up to i (behind them lie the empty places of a
+            static cache); a single query sees all.
         softcap: c·tanh(score / c).
-        sliding_window: a query sees that many keys up to its own; a mask, where there is one, has it already.
+        sliding_window: a query sees that many keys, its own and those before; with a mask, which has the window, no effect.
         s_aux: (Hq,), the sinks' logits.
         position_bias: floating, broadcastable to (B, Hq, Nq, Nk), added to the scores.
 

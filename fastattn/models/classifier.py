@@ -43,7 +43,7 @@ class ClassifierConfig:
             https://arxiv.org/abs/1607.01759), or 0 for none.
         label_smoothing: share of the label's probability that the encoder's loss gives to all classes alike.
         ngram_votes: how many words, pairs and triples vote for the classes, beside the encoder and trained by a loss of
-            their own, see `models.ngrams.NgramVotes`; or 0 for none. They know nothing before `votes.learn_ngrams`.
+            their own, see `models.ngrams.NgramVotes`; or 0 for none. `votes.learn_ngrams` has to choose them before training.
         vote_share: their share of the logits, in [0, 1].
 
     Raises:
@@ -163,7 +163,8 @@ class Classifier(Pretrained):
 
         Raises:
             TypeError: tokens or targets that are not int64, a mask that is not bool.
-            ValueError: shapes that do not fit, or (on the CPU) a token or target out of its range; -100 leaves a text out.
+            ValueError: shapes that do not fit, or (on the CPU) a token or target out of its range (the target -100 leaves a
+                text out of the loss).
         """
         if targets is not None:
             check_indices("targets", targets, ("batch",), ignored=IGNORE_INDEX, num_classes=self.config.num_classes)

@@ -1,7 +1,7 @@
-"""One new token of every sequence through a GPT on a CPU, with nothing around the arithmetic.
+"""One new token of every sequence through a GPT on a CPU, without the overhead of modules and ops.
 
 For one token, what modules and ops do around a block's products (calls, checks, dispatch) takes as long as the products,
-because the weights that pass by push it out of the caches (`python -m bench.report models` times generation). The formulas are those of
+because the weights push its code and data out of the caches (`python -m bench.report models` times generation). The formulas are those of
 `Block` and `SelfAttention`, and tests/test_gpt.py holds `TokenReader` to their numbers.
 """
 
@@ -48,7 +48,7 @@ class TokenReader:
 
     Args:
         model: its parameters must stay the same tensors, with the same values.
-        batch: sequences, where so many tokens follow that copies of the weights, in an order that the CPU reads faster, pay; else 0.
+        batch: number of sequences, to copy the weights into an order that the CPU reads faster (pays for many tokens); 0 = no copy.
 
     Attributes:
         output_weight: the model's, or its copy: for `product`, which makes logits of what a call gives.

@@ -60,9 +60,9 @@ class GPTConfig:
         activation: of the feed-forward network, see `fastattn.feed_forward`.
         gated: whether the feed-forward network has a gate (with "silu": SwiGLU).
         qkv_bias: whether queries, keys and values have a bias; None means `bias`.
-        window: how many tokens each sees, itself and those before it; None means all.
+        window: how many tokens each token sees: itself and those before it; None means all.
         recompute: what the feed-forward network's backward computes again, see `fastattn.feed_forward`: "none"
-            saves a CPU a pass over the hidden layer of each block, and takes the memory of that layer.
+            saves a CPU one pass over each block's hidden layer, but keeps that layer in memory.
 
     Raises:
         ValueError: a number out of its range, naming it.
@@ -297,8 +297,8 @@ class GPT(Pretrained):
         """Continue a batch of prompts of equal length.
 
         A sequence that outgrows the context goes on from its last context_length // 2 tokens; a prompt longer than the
-        context is read from its last context_length tokens. On CPUs that read weights faster in another order, they are copied for
-        as long as this takes (`fastattn.eager.products.pack`).
+        context is read from its last context_length tokens. Some CPUs read weights faster in another order: there the call works
+        with a copy of them (`fastattn.eager.products.pack`).
 
         Args:
             tokens: (B, T) int64, T at least 1.

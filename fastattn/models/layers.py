@@ -41,7 +41,7 @@ class KVCache:
         """Append the new tokens' keys and values of one block, and attend to all up to each token: (B, Hq, T, D).
 
         The options are those of `attention_with_kv_cache`.
-        `length` is the caller's to advance, once all blocks have appended.
+        The caller advances `length` once all blocks have appended.
         """
         if block == len(self.blocks):
             shape = (*key.shape[:2], self.capacity, key.shape[3])

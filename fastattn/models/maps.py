@@ -19,8 +19,8 @@ class AttentionMaps(NamedTuple):
 
     Attributes:
         received: fp32 (layers, heads, T), the mean attention that each token receives from those that see it.
-        last: fp32 (layers, heads, T), what the row that is read out attends to: the last token of a GPT, which says what
-            comes next; the first of a Classifier with "cls" pooling. None for other classifiers, which read all rows.
+        last: fp32 (layers, heads, T), the attention weights of the row that gives the answer: the last token of a GPT, the
+            first of a Classifier with "cls" pooling. None for other classifiers, whose answer comes from all rows.
     """
 
     received: Tensor
@@ -72,7 +72,7 @@ def attention_maps(model: GPT | Classifier, tokens: Tensor) -> AttentionMaps:
 def _rows_that_see(
     length: int, device: torch.device, causal: bool, window: tuple[int | None, int | None] | None
 ) -> Tensor:
-    """(T,): how many rows see each column; a causal one is seen by those from its own on, as far as the window reaches."""
+    """(T,): how many rows see each column."""
     column = torch.arange(length, device=device)
     left, right = window or (None, None)
     end = torch.full_like(column, length) if left is None else (column + left + 1).clamp_max(length)

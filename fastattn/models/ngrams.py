@@ -36,9 +36,9 @@ class NgramVotes(nn.Module):
         num_classes: how many classes they vote for.
 
     Attributes:
-        keys: int64 (size,), the known n-grams' hashes, rising.
+        keys: int64 (size,), the known n-grams' hashes, sorted.
         ratios: (size + 1, num_classes), r above; the last row, of all others, is 0.
-        weight: (size + 1, num_classes), w above; small at first, so that what is learnt does not drown in it.
+        weight: (size + 1, num_classes), w above; it starts at 0.02, small beside what training adds.
         bias: (num_classes,), b above.
     """
 
@@ -60,7 +60,7 @@ class NgramVotes(nn.Module):
         return votes.sum(dim=1) + self.bias.float()
 
     def ngrams(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """int64 (B, 3 T): the hashes of each text's n-grams, rising, ABSENT where one stands again."""
+        """int64 (B, 3 T): the hashes of each text's n-grams, sorted, with ABSENT in the place of repeats."""
         inside = F.pad(torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask, (0, LONGEST - 1))
         length, rows = tokens.shape[1], []
         for n, value in enumerate(_hashes(tokens)):  # with its last token past the text's end, it is none
@@ -71,7 +71,7 @@ class NgramVotes(nn.Module):
 
     @torch.no_grad()
     def learn_ngrams(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]], least: int = 3) -> int:
-        """Know the n-grams of the most texts, and how they divide among the classes; their number is returned.
+        """Choose the n-grams that occur in the most texts and set `ratios` from their counts per class; returns how many.
 
         Args:
             batches: (tokens (B, T), mask (B, T), labels (B,)) of all training texts.

@@ -41,7 +41,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def tensor_parallel(model: GPT, mesh: DeviceMesh) -> GPT:
-    """Share the blocks of `model` among the processes of `mesh`, in place, with `parallelize_module`.
+    """Divide the blocks of `model` among the processes of `mesh`, in place, with `parallelize_module`.
 
     Every process calls this with the same weights, and then the model with the same tokens. The parameters that are shared
     become distributed tensors (checkpoint them with torch.distributed.checkpoint), and each `attention.in_proj` becomes

@@ -23,7 +23,7 @@ def two_layers(
 ) -> Tensor:
     """linear2(dropout(activation(linear1(x)))), or with a gate linear2(dropout(activation(gate(x)) · linear1(x))).
 
-    What consists of plain linear layers runs fused; what has hooks, adapters or wrappers is called.
+    Plain linear layers run fused; layers with hooks, adapters or wrappers are called one by one.
     """
     name = activation if isinstance(activation, str) else activation_name(activation)
     plain1, plain2 = is_plain_linear(linear1, *([] if gate is None else [gate])), is_plain_linear(linear2)

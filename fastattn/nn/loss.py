@@ -12,8 +12,8 @@ from fastattn.ops.loss import REDUCTIONS, cross_entropy
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """`torch.nn.CrossEntropyLoss` over `fastattn.cross_entropy`, with z-loss and softcap.
 
-    Classes are dimension 1 of the input, as in torch (0 of an unbatched one); targets that are class probabilities go to
-    torch's own.
+    Classes are dimension 1 of the input, as in torch (0 of an unbatched one); targets that are class probabilities
+    are handed to torch's own loss.
 
     Args:
         weight, ignore_index, reduction, label_smoothing: torch's.
@@ -72,12 +72,12 @@ class LinearCrossEntropyLoss(nn.Module):
         bias: whether the linear layer has one.
         reduction, label_smoothing: see `fastattn.cross_entropy`.
         weight: (num_classes,), the class weights.
-        ignore_index: None is -100.
+        ignore_index: targets with this value do not count; None means -100.
         z_loss, softcap: see `fastattn.cross_entropy`.
 
     Example:
-        >>> LinearCrossEntropyLoss(4, 10)(torch.zeros(3, 4), torch.tensor([1, 2, 3]))
-        tensor(2.3026, grad_fn=<DivBackward0>)
+        >>> LinearCrossEntropyLoss(4, 10)(torch.zeros(3, 4), torch.tensor([1, 2, 3])).detach()
+        tensor(2.3026)
     """
 
     weight: Tensor | None

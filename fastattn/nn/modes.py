@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model.eval()`, and afterwards every module's mode as it was: some may be frozen in evaluation mode."""
+    """`model.eval()` inside the `with`; afterwards each module has its own mode from before, which may differ among them."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

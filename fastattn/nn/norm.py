@@ -12,9 +12,9 @@ class LayerNorm(nn.LayerNorm):
     """`nn.LayerNorm` with the same constructor, parameters and initialisation, over `fastattn.layer_norm`.
 
     Example:
-        >>> LayerNorm(4)(torch.ones(2, 4))
+        >>> LayerNorm(4)(torch.ones(2, 4)).detach()
         tensor([[0., 0., 0., 0.],
-                [0., 0., 0., 0.]], grad_fn=<FunctionBackward>)
+                [0., 0., 0., 0.]])
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def add_norm(norm: nn.Module, residual: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-    """(norm(x), x) where x = residual + branch: one kernel where `norm` is a layer norm and nothing else."""
+    """(norm(x), x) where x = residual + branch: one kernel where `norm` is a plain layer norm without hooks."""
     layer_norm_only = type(norm) in (LayerNorm, nn.LayerNorm) and is_unhooked(norm)
     if isinstance(norm, nn.LayerNorm) and layer_norm_only and residual.dtype == branch.dtype:
         return layer_norm(branch, norm.normalized_shape, norm.weight, norm.bias, norm.eps, residual=residual)

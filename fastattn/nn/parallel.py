@@ -18,9 +18,9 @@ class HeadsParallel(ParallelStyle):
     `v_proj_weight`, distributed tensors as the other parameters become (checkpoint them with torch.distributed.checkpoint).
 
     Raises:
-        TypeError: another module.
+        TypeError: the module is no `fastattn.nn.MultiheadAttention`.
         ValueError: heads that the mesh does not divide, `add_bias_kv` or `add_zero_attn`; and later, in the forward,
-            `need_weights=True` or a mask by heads, of which a process knows its own only.
+            `need_weights=True` or a mask that differs among heads: a process has only its own heads.
 
     Example:
         >>> plan = {"layers.*.self_attn": HeadsParallel(), "layers.*.linear1": ColwiseParallel(),

@@ -54,7 +54,7 @@ def is_unhooked(module: nn.Module) -> bool:
 def is_plain_linear(*modules: nn.Module) -> bool:
     """Whether calling each of `modules` is x Wᵀ + b and nothing else: a Linear, no subclass of it, without hooks.
 
-    A wrapper (FSDP), an adapter (LoRA), a quantised or a tensor-parallel layer is none: it has to be called.
+    A wrapper (FSDP), an adapter (LoRA), a quantised or a tensor-parallel layer is not one: it has to be called.
     """
     return all((type(module) is nn.Linear or _is_conv1d(module)) and is_unhooked(module) for module in modules)
 
@@ -70,7 +70,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def call_linear(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x), as `linear` does it where the module is nothing but that."""
+    """module(x); where the module is a plain linear layer on a CPU, `linear` computes it."""
     if x.is_cpu and type(module) in (nn.Linear, NonDynamicallyQuantizableLinear) and is_unhooked(module):
         return linear(x, module.weight, module.bias)  # type: ignore[arg-type]
     return module(x)

@@ -13,10 +13,10 @@ from fastattn.rotary_frequencies import rotary_tables
 
 
 class RotaryEmbedding(nn.Module):
-    """`fastattn.rotary` with tables that the module makes: they move with it, stay fp32, and are not in its state.
+    """`fastattn.rotary` with tables that the module makes: they move with it, stay fp32, and are not in its state_dict.
 
-    Where `offset` is an int, the tables grow as needed (to a power of two, so that they rarely do; "dynamic" scaling then
-    follows the length that is reached). Positions in tensors must lie below `max_length`, which is not checked on a GPU.
+    Where `offset` is an int, the tables grow as needed, to the next power of two ("dynamic" scaling then follows that
+    length). Positions given as tensors must lie below `max_length`, which is not checked on a GPU.
 
     Args:
         rotary_dim: how many of each head's numbers are rotated: even.

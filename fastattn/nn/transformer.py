@@ -1,9 +1,9 @@
 """The transformer of Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762) as torch has it, over our kernels.
 
 Each class is a subclass of torch's: the same constructor, parameters, initialisation, arguments and results. What differs:
-`eval()` runs the same kernels as `train()`, where torch's layers compute with the parameters of their children in C++ and
-call none of them; no input becomes a nested tensor, so padded positions hold ordinary numbers; a sample that is all padding
-gives numbers, never NaN. Residual sums are part of the norms' kernels, activations part of the products'.
+`eval()` runs the same kernels as `train()` and calls the children as usual, where torch's layers switch to a C++ function that
+does not; no input becomes a nested tensor, so padded positions hold ordinary numbers; a sample that is all padding gives
+numbers, never NaN. Residual sums are part of the norms' kernels, activations part of the products'.
 """
 
 from __future__ import annotations

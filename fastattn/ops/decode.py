@@ -269,9 +269,10 @@ def attention_with_kv_cache(
         value: (B, Hkv, new tokens, Dv), with `key`.
         block_table: int32 (B, pages of a sequence): position p of sequence b lies in row p % page_size of page
             block_table[b, p // page_size]. Two sequences may share a page that nothing is appended to.
-        causal, window, alibi_slopes, softcap, sinks, scale: as in `attention`. The last query stands at the last key.
-        rotary_cos, rotary_sin: (positions, half), the tables of `fastattn.rotary`: query and key are turned by their positions
-            in the sequence before anything else, as the cached keys were when they came.
+        causal: default True here: a query sees the keys up to its own position; the last query stands at the last key.
+        window, alibi_slopes, softcap, sinks, scale: as in `attention`.
+        rotary_cos, rotary_sin: (positions, half), the tables of `fastattn.rotary`: query and `key` are first rotated
+            by their positions in the sequence. The keys in the cache must have been rotated when they were appended.
         rotary_interleaved: which numbers are a pair, see `fastattn.rotary`.
         return_lse: also return the log-sum-exp of the scores.
 

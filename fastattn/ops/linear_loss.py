@@ -53,7 +53,7 @@ def linear_cross_entropy(
     The loss and its options are those of `fastattn.cross_entropy`. With "mean" and "sum" the forward computes the
     gradients too, chunk by chunk, and keeps only them; with "none" the backward computes the logits again. The gradient
     of the weight accumulates in fp32 and is rounded once, to the weight's own dtype; under autocast the products alone
-    are taken in autocast's dtype. Nothing waits for the device.
+    are taken in autocast's dtype. The host never waits for the device.
 
     On top of the weight's gradient in fp32 and the input's, a call needs one chunk of logits: 8 to 32 MB on a CPU.
 

@@ -56,15 +56,15 @@ def cross_entropy(
     Args:
         input: (..., V), fp32, fp16 or bf16: the logits.
         target: (...), int64: the class of each token, or `ignore_index`. On the CPU other values are an error; on a GPU,
-            where a check would wait, they give a meaningless but finite loss.
+            where a check would make the host wait, they give a meaningless but finite loss.
         class_weight: (V,), fp32, fp16 or bf16, without gradient: w.
         ignore_index: tokens with this target have loss 0 and no gradient.
         label_smoothing: ε, in [0, 1]: the share of the target that is spread evenly over the classes.
         z_loss: at least 0: how much a large lse costs.
         softcap: more than 0, or None: the bound of the logits.
         reduction: "mean" (Σ ℓ / Σ w_y over the tokens that are not ignored; NaN if there is none), "sum" or "none".
-        inplace: the backward writes the gradient over `input`'s memory, which saves as much. `input` must not be a leaf;
-            whatever needs it afterwards, and a second backward, fails loudly. (No effect where gradients are themselves
+        inplace: the backward writes the gradient over `input`, which saves a tensor of that size. `input` must not be a leaf;
+            whatever needs its values afterwards, and a second backward, raises an error. (No effect where gradients are themselves
             differentiated, under `torch.compile`, and in transforms.)
         return_predictions: also return the class of the largest logit of each token (the first of equals), int64 (...).
 

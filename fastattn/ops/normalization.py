@@ -142,9 +142,11 @@ def rms_norm(
     Without the mean: y = (1 + scale) · ((weight_offset + weight) · h / sqrt(mean(h²) + eps) + bias) + shift.
     `eps=None` is the machine epsilon of fp32, in which the statistics are computed, as in torch.
 
+    Arguments, results and errors are those of `layer_norm`; `bias` is keyword-only.
+
     Example:
-        >>> rms_norm(torch.tensor([[3.0, 3.0]]), 2, eps=0.0)
-        tensor([[1., 1.]])
+        >>> rms_norm(torch.tensor([[6.0, 8.0]]), 2, eps=0.0)
+        tensor([[0.8485, 1.1314]])
     """
     eps = torch.finfo(torch.float32).eps if eps is None else eps
     return _norm(

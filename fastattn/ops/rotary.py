@@ -47,9 +47,9 @@ def rotary(
         offset: added to the default positions: an int, or int64 or int32 (B,), such as the lengths of a cache.
         interleaved: which numbers are a pair.
         inplace: write over `query` and `key`, and return them. As with PyTorch's own in-place functions, neither may be
-            a leaf that needs a gradient; nothing that autograd saved before is used silently.
+            a leaf that needs a gradient, and a backward that needs the numbers from before raises an error.
 
-    On the CPU, a position outside the tables is an error; on a GPU, where a check would wait, its rows become NaN. A
+    On the CPU, a position outside the tables is an error; on a GPU, where a check would make the host wait, its rows become NaN. A
     gradient of `cos` or `sin`, where one is asked for, is computed in PyTorch on every device.
 
     Returns:
