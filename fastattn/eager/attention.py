@@ -171,7 +171,8 @@ class Block:
         if self.concrete:  # a tenth of the time of filling
             integer, shift = _MINUS_INFINITY[dtype]
             return hidden.view(torch.int8).neg().to(integer).bitwise_left_shift_(shift).view(dtype)
-        return torch.where(hidden, float("-inf"), 0.0 if total is None else total)
+        total = hidden.new_zeros((), dtype=torch.float32) if total is None else total
+        return torch.where(hidden, float("-inf"), total)
 
     def _hiding(self, total: Tensor) -> Tensor:
         """`total` with -inf where invisible. Only the columns that a side of the window crosses are looked at for it."""
@@ -188,10 +189,10 @@ class Block:
             out.masked_fill_(~mask, -math.inf)
         if start < columns:
             crossed, diagonal = out[..., start:], first + (self.window_right or 0) - start
-            crossed.tril_(diagonal).add_(torch.full(crossed.shape[-2:], -math.inf).triu_(diagonal + 1))
+            crossed.tril_(diagonal).add_(crossed.new_full(crossed.shape[-2:], -math.inf).triu_(diagonal + 1))
         if stop > 0:
             crossed, diagonal = out[..., :stop], first - (self.window_left or 0)
-            crossed.triu_(diagonal).add_(torch.full(crossed.shape[-2:], -math.inf).tril_(diagonal - 1))
+            crossed.triu_(diagonal).add_(crossed.new_full(crossed.shape[-2:], -math.inf).tril_(diagonal - 1))
         return out
 
     def by_distance(self, device: torch.device) -> Tensor | None:
@@ -210,7 +211,7 @@ class Block:
             return None
         distance = torch.arange(rows + columns - 1, device=device) + (first - self.columns.stop + 1)
         if self.alibi_slopes is None:
-            vector = torch.zeros(1, 1, len(distance), device=device)
+            vector = torch.zeros(1, 1, len(distance), dtype=torch.float32, device=device)
         else:
             vector = -self.alibi_slopes[..., None] * distance.abs()
             vector.masked_fill_(vector < self.floor, float("-inf"))
@@ -227,7 +228,7 @@ class Block:
         b = torch.arange(like.shape[0], device=like.device)[:, None, None, None] + self.first_batch
         h = torch.arange(like.shape[1], device=like.device)[:, None, None]
         i = torch.arange(self.rows.start, self.rows.stop, device=like.device)[:, None]
-        return keep(self.seed, b, h, i, self.columns, self.dropout_p) / (1.0 - self.dropout_p)
+        return keep(self.seed, b, h, i, self.columns, self.dropout_p).float() / (1.0 - self.dropout_p)
 
     @property
     def far(self) -> bool:
@@ -494,7 +495,7 @@ def forward(
     if len(parts) == 1:
         return as_output(parts[0][0], query), parts[0][1].contiguous()
     out = new_output(query, value.shape[3])
-    lse = torch.empty(query.shape[:3], device=query.device)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     for block, (part, part_lse) in zip(blocks, parts):
         block.of_rows(out).copy_(part)
         block.of_rows(lse).copy_(part_lse)
@@ -543,7 +544,7 @@ def backward(
         assert delta is not None
         probability = torch.exp(sinks.float()[:, None] - lse).masked_fill(lse == float("-inf"), 0.0)
         grad_sinks = -(probability * delta).sum((0, 2)).to(sinks.dtype)
-    grad_bias = None if not need_bias or bias is None else torch.empty(bias.shape, device=bias.device)
+    grad_bias = None if not need_bias or bias is None else bias.new_empty(bias.shape, dtype=torch.float32)
     if grad_bias is not None and (grad_bias.shape[2] == 1 or 0 in (query.numel(), key.numel())):
         grad_bias.zero_()
     if 0 in (query.shape[2], key.shape[2]) or query.numel() == 0:

@@ -41,7 +41,7 @@ def weights_of_rows(query: Tensor, key: Tensor, rows: Sequence[int], *rules: Any
 
 def column_sums(query: Tensor, key: Tensor, *rules: Any) -> Tensor:
     """fp32 (B, Hq, Nk): the sum of each column."""
-    total = torch.zeros((*query.shape[:2], key.shape[2]), device=query.device)
+    total = query.new_zeros((*query.shape[:2], key.shape[2]), dtype=torch.float32)
     if 0 in (query.shape[2], key.shape[2]):
         return total
     for block in whole_block(query, key, *rules).split(product_rows(query, key)):

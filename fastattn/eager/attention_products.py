@@ -57,7 +57,7 @@ def backward(
     head_scores = group * rows * key.shape[2]
     some_heads = max(1, min(kv_heads, _SCORES // head_scores))
     samples = max(1, min(batch, _SCORES // (kv_heads * head_scores)))
-    room = torch.empty(2, samples * some_heads * head_scores)
+    room = query.new_empty(2, samples * some_heads * head_scores, dtype=torch.float32)
     low_room = room.new_empty(room.shape, dtype=query.dtype)
     for first in range(0, batch, samples):
         for head in range(0, kv_heads, some_heads):

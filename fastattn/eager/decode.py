@@ -64,7 +64,7 @@ def forward(
             query, key_cache[:batch, :, :keys], value_cache[:batch, :, :keys], None, None, alibi_slopes, sinks, None, *rules
         )  # fmt: skip
     out = new_output(query, value_cache.shape[3])
-    lse = torch.empty(query.shape[:3], device=query.device)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     for i, keys in enumerate([more] * batch if lengths is None else (lengths + more).tolist()):
         k, v = (_of_sequence(cache, block_table, i, keys) for cache in (key_cache, value_cache))
         slopes = None if alibi_slopes is None else alibi_slopes[i : i + 1]

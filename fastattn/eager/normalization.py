@@ -233,7 +233,8 @@ def sums_over_rows(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor) -> list[Te
 def _constants(columns: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Zeros and ones (columns,), and no numbers at all, for results that there are none of; fp32."""
     with torch.inference_mode(False):
-        return torch.zeros(columns, device=device), torch.ones(columns, device=device), torch.empty(0, device=device)
+        zeros = torch.zeros(columns, dtype=torch.float32, device=device)
+        return zeros, torch.ones_like(zeros), zeros.new_empty(0)
 
 
 def _sums(sums: list[Tensor], rstd: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse). Shapes as in `fastattn.ops.varlen`."""
     out, end = new_output(query, value.shape[3]), 0
-    lse = torch.empty(query.shape[:3], device=query.device)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     for index, q, k, slopes in _sequences(packing, alibi_slopes):
         end = q.stop
         out[:, :, q], lse[:, :, q] = attention.forward(

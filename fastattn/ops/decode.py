@@ -128,7 +128,7 @@ def _check_pages(table: Tensor, lengths: Tensor | int, new: int, cache: Tensor) 
     if table.device.type != "cpu" or torch.compiler.is_compiling() or table.numel() == 0:
         return
     ends = (lengths[:, None] if isinstance(lengths, Tensor) else lengths) + new
-    read = torch.arange(table.shape[1]) * cache.shape[2] < ends
+    read = torch.arange(table.shape[1], device=table.device) * cache.shape[2] < ends
     wrong = table[read & ((table < 0) | (table >= cache.shape[0]))]
     if wrong.numel():
         raise ValueError(f"block_table must hold page numbers in [0, {cache.shape[0]}), got {wrong[0].item()}")
