@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.ops.library import tracing
+
 BLOCK = 128
 EMPTY, FULL = -2, -1  # kinds of blocks; any other number is that of a mixed block's tile
 
@@ -254,11 +256,11 @@ class BlockMask:
             return BlockMask(self.shape, Blocks(*(tensor.to(device) for tensor in self.blocks)))
 
     def within(self, left: int | None, right: int | None) -> BlockMask:
-        """`self & BlockMask.window(Nq, Nk, left, right)`, made at the first call; inside a compiler's graph at each."""
+        """`self & BlockMask.window(Nq, Nk, left, right)`, made at the first call; while tracing at each."""
         if left is None and right is None:
             return self
         if (left, right) not in self._within:
-            if torch.compiler.is_compiling():
+            if tracing():
                 return BlockMask(self.shape, _cut_to_window(self.blocks, *self.shape[2:], left, right))
             window = BlockMask.window(*self.shape[2:], left, right, self.blocks.kinds.device)
             self._within[left, right] = self & window

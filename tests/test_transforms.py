@@ -5,8 +5,11 @@ from functools import partial
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastattn
+from fastattn.models import GPT, Classifier, ClassifierConfig, GPTConfig
 from tests.contract import BACKENDS
 
 TARGET = torch.tensor([0, 3, -100])
@@ -105,3 +108,51 @@ def test_a_tangent_of_the_incoming_gradient_is_not_lost(backend):
         except NotImplementedError:
             return
     torch.testing.assert_close(got, gradient(tangent))
+
+
+TOKENS = torch.tensor([[3, 1, 4, 1], [5, 2, 6, 5]])
+MODELS = {
+    "gpt": (GPT(GPTConfig(vocab_size=8, context_length=4, num_layers=1, num_heads=2, d_model=8)), (TOKENS, TOKENS)),
+    "classifier": (
+        Classifier(ClassifierConfig(vocab_size=8, num_classes=3, num_layers=1, num_heads=2, d_model=8)).eval(),
+        (TOKENS, torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]).bool(), torch.tensor([0, 2])),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_a_models_samples(name):
+    """The checks of tokens and targets cannot look at the numbers of a batched tensor."""
+    model, arguments = MODELS[name]
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters, *sample):
+        return torch.func.functional_call(model, parameters, tuple(t[None] for t in sample))[1]
+
+    gradients = torch.vmap(torch.func.grad(loss), (None, *[0] * len(arguments)))(parameters, *arguments)
+    for i in range(2):
+        model.zero_grad()
+        model(*(t[i : i + 1] for t in arguments))[1].backward()
+        for parameter, p in model.named_parameters():
+            torch.testing.assert_close(gradients[parameter][i], p.grad)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_of_tensors_without_numbers(name):
+    model, arguments = MODELS[name]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model(*map(mode.from_tensor, arguments))[1].shape == ()
+    with torch.no_grad():
+        traced = make_fx(lambda *a: model(*a)[1], tracing_mode="symbolic", _allow_non_fake_inputs=True)(*arguments)
+        torch.testing.assert_close(traced(*arguments), model(*arguments)[1])
+
+
+def test_packed_sequences_and_block_masks_without_numbers():
+    """A block mask keeps its meeting with a window for later calls: not one that was made of fake tensors."""
+    mask = fastattn.BlockMask.document(torch.tensor([[0, 0, 1, 1]]))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x, cu_seqlens = mode.from_tensor(random(4, 1, 8)), mode.from_tensor(CU_SEQLENS)
+        assert fastattn.varlen_attention(x, x, x, cu_seqlens, cu_seqlens, 2, 2).shape == (4, 1, 8)
+        x = mode.from_tensor(KEYS)
+        assert fastattn.attention(x, x, x, mask=mask, window=(0, 0)).shape == KEYS.shape
+    torch.testing.assert_close(fastattn.attention(KEYS, KEYS, KEYS, mask=mask, window=(0, 0)), KEYS)

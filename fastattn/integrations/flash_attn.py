@@ -15,6 +15,7 @@ from torch import Tensor
 from fastattn.ops.attention import attention
 from fastattn.ops.checks import check_rank, check_shape, check_tensor
 from fastattn.ops.decode import attention_with_kv_cache
+from fastattn.ops.library import readable
 from fastattn.ops.rotary import rotary
 from fastattn.ops.varlen import varlen_attention
 
@@ -213,8 +214,8 @@ def flash_attn_with_kvcache(
 
 
 def _check_places(cache_batch_idx: Tensor, caches: int) -> None:
-    if cache_batch_idx.device.type != "cpu" or torch.compiler.is_compiling():
-        return  # looking at the values would make the host wait for the device
+    if not readable(cache_batch_idx):
+        return
     wrong = cache_batch_idx[(cache_batch_idx < 0) | (cache_batch_idx >= caches)]
     if wrong.numel():
         raise ValueError(f"cache_batch_idx must be in [0, {caches}), the caches, got {wrong[0].item()}")

@@ -26,6 +26,7 @@ from fastattn.nn import FeedForward, GatedFeedForward, RotaryEmbedding
 from fastattn.nn.modes import evaluating
 from fastattn.nn.plain import linear
 from fastattn.ops.feed_forward import ACTIVATIONS, RECOMPUTE
+from fastattn.ops.library import readable
 from fastattn.ops.linear_loss import linear_cross_entropy
 from fastattn.ops.loss import cross_entropy
 
@@ -229,7 +230,7 @@ class GPT(Pretrained):
         total = tokens.shape[1]
         if len(tokens) != 1:
             raise ValueError(f"packed tokens must have shape (1, T), got {tuple(tokens.shape)}")
-        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        if readable(cu_seqlens):
             if cu_seqlens[-1:].tolist() != [total]:
                 raise ValueError(f"cu_seqlens must end with the packed length {total}, got {cu_seqlens.tolist()}")
             if (longest := int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0) > self.config.context_length:

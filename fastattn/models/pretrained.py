@@ -14,6 +14,8 @@ from typing import Any, BinaryIO, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastattn.ops.library import readable
+
 Model = TypeVar("Model", bound="Pretrained")
 
 
@@ -83,7 +85,7 @@ def check_integers(**values: Any) -> None:
 def check_indices(name: str, tensor: Tensor, axes: tuple[str, ...], ignored: int | None = None, **size: int) -> None:
     """TypeError or ValueError unless `tensor` is int64, has these axes, and lies in [0, size) or is `ignored`.
 
-    Its values are looked at on a CPU alone: elsewhere the host would wait for the device.
+    Its values are looked at where they are `readable`.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be an int64 tensor, got {type(tensor).__name__}")
@@ -93,7 +95,7 @@ def check_indices(name: str, tensor: Tensor, axes: tuple[str, ...], ignored: int
         raise ValueError(
             f"{name} must have {len(axes)} dimensions ({', '.join(axes)}), got shape {tuple(tensor.shape)}"
         )
-    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+    if not readable(tensor):
         return
     ((meaning, end),) = size.items()
     outside = (tensor < 0) | (tensor >= end)

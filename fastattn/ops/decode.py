@@ -24,7 +24,7 @@ from fastattn.ops.checks import (
     check_tensor,
     name_of,
 )
-from fastattn.ops.library import call, define, listening
+from fastattn.ops.library import call, define, listening, readable
 from fastattn.ops.rotary import rotary
 
 
@@ -103,8 +103,8 @@ def _check_lengths(lengths: Tensor | int, batch: int, new: int, capacity: int) -
     if isinstance(lengths, Tensor):
         check_tensor("cache_seqlens", lengths, (torch.int32, torch.int64))
         check_shape("cache_seqlens", lengths, (batch,), "one length per sequence")
-        if lengths.device.type != "cpu" or torch.compiler.is_compiling() or batch == 0:
-            return  # looking at the values would make the host wait for the device
+        if not readable(lengths) or batch == 0:
+            return
         values = lengths.tolist()
         shortest, longest = min(values), max(values)
     elif isinstance(lengths, (int, torch.SymInt)) and not isinstance(lengths, bool):
@@ -125,7 +125,7 @@ def _check_table(table: Tensor, batch: int) -> None:
 
 def _check_pages(table: Tensor, lengths: Tensor | int, new: int, cache: Tensor) -> None:
     """The page numbers of what the sequences hold; behind them a table may hold anything."""
-    if table.device.type != "cpu" or torch.compiler.is_compiling() or table.numel() == 0:
+    if not readable(table) or table.numel() == 0:
         return
     ends = (lengths[:, None] if isinstance(lengths, Tensor) else lengths) + new
     read = torch.arange(table.shape[1], device=table.device) * cache.shape[2] < ends

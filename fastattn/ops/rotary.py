@@ -13,7 +13,7 @@ from fastattn.backend import device_guard, implementation
 from fastattn.eager.rotary import definition
 from fastattn.layout import new_output
 from fastattn.ops import checks
-from fastattn.ops.library import call, define, differentiate, needs_composite
+from fastattn.ops.library import call, define, differentiate, needs_composite, readable
 
 INTEGERS = (torch.int64, torch.int32)
 
@@ -164,8 +164,7 @@ def _check_inplace(query: Tensor, key: Tensor | None) -> None:
 
 
 def _check_rows(positions: Tensor | None, rows: int) -> None:
-    unknown = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if positions is None or positions.device.type != "cpu" or unknown:
+    if positions is None or not readable(positions):
         return
     wrong = positions[(positions < 0) | (positions >= rows)]
     if wrong.numel():
