@@ -216,6 +216,13 @@ def test_nothing_is_kept_without_gradients():
     assert arguments[-2:] == [False, False]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traced():
+    """`torch.jit.trace` traces twice, the second time without gradients, and compares the graphs."""
+    layer, x = fastattn.nn.FeedForward(8), torch.randn(3, 8)
+    torch.testing.assert_close(torch.jit.trace(layer, x)(x), layer(x))
+
+
 def test_autocast_runs_in_its_dtype():
     case = feed_forward(gated=True)
     tensors = [t.requires_grad_() for t in case.tensors()]

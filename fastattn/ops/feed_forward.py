@@ -121,7 +121,9 @@ def feed_forward(
 
 
 def _differentiable(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether the forward should keep what the backward can use; not in a traced graph, which is used with gradients and without."""
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return recorded and not torch.jit.is_tracing()
 
 
 def _check_activation(activation: str) -> None:
