@@ -144,6 +144,19 @@ def test_saved_and_loaded(tmp_path) -> None:
         assert torch.equal(loaded(tokens, mask)[0], model(tokens, mask)[0])
 
 
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_built_on_meta_and_in_bf16(config: ClassifierConfig) -> None:
+    model, (tokens, mask, targets) = make(config), batch()
+    expected = model(tokens, mask)[0]
+    with torch.device("meta"):
+        empty = Classifier(config).eval()
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(empty(tokens, mask)[0], expected)
+    logits, loss = model.bfloat16()(tokens, mask, targets)
+    torch.testing.assert_close(logits.float(), expected, rtol=0.1, atol=0.1)
+    loss.backward()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

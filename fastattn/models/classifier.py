@@ -87,10 +87,10 @@ class ClassifierConfig:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
-def sinusoids(length: int, width: int) -> Tensor:
-    """(length, width): sin(p / 10000^(2i / width)) in the even columns 2i, the cosine in the odd ones."""
-    frequencies = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000.0) / width))
-    angles = torch.arange(length)[:, None] * frequencies
+def sinusoids(places: Tensor, width: int) -> Tensor:
+    """fp32 (length, width): sin(p / 10000^(2i / width)) in the even columns 2i, the cosine in the odd ones."""
+    frequencies = torch.exp(torch.arange(0, width, 2, device=places.device).float() * (-math.log(10_000.0) / width))
+    angles = places[:, None] * frequencies
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
@@ -106,7 +106,6 @@ class Classifier(Pretrained):
     """
 
     config_class: ClassVar[type] = ClassifierConfig
-    sinusoids: Tensor
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
@@ -115,11 +114,8 @@ class Classifier(Pretrained):
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         if config.bigram_buckets:
             self.bigram_embedding = nn.Embedding(config.bigram_buckets, width)
-        length = config.context_length + (config.pooling == "cls")
         if config.positions == "learned":
-            self.position_embedding = nn.Embedding(length, width)
-        else:
-            self.register_buffer("sinusoids", sinusoids(length, width), persistent=False)
+            self.position_embedding = nn.Embedding(config.context_length + (config.pooling == "cls"), width)
         if config.pooling == "cls":
             self.cls = nn.Parameter(torch.zeros(1, 1, width))
         elif config.pooling == "attention":
@@ -203,8 +199,10 @@ class Classifier(Pretrained):
         if config.pooling == "cls":
             x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)
             mask = None if mask is None else F.pad(mask, (1, 0), value=True)
-        table = self.position_embedding.weight if config.positions == "learned" else self.sinusoids
-        return self.dropout(x + table[: x.shape[1]]), mask
+        places = torch.arange(x.shape[1], device=x.device)
+        if config.positions == "learned":
+            return self.dropout(x + self.position_embedding(places)), mask
+        return self.dropout(x + sinusoids(places, config.d_model).to(x.dtype)), mask
 
     def _pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """(B, T, d_model) → (B, d_model); a text without a token gives 0, except with "cls"."""
@@ -215,7 +213,7 @@ class Classifier(Pretrained):
             scores = self.score(x).float()
             if mask is not None:
                 scores = scores.masked_fill(~mask[..., None], torch.finfo(scores.dtype).min)
-            return (scores.softmax(dim=1) * weights * x).sum(dim=1)
+            return (scores.softmax(dim=1) * weights * x).sum(dim=1).to(x.dtype)
         return (x * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
 
     def _check(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
