@@ -1,11 +1,13 @@
 """The example GPT against an independent plain-PyTorch GPT with the same weights, and what is special about it."""
 
+import copy
 import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune as prune
 from torch import Tensor
 
 import fastattn.backend
@@ -233,8 +235,10 @@ def test_reading_one_token_is_what_the_modules_give(
         lambda model: setattr(model.blocks[0], "norm1", torch.nn.Sequential(model.blocks[0].norm1)),
         lambda model: setattr(model.norm, "forward", model.norm.forward),
         lambda model: model.blocks[0].double(),
+        lambda model: setattr(model.blocks[1].attention, "window", (2, None)),
+        lambda model: setattr(model.blocks[0], "norm_first", False),
     ],
-    ids=["hook", "pre-hook", "another module", "another forward", "another dtype"],
+    ids=["hook", "pre-hook", "another module", "another forward", "another dtype", "a window", "norms behind"],
 )
 def test_a_changed_model_runs_through_its_modules(change) -> None:
     model = make()
@@ -254,6 +258,50 @@ def test_hooks_run_for_every_token() -> None:
     model.blocks[1].register_forward_hook(lambda *_: calls.append(None))
     assert torch.equal(model.generate(prompt, 10, temperature=0), expected)
     assert len(calls) == 10
+
+
+def greedy(model: GPT, prompt: Tensor, new: int) -> Tensor:
+    for _ in range(new):
+        prompt = torch.cat([prompt, model(prompt)[0][:, -1:].argmax(2)], 1)
+    return prompt
+
+
+def test_a_subclass_generates_by_its_own_hidden() -> None:
+    class Negated(GPT):
+        def hidden(self, *args, **options):
+            return -super().hidden(*args, **options)
+
+    model, (prompt, _) = make().eval(), batch(length=4)
+    model.__class__ = Negated
+    assert torch.equal(model.generate(prompt, 5, temperature=0), greedy(model, prompt, 5))
+
+
+def test_an_output_layer_that_is_more_than_its_weight_is_called() -> None:
+    """A hook, as adapters have them, and a layer without a weight of its own, as quantised ones are."""
+    plain, (tokens, targets) = make(VARIANTS["untied"]).eval(), batch(VARIANTS["untied"], length=8)
+    doubled, expected = copy.deepcopy(plain), copy.deepcopy(plain)
+    doubled.output.register_forward_hook(lambda module, inputs, output: 2 * output)
+    expected.output.weight.data *= 2
+    torch.testing.assert_close(doubled(tokens)[0], expected(tokens)[0])
+    logits, loss = doubled(tokens, targets)
+    assert logits is None
+    torch.testing.assert_close(loss, expected(tokens, targets)[1])
+    wrapped = copy.deepcopy(plain)
+    wrapped.output = torch.nn.Sequential(plain.output)
+    torch.testing.assert_close(wrapped(tokens)[0], plain(tokens)[0])
+    for model in (doubled, wrapped):
+        assert torch.equal(model.generate(tokens, 5, temperature=0), greedy(model, tokens, 5))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_pruned_everywhere(name: str) -> None:
+    """Pruning makes weights anew before each forward of a layer: a layer that is never called keeps the graph of the first."""
+    model, (tokens, targets) = make(VARIANTS[name]), batch(VARIANTS[name])
+    for module in list(model.modules()):
+        if hasattr(module, "weight"):
+            prune.random_unstructured(module, "weight", 0.5)
+    for _ in range(2):
+        model(tokens, targets)[1].backward()
 
 
 def test_a_prompt_longer_than_the_context_is_cropped() -> None:

@@ -29,7 +29,7 @@ _MODULES = {nn.Embedding, nn.Dropout, nn.ModuleList, nn.Linear, Block, SelfAtten
 def can_read_tokens(model: GPT) -> bool:
     """Whether a `TokenReader` does what the modules would: they are our own, unchanged, and nobody watches them."""
     weight, config = model.token_embedding.weight, model.config
-    if config.num_kv_heads != config.num_heads or config.window is not None:
+    if config.num_kv_heads != config.num_heads:
         return False
     if not weight.is_cpu or observed((weight,)) or torch.is_autocast_enabled("cpu"):
         return False
@@ -38,6 +38,8 @@ def can_read_tokens(model: GPT) -> bool:
     _, *modules = model.modules()
     return (
         all(type(m) in _MODULES and "forward" not in vars(m) for m in modules)
+        and all(m.norm_first for m in modules if isinstance(m, Block))
+        and all(m.window is None for m in modules if isinstance(m, SelfAttention))
         and not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
         and all(type(p) is nn.Parameter and p.dtype == weight.dtype for p in model.parameters())
     )

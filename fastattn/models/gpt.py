@@ -24,7 +24,7 @@ from fastattn.models.pretrained import Pretrained, check_indices, check_integers
 from fastattn.models.sampling import penalise_repetition, sample
 from fastattn.nn import FeedForward, GatedFeedForward, RotaryEmbedding
 from fastattn.nn.modes import evaluating
-from fastattn.nn.plain import linear
+from fastattn.nn.plain import is_plain_linear, linear
 from fastattn.ops.feed_forward import ACTIVATIONS, RECOMPUTE
 from fastattn.ops.library import readable
 from fastattn.ops.linear_loss import linear_cross_entropy
@@ -188,6 +188,10 @@ class GPT(Pretrained):
         """The matrix that turns the last hidden state into logits, (vocab_size, d_model)."""
         return self.token_embedding.weight if self.config.tie_weights else self.output.weight
 
+    def _has_plain_output(self) -> bool:
+        """Whether logits are a product with `output_weight` and nothing else; otherwise `output` has to be called."""
+        return self.config.tie_weights or is_plain_linear(self.output)
+
     def num_parameters(self) -> int:
         """Number of trainable numbers; a tied weight counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
@@ -214,8 +218,8 @@ class GPT(Pretrained):
             raise ValueError(f"tokens has {end} positions; context_length is {self.config.context_length}")
         x = self.token_embedding(tokens)
         if self.rotary is None:
-            table = self.position_embedding.weight
-            x = x + (table[start:end] if positions is None else table[positions])
+            places = start + torch.arange(tokens.shape[1], device=tokens.device) if positions is None else positions
+            x = x + self.position_embedding(places)
         x = self.dropout(x)
         for index, block in enumerate(self.blocks):
             x = block(
@@ -273,16 +277,17 @@ class GPT(Pretrained):
                 shapes = f"{tuple(tokens.shape)}, got {tuple(targets.shape)}"
                 raise ValueError(f"targets must have the shape of tokens, {shapes}")
         hidden = self.hidden(tokens, cu_seqlens=cu_seqlens)
-        logits = None
-        if return_logits or (return_logits is None and targets is None):
+        wanted = return_logits or (return_logits is None and targets is None)
+        logits = loss = None
+        if not self._has_plain_output():
+            logits = self.output(hidden)
+        elif wanted:
             logits = linear(hidden, self.output_weight, None)
-        if targets is None:
-            return logits, None
-        if logits is None:
+        if targets is not None and logits is None:
             loss = linear_cross_entropy(hidden, self.output_weight, targets)
-        else:
+        elif targets is not None and logits is not None:
             loss = cross_entropy(logits, targets)
-        return logits, loss
+        return (logits if wanted else None), loss
 
     def generate(
         self,
@@ -368,8 +373,9 @@ class GPT(Pretrained):
         context = self.config.context_length
         with evaluating(self):
             batch = len(tokens) if max_new_tokens >= MANY_TOKENS else 0
-            read_token = TokenReader(self, batch) if max_new_tokens > 1 and can_read_tokens(self) else None
-            output_weight = self.output_weight if read_token is None else read_token.output_weight
+            own = type(self).hidden is GPT.hidden and "hidden" not in vars(self)
+            read_token = TokenReader(self, batch) if max_new_tokens > 1 and own and can_read_tokens(self) else None
+            plain = self._has_plain_output()
             window, unread, cache = tokens[:, -context:], tokens[:, -context:], KVCache(context)
             for _ in range(max_new_tokens):
                 with torch.inference_mode():
@@ -380,7 +386,10 @@ class GPT(Pretrained):
                         last = read_token(unread[:, 0], cache)
                     else:
                         last = self.hidden(unread, cache)[:, -1]
-                    logits = product(last, output_weight, None)
+                    if read_token is not None:
+                        logits = product(last, read_token.output_weight, None)
+                    else:
+                        logits = product(last, self.output_weight, None) if plain else self.output(last)
                     if repetition_penalty != 1.0:
                         logits = penalise_repetition(logits, window, repetition_penalty)
                     token = sample(logits, temperature, top_k, top_p, generator)
