@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -116,6 +117,31 @@ def patch_wrapped() -> dict[str, dict[str, str]]:
     return {"swapped": swapped, "left": fastattn.patch(fully_shard(nn.LayerNorm(WIDTH))).left}
 
 
+def shared_inputs() -> dict[str, tuple[Tensor, Tensor]]:
+    """Outputs of tensors that are shared among the processes along their first dimension, and torch's of the whole."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    x, (w1, w2) = torch.randn(2, 4, LENGTH, 8), torch.randn(2, 8, 8)
+    calls = {
+        "rms_norm": (lambda f, x, *w: f(x, (8,), w[0][0]), fastattn.rms_norm, F.rms_norm),
+        "layer_norm": (lambda f, x, *w: f(x.bfloat16(), (8,)), fastattn.layer_norm, F.layer_norm),
+        "linear": (lambda f, x, *w: f(x, w[0], w[1][0]), fastattn.linear, F.linear),
+        "attention": (
+            lambda f, x, *w: f(x, x, x), fastattn.scaled_dot_product_attention, F.scaled_dot_product_attention,
+        ),
+        "cross_entropy": (
+            lambda f, x, *w: f(x.flatten(0, 2), x.flatten(0, 2)[:, 0].long().abs() % 8), fastattn.cross_entropy, F.cross_entropy,
+        ),
+    }  # fmt: skip
+    results = {}
+    for name, (call, ours, theirs) in calls.items():
+        shared = distribute_tensor(x, mesh, [Shard(0)]).requires_grad_()
+        out = call(ours, shared, *(distribute_tensor(w, mesh, [Replicate()]) for w in (w1, w2)))
+        out.sum().backward()
+        results[name] = out.full_tensor().detach(), call(theirs, x, w1, w2)
+    return results
+
+
 def train(name: str, how: str = "alone") -> list[float]:
     """The losses of `STEPS` steps over the same data, whatever the number of processes."""
     torch.manual_seed(0)
@@ -162,7 +188,11 @@ def run_all(rank: int, world: int, folder: str) -> None:
     cases = [(name, how) for name in MODELS for how in WRAPPERS] + [
         (name, "tensor_parallel") for name in TENSOR_PARALLEL
     ]
-    results = {"losses": {(name, how): train(name, how) for name, how in cases}, "patched": patch_wrapped()}
+    results = {
+        "losses": {(name, how): train(name, how) for name, how in cases},
+        "patched": patch_wrapped(),
+        "shared": shared_inputs(),
+    }
     if rank == 0:
         torch.save(results, Path(folder) / "results.pt")
     dist.destroy_process_group()

@@ -172,7 +172,9 @@ def keeps_tangents(op: torch._ops.OpOverload, arguments: Sequence[Any], result: 
 
 
 def needs_composite(*tensors: Tensor | None) -> bool:
-    """True inside functorch transforms (grad, vmap, jvp, ...) and for forward-mode dual tensors."""
+    """True inside functorch transforms (grad, vmap, jvp, ...), for forward-mode dual tensors and for distributed ones."""
+    if not _PLAIN.issuperset(map(type, tensors)) and any(hasattr(t, "device_mesh") for t in tensors):
+        return True  # PyTorch knows how to share its own operations among processes
     if torch.compiler.is_compiling():
         return _traced_in_transform()
     if torch._C._are_functorch_transforms_active():
