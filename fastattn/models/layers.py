@@ -117,7 +117,6 @@ class SelfAttention(nn.Module):
         elif packing is not None:
             q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, H, D)
             rows = varlen_attention(q, k, v, *packing, causal=causal, window=self.window, dropout_p=dropout_p)
-            assert isinstance(rows, Tensor)
             out = rows.transpose(0, 1)[None]
         else:
             out = attention(query, key, value, causal=causal, window=self.window, mask=mask, dropout_p=dropout_p)

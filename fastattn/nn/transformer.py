@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +44,12 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         torch.Size([2, 10, 64])
     """
 
-    @wraps(nn.TransformerEncoderLayer.__init__)  # type: ignore[misc]
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        _adopt_children(self)
+    if not TYPE_CHECKING:  # for which the constructor is torch's
+
+        @wraps(nn.TransformerEncoderLayer.__init__)
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            _adopt_children(self)
 
     def forward(
         self,
@@ -87,10 +89,12 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         torch.Size([7, 2, 64])
     """
 
-    @wraps(nn.TransformerDecoderLayer.__init__)  # type: ignore[misc]
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        _adopt_children(self)
+    if not TYPE_CHECKING:  # for which the constructor is torch's
+
+        @wraps(nn.TransformerDecoderLayer.__init__)
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            _adopt_children(self)
 
     def forward(
         self,

@@ -6,7 +6,7 @@ Inside, packed tensors (T, H, D) are (1, H, T, D) views, so that kernels and lau
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -115,6 +115,20 @@ def _check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int) -> None:
         raise ValueError(f"{name} must rise from 0 to at most the packed length {total}, got {offsets}")
 
 
+@overload
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, *, causal: bool = ..., window: tuple[int | None, int | None] | None = ...,
+    alibi_slopes: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ..., dropout_p: float = ...,
+    scale: float | None = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, *, causal: bool = ..., window: tuple[int | None, int | None] | None = ...,
+    alibi_slopes: Tensor | None = ..., softcap: float | None = ..., sinks: Tensor | None = ..., dropout_p: float = ...,
+    scale: float | None = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def varlen_attention(
     query: Tensor,
     key: Tensor,
