@@ -61,6 +61,27 @@ MUTANTS = (
     Mutant("accumulator is not rescaled", FORWARD, "acc * rescale[:, None]", "acc", ATTENTION),
     Mutant("denominator is not rescaled", FORWARD, "l = l * rescale + tl.sum(p, 1)", "l = l + tl.sum(p, 1)", ATTENTION),
     Mutant(
+        "ALiBi's slope is not in the unit of plain scores",
+        "kernels/masks.py",
+        "slope * (LOG2E / scale) if PLAIN else slope",
+        "slope",
+        ATTENTION,
+    ),
+    Mutant(
+        "a sink is not in the unit of plain scores",
+        FORWARD,
+        ".to(tl.float32) * (LOG2E / factor)",
+        ".to(tl.float32)",
+        ATTENTION,
+    ),
+    Mutant(
+        "with a bias the backward's log-sum-exp is in base 2",
+        BACKWARD,
+        "    if bias_ptr is None:\n        minus_lse *= LOG2E\n",
+        "    minus_lse *= LOG2E\n",
+        ATTENTION,
+    ),
+    Mutant(
         "later tiles of a mixed block have the bits of its first",
         FORWARD,
         "mixed_tile(lists, kind) + bits + start % BLOCK",

@@ -50,11 +50,13 @@ def test_rows_that_see_nothing_are_zero_with_zero_gradients(backend):
 def test_a_bias_of_the_lowest_number_is_uniform_and_minus_infinity_is_a_mask(backend):
     q, k, v = qkv()
     bias = torch.zeros(8, 8)
+    bias[1, 6] = 3e38  # beyond fp32 in base 2
     bias[2] = torch.finfo(torch.float32).min
     bias[3] = -torch.inf
     bias[4, 5:] = -torch.inf
     with fastattn.backend.use(backend):
         out = fastattn.attention(q, k, v, bias=bias)
+    assert torch.equal(out[:, :, 1], v[:, :, 6])
     assert torch.allclose(out[:, :, 2], v.mean(2), atol=1e-6)
     assert not out[:, :, 3].any()
     assert torch.allclose(out[:, :, 4], reference.attention(q, k[:, :, :5], v[:, :, :5])[0][:, :, 4], atol=1e-6)

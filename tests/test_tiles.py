@@ -29,8 +29,10 @@ def scores_of(mask=None, bias=None, alibi=None, seed=None, scale=0.1, softcap=0.
     [
         ({}, "plain"),
         ({"left": 8}, "plain"),
-        ({"alibi": SLOPES, "softcap": 30.0, "left": 8}, "scored"),
-        ({"scale": -0.1}, "scored"),
+        ({"alibi": SLOPES, "left": 8}, "alibi"),
+        ({"softcap": 30.0}, "capped"),
+        ({"alibi": SLOPES, "softcap": 30.0, "left": 8}, "capped"),
+        ({"scale": -0.1}, "capped"),
         ({"mask": MASK}, "loaded"),
         ({"mask": MASK[..., :1, :]}, "loaded"),
         ({"mask": MASK[..., :1]}, "loaded"),
@@ -59,7 +61,7 @@ def test_light_scores_take_larger_tiles_than_heavy_ones(arch):
         return config.block_m * config.block_n
 
     for choose in (attention_forward_config, attention_backward_query_config):
-        for scores in ("plain", "scored", "loaded", "dropped"):
+        for scores in ("plain", "alibi", "capped", "loaded", "dropped"):
             assert size(choose, scores, 128) > size(choose, "heavy", 128)
     for scores in ("loaded", "dropped"):
         assert size(attention_backward_key_config, scores, 128) > size(attention_backward_key_config, "heavy", 128)

@@ -277,6 +277,8 @@ def _attention_cases() -> Iterator[Case]:
             of_one = {"head_dim": head_dim, "flags": ["causal", flag]}
             yield case(f"bf16 D{head_dim} causal {flag}", **of_one)
             yield case(f"bf16 D{head_dim} grouped causal {flag}", **of_one, **grouped)
+    for head_dim in (64, 128, 256):
+        yield case(f"bf16 D{head_dim} window sinks alibi", head_dim=head_dim, flags=["window", "sinks", "alibi"])
     for dtype in ("bfloat16", "float32"):
         yield case(f"{dtype} D128 grouped everything", dtype=dtype, head_dim=128, heads=8, flags=everything)
 
@@ -331,6 +333,9 @@ def _other_cases() -> Iterator[Case]:
                 spilled = (("bfloat16", 64, "everything"), ("float32", 256, "everything"), ("bfloat16", 256, "causal"))
                 core = (dtype, head_dim, name) in spilled
                 yield Case(f"varlen {dtype} D{head_dim} {name}", "varlen_attention", arguments, core)
+    for head_dim in (64, 128, 256):
+        arguments = {"head_dim": head_dim, "flags": ["causal", "alibi"]}
+        yield Case(f"varlen bf16 D{head_dim} causal alibi", "varlen_attention", arguments)
     yield Case("rotary bf16 D128", "rotary", {}, core=True)
     partial = {"dtype": "float32", "head_dim": 80, "rotary_dim": 32, "interleaved": True, "offsets": True}
     yield Case("rotary fp32 D80 partial interleaved", "rotary", partial, core=True)

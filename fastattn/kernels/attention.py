@@ -29,16 +29,17 @@ from fastattn.kernels.masks import (
     LN2,
     LOG2E,
     LOWEST,
-    base2_score,
     block_list,
     capped_score,
     is_visible,
     listed,
+    load_slope,
     load_tile,
     mixed_tile,
     pair_pointers,
     sequence,
     visible_range,
+    with_alibi,
 )
 from fastattn.kernels.order import heads_together, query_block
 from fastattn.kernels.random import keep_tile
@@ -75,17 +76,16 @@ def add_keys(
     k = load_tile(k_ptrs, in_bounds[None, :] if EDGE else None, columns_qk)
     s = tl.dot(q, k, input_precision=PRECISION)
     if not PLAIN:
-        bias = None
-        if bias_ptr is not None:
-            # [BLOCK_M, BLOCK_N]
-            bias = load_tile(
-                bias_ptr + offs_m.to(tl.int64)[:, None] * bias_stride[2] + (at + offs_n)[None, :] * bias_stride[3],
-                row_limit, in_bounds[None, :] if EDGE else None,
-            ).to(tl.float32)  # fmt: skip
-        s = base2_score(
-            capped_score(s, scale, softcap, q.dtype == tl.float32), bias, slope,
-            (offs_m + shift - start)[:, None] - offs_n[None, :],
+        s = capped_score(s, scale, softcap, q.dtype == tl.float32)
+    if slope is not None:
+        s = with_alibi(s, slope, (offs_m + shift - start)[:, None], offs_n[None, :])
+    if bias_ptr is not None:
+        # [BLOCK_M, BLOCK_N]
+        bias = load_tile(
+            bias_ptr + offs_m.to(tl.int64)[:, None] * bias_stride[2] + (at + offs_n)[None, :] * bias_stride[3],
+            row_limit, in_bounds[None, :] if EDGE else None,
         )  # fmt: skip
+        s += bias.to(tl.float32)
     if EDGE:
         x, y = (offs_m - start)[:, None], offs_n[None, :]
         s = tl.where(is_visible(x, y, num_keys - start, shift, left, right), s, float("-inf"))
@@ -93,14 +93,13 @@ def add_keys(
         # [BLOCK_M, BLOCK_N]
         attend = load_tile(mask_ptrs, row_limit, in_bounds[None, :] if EDGE else None)
         s = tl.where(attend != 0, s, float("-inf"))
-    # p = 2^(s - m): in the plain case scale·log2(e) is folded into one fused multiply-add per element
-    if PLAIN:
-        m_new = tl.maximum(m, tl.max(s, 1) * scale)
-        p = tl.exp2(tl.fma(s, scale, -m_new[:, None]))
-    else:
-        m_new = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp2(s - m_new[:, None])
-    rescale = tl.exp2(m - m_new)
+    factor = scale if PLAIN else LOG2E
+    m_new = tl.maximum(m, tl.max(s, 1))
+    if bias_ptr is None:
+        p = tl.exp2(tl.fma(s, factor, -tl.maximum(m_new * factor, LOWEST)[:, None]))
+    else:  # a bias may be float32's lowest number, and m·log2(e) then -inf
+        p = tl.exp2((s - m_new[:, None]) * factor)
+    rescale = tl.exp2((m - m_new) * factor)
     l = l * rescale + tl.sum(p, 1)
     if seed is not None:
         p = tl.where(keep_tile(seed, batch, head, first_m, start, threshold, acc.shape[0], BLOCK_N), p, 0.0)
@@ -111,10 +110,12 @@ def add_keys(
 
 
 @triton.jit
-def finish(acc, l, m, keep_scale):
-    """(out, natural log-sum-exp) of the running sums. A row that sees nothing has l = 0: out 0, log-sum-exp -inf."""
+def finish(acc, l, m, factor, keep_scale):
+    """(out, natural log-sum-exp) of the running sums; factor · m is in base 2. A row that sees nothing has l = 0: out 0, log-sum-exp -inf."""
     l_safe = tl.where(l > 0, l, 1.0)
-    return acc * (keep_scale / l_safe)[:, None], tl.where(l > 0, (m + tl.log2(l_safe)) * LN2, float("-inf"))
+    return acc * (keep_scale / l_safe)[:, None], tl.where(
+        l > 0, m * (factor * LN2) + tl.log2(l_safe) * LN2, float("-inf")
+    )
 
 
 @triton.jit
@@ -204,17 +205,18 @@ def _attention_forward(
     if bias_ptr is not None:
         bias_ptr += b * bias_strides[0] + h * bias_strides[1]
     if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr)
+        slope = load_slope(slopes_ptr, None, scale, PLAIN)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 
+    factor = scale if PLAIN else LOG2E
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if sinks_ptr is not None:  # a sink is a first key with value 0
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * (LOG2E / factor)
         m = tl.maximum(m, sink)
-        l = tl.exp2(sink - m)
+        l = tl.exp2((sink - m) * factor)
 
     columns_qk = None if D == BLOCK_D else (offs_d < D)[:, None]
     columns_v = None if DV == BLOCK_DV else (offs_dv < DV)[None, :]
@@ -241,7 +243,7 @@ def _attention_forward(
         threshold, columns_qk, columns_v, BLOCK_D, BLOCK_DV, EDGE_N, PLAIN, True, PRECISION, HOIST,
     )  # fmt: skip
 
-    out, lse = finish(acc, l, m, keep_scale)
+    out, lse = finish(acc, l, m, factor, keep_scale)
     out_ptrs = out_ptr + local * out_strides[2] + offs_dv[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=rows & (offs_dv < DV)[None, :])
     tl.store(lse_ptr + tl.arange(0, BLOCK_M), lse, mask=offs_m < num_queries)

@@ -6,8 +6,8 @@ With P = exp(S - LSE) recomputed tile by tile, dropout factors Z (1 / (1 - p) or
     dS = P ∘ (dP - delta)   dBias = dS              dX = dS ∘ cap'(X)         dQ = scale · dX K     dK = scale · dXᵀ Q
 
 (Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691, algorithm 2; X = scale·Q Kᵀ before the softcap.)
-The dQ pass stores -delta and -LSE, in base 2 or, where a logit is just scale·q·k, in units of q·k: the products of the dK and dV
-pass begin with them instead of 0. Rows that see nothing have LSE = -inf, and it stays -inf, so that P = 0.
+The dQ pass stores -delta and -LSE, in base 2, with a bias in base e, or, where scores are plain, in units of q·k: the products of the
+dK and dV pass begin with them instead of 0. Rows that see nothing have LSE = -inf, and it stays -inf, so that P = 0.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from fastattn.kernels.masks import (
     block_list,
     is_visible,
     listed,
+    load_slope,
     load_tile,
     mixed_tile,
     pair_pointers,
@@ -117,9 +118,8 @@ def _walk_keys(
         if bias_ptr is not None:
             bias = load_pair(bias_ptr, bias_stride, offs_m[:, None], columns, rows, columns_ok).to(tl.float32)
         product = dot_transposed(q, k, None, PRECISION)
-        distance = (offs_m + shift)[:, None] - columns
         p, capped = probability(
-            product, minus_lse[:, None], mask, bias, slope, distance, visible, scale, softcap, PLAIN,
+            product, minus_lse[:, None], mask, bias, slope, (offs_m + shift - start)[:, None], offs_n[None, :], visible, scale, softcap, PLAIN,
             q[0].dtype == tl.float32,
         )  # fmt: skip
         kept = None
@@ -197,7 +197,9 @@ def _attention_backward_query(
     if dlse_ptr is not None:
         minus_delta += tl.load(dlse_ptr + row_offsets, mask=in_bounds, other=0.0)
     lse = tl.load(lse_ptr + row_offsets, mask=in_bounds, other=float("-inf"))
-    minus_lse = tl.where(lse == float("-inf"), lse, lse * -LOG2E)  # a row that sees nothing: P = 0
+    minus_lse = tl.where(lse == float("-inf"), lse, -lse)  # a row that sees nothing: P = 0
+    if bias_ptr is None:
+        minus_lse *= LOG2E
     tl.store(lse_rows + offs_m, minus_lse / score_scale if PLAIN else minus_lse, mask=in_bounds)
     tl.store(delta_rows + offs_m, minus_delta, mask=in_bounds)
 
@@ -210,7 +212,7 @@ def _attention_backward_query(
     if bias_ptr is not None:
         bias_ptr += b * bias_strides[0] + h * bias_strides[1]
     if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr)
+        slope = load_slope(slopes_ptr, None, score_scale, PLAIN)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 
@@ -308,9 +310,8 @@ def _walk_queries(
         if bias_ptr is not None:
             bias = load_pair(bias_ptr, bias_stride, queries, offs_n[:, None], rows, columns_ok).to(tl.float32)
         product = dot_transposed(k, q, minus_lse if PLAIN else None, PRECISION)
-        distance = queries + shift - offs_n[:, None]
         p, capped = probability(
-            product, None if PLAIN else minus_lse, mask, bias, slope, distance, visible, scale, softcap, PLAIN,
+            product, None if PLAIN else minus_lse, mask, bias, slope, (offs_n - shift - start)[:, None], offs_m[None, :], visible, scale, softcap, PLAIN,
             q[0].dtype == tl.float32,
         )  # fmt: skip
         kept = None
@@ -401,7 +402,9 @@ def _attention_backward_key(
         if bias_ptr is not None:
             bias_head = bias_ptr + b * bias_strides[0] + h * bias_strides[1]
         if slopes_ptr is not None:
-            slope = tl.load(slopes_ptr + batch.to(tl.int64) * slopes_strides[0] + h * slopes_strides[1])
+            slope = load_slope(
+                slopes_ptr + batch.to(tl.int64) * slopes_strides[0] + h * slopes_strides[1], None, score_scale, PLAIN
+            )
         lists = None
         if mask_blocks is not None:
             full_high, high, lists = block_list(mask_blocks, batch, head, start_n)

@@ -3,7 +3,16 @@
 import triton
 import triton.language as tl
 
-from fastattn.kernels.masks import BLOCK, EMPTY, block_kind, is_visible, load_tile, mixed_tile, visible_range
+from fastattn.kernels.masks import (
+    BLOCK,
+    EMPTY,
+    block_kind,
+    is_visible,
+    load_slope,
+    load_tile,
+    mixed_tile,
+    visible_range,
+)
 from fastattn.kernels.random import keep_tile
 from fastattn.kernels.recompute import load_pair, probability, row_statistics, score_gradient
 
@@ -84,12 +93,11 @@ def attention_backward_bias(
             bias_head = bias_ptr + b * bias_strides[0] + h * bias_strides[1]
             bias = load_pair(bias_head, bias_strides, offs_m[:, None], offs_n[None, :], rows, columns).to(tl.float32)
             if slopes_ptr is not None:
-                slope = tl.load(slopes_ptr + b * slopes_strides[0] + h * slopes_strides[1])
+                slope = load_slope(slopes_ptr + b * slopes_strides[0] + h * slopes_strides[1], None, score_scale, PLAIN)
             visible = is_visible(offs_m[:, None], offs_n[None, :], num_keys, shift, left, right)
-            distance = (offs_m + shift)[:, None] - offs_n[None, :]
             product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             p, capped = probability(
-                product, minus_lse[:, None], mask, bias, slope, distance, visible, score_scale, softcap, PLAIN,
+                product, minus_lse[:, None], mask, bias, slope, (offs_m + shift)[:, None], offs_n[None, :], visible, score_scale, softcap, PLAIN,
                 q.dtype == tl.float32,
             )  # fmt: skip
             if seed_ptr is not None:

@@ -35,9 +35,9 @@ class AttentionConfig:
     max_registers: int | None = None
 
 
-# What a score takes beyond a scale, a window, sinks and a block mask: nothing; ALiBi or a softcap; a mask or a bias, read from
+# What a score takes beyond a scale, a window, sinks and a block mask: nothing; ALiBi; a softcap; a mask or a bias, read from
 # memory in wide words, without a window to the left; dropout; or several of these, or one of them and a block mask.
-Scores: TypeAlias = Literal["plain", "scored", "loaded", "dropped", "heavy"]
+Scores: TypeAlias = Literal["plain", "alibi", "capped", "loaded", "dropped", "heavy"]
 _Table: TypeAlias = dict[int, tuple[Any, ...]]
 _Widths: TypeAlias = dict[str, tuple[int, ...]]
 
@@ -96,7 +96,7 @@ _BACKWARD_KEY_HEAVY_SM_90: _Table = {**_BACKWARD_KEY_HEAVY, 256: (16, 32, 8, 1, 
 _BACKWARD_HEAVY_AMD: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1)}
 # Widths of these at which ptxas, left alone, stops at 80, 96, 128 or 168 registers of the 159 to 255 that it needs, and spills 8 to
 # 32 bytes: of a softcapped score, of dropout alone or with a mask, of packed sequences with everything, as architectures differ.
-_FORWARD_LIMITED: _Widths = {"sm_80": (64, 256), "sm_90": (256,), "sm_100": (64, 128, 256), "small": (64, 128)}
+_FORWARD_LIMITED: _Widths = {"sm_80": (64, 128, 256), "sm_90": (256,), "sm_100": (64, 128, 256), "small": (64, 128)}
 _BACKWARD_KEY_LIMITED: _Widths = {"sm_80": (128,), "sm_90": (64,), "sm_100": (64,), "small": (64, 128)}
 # A block mask's lists put addresses into the loop that depend on what was loaded: with other features small tiles, too. Alone it
 # takes the tiles of no mask, which makes 2 to 8 times the predicted share, but for these, where they spill 8 to 4,248 bytes.
@@ -143,19 +143,20 @@ _BACKWARD_KEY_GROUPED: dict[str, _Table] = {
 }
 _FORWARD_PACKED: dict[str, _Table] = {"sm_90": {128: (128, 64, 8, 2)}, "sm_100": {256: (128, 64, 8, 1, False)}}
 
-# ALiBi or a softcap takes registers, but no addresses, and a mask or a bias alone not many: but for the small tiles of AMD, they take
+# A softcap takes registers, but no addresses, and a mask or a bias alone not many: but for the small tiles of AMD, they take
 # those of plain scores, which make 1.1 to 6 times the predicted share of the small ones. But for these, where those spill 8 to 592
 # bytes, with both of the first two, with one key head or packed, or need more memory than there is.
-_FORWARD_SCORED: dict[str, _Table] = {
+_FORWARD_CAPPED: dict[str, _Table] = {
     "sm_80": {64: (128, 64, 4, 3, True, MAX_HEAD, 255), 128: (128, 64, 8, 1, False)},
     "small": {128: (128, 32, 8, 1)},
 }
 _FORWARD_LOADED: dict[str, _Table] = {
     "sm_80": {64: (64, 128, 8, 2, False), 128: (128, 32, 8, 2)},
     "sm_90": {128: (128, 64, 8, 2), 256: (128, 32, 8, 2, False)},
+    "sm_100": {64: (128, 64, 8, 2)},
     "small": {64: (64, 64, 8, 2), 256: (64, 32, 8, 1, False)},
 }
-_BACKWARD_QUERY_SCORED: dict[str, _Table] = {
+_BACKWARD_QUERY_CAPPED: dict[str, _Table] = {
     "sm_90": {128: (128, 64, 8, 2, False)},
     "sm_100": {64: (128, 64, 8, 1, False)},
 }
@@ -165,17 +166,33 @@ _BACKWARD_QUERY_LOADED: dict[str, _Table] = {
     "sm_100": {128: (128, 128, 8, 1, False)},
     "small": {128: (64, 32, 4, 2), 256: (64, 32, 8, 1, False)},
 }
-_BACKWARD_KEY_SCORED: dict[str, _Table] = {
+_BACKWARD_KEY_CAPPED: dict[str, _Table] = {
     "sm_80": {64: (32, 64, 4, 1), 128: (32, 64, 4, 2), 256: _BACKWARD_KEY_HEAVY_SM_80[256]},
     "sm_90": {128: (32, 128, 8, 1, False), 256: (32, 64, 8, 1, False, 64)},
 }
 # ... on sm_80 with heads that share a key head, or packed, others than that:
-_BACKWARD_KEY_SCORED_GROUPED: dict[str, _Table] = {"sm_80": {128: (32, 64, 8, 1)}}
+_BACKWARD_KEY_CAPPED_GROUPED: dict[str, _Table] = {"sm_80": {128: (32, 64, 8, 1)}}
 _BACKWARD_KEY_LOADED: dict[str, _Table] = {
     "sm_80": {64: (32, 64, 8, 1), 128: (32, 64, 8, 1), 256: _BACKWARD_KEY_HEAVY_SM_80[256]},
     "sm_90": {64: (64, 64, 4, 1), 128: (32, 128, 8, 1, False), 256: (32, 64, 8, 1, False, 64)},
     "sm_100": {64: (64, 128, 8, 1), 128: (64, 128, 8, 1, False), 256: (64, 64, 8, 1, False, MAX_HEAD, 255)},
     "small": {64: (32, 64, 4, 1), 256: _BACKWARD_KEY_HEAVY[256]},
+}
+
+# ALiBi is two additions a score: the tiles of plain scores, but for these, where they spill 8 to 184 bytes.
+_FORWARD_ALIBI: dict[str, _Table] = {"sm_90": {128: (128, 64, 8, 2)}, "sm_100": {64: (128, 64, 4, 1)}}
+_FORWARD_ALIBI_PACKED: dict[str, _Table] = {
+    "sm_90": {256: (128, 32, 8, 2, False)},
+    "sm_100": {256: (128, 32, 8, 1, False)},
+}
+_BACKWARD_QUERY_ALIBI: dict[str, _Table] = {
+    "sm_90": {256: (64, 64, 4, 2, False, 128)},
+    "sm_100": {64: (128, 64, 8, 1, False)},
+}
+_BACKWARD_KEY_ALIBI: dict[str, _Table] = {"sm_80": {256: _BACKWARD_KEY_HEAVY_SM_80[256]}}
+_BACKWARD_KEY_ALIBI_GROUPED: dict[str, _Table] = {
+    "sm_80": {64: (32, 64, 4, 1), 128: (128, 32, 8, 1, False)},
+    "small": {128: (32, 64, 8, 1)},
 }
 
 # Dropout alone takes two integer products a score (`kernels.random.keep_tile`): up to a width of 128 the tiles of plain scores, but for
@@ -251,8 +268,10 @@ def attention_forward_config(
         exceptions = (
             (blocks, _FORWARD_LISTED),
             (scores == "dropped", _FORWARD_DROPPED),
+            (packed and scores == "alibi", _FORWARD_ALIBI_PACKED),
             (packed, _FORWARD_PACKED),
-            (scores == "scored", _FORWARD_SCORED),
+            (scores == "alibi", _FORWARD_ALIBI),
+            (scores == "capped", _FORWARD_CAPPED),
             (scores == "loaded", _FORWARD_LOADED),
         )
         return _first(family, head_dim, *exceptions, (True, _FORWARD))
@@ -284,7 +303,8 @@ def attention_backward_query_config(
         exceptions = (
             (blocks, _BACKWARD_QUERY_LISTED),
             (scores == "dropped", _BACKWARD_QUERY_DROPPED),
-            (scores == "scored", _BACKWARD_QUERY_SCORED),
+            (scores == "alibi", _BACKWARD_QUERY_ALIBI),
+            (scores == "capped", _BACKWARD_QUERY_CAPPED),
             (scores == "loaded", _BACKWARD_QUERY_LOADED),
         )
         return _first(family, head_dim, *exceptions, (True, _BACKWARD_QUERY))
@@ -331,8 +351,10 @@ def attention_backward_key_config(
             (blocks, _BACKWARD_KEY_LISTED),
             (blocks, _BACKWARD_KEY),
             (scores == "dropped", _BACKWARD_KEY_DROPPED),
-            (scores == "scored" and (grouped or packed), _BACKWARD_KEY_SCORED_GROUPED),
-            (scores == "scored", _BACKWARD_KEY_SCORED),
+            (scores == "alibi" and (grouped or packed), _BACKWARD_KEY_ALIBI_GROUPED),
+            (scores == "alibi", _BACKWARD_KEY_ALIBI),
+            (scores == "capped" and (grouped or packed), _BACKWARD_KEY_CAPPED_GROUPED),
+            (scores == "capped", _BACKWARD_KEY_CAPPED),
             (scores == "loaded", _BACKWARD_KEY_LOADED),
             (packed, _BACKWARD_KEY_PACKED),
             (grouped or packed, _BACKWARD_KEY_GROUPED),

@@ -18,7 +18,9 @@ from fastattn.kernels.activations import tanh
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.0e38)  # start of a running maximum: finite, so that exp2(-inf - LOWEST) is 0 and never NaN
+LOWEST = tl.constexpr(
+    -3.4028234663852886e38
+)  # start of a running maximum: finite, so that exp2(-inf - LOWEST) is 0 and never NaN
 
 
 @triton.jit
@@ -128,6 +130,19 @@ def load_tile(pointers, rows, columns):
 
 
 @triton.jit
+def load_slope(ptr, valid, scale, PLAIN: tl.constexpr):
+    """The ALiBi slope of a head, or of several, in the unit of the scores."""
+    slope = tl.load(ptr, mask=valid)
+    return slope * (LOG2E / scale) if PLAIN else slope
+
+
+@triton.jit
+def with_alibi(score, slope, x, y):
+    """score - slope·|x - y|; x and y: positions, as a column and a row."""
+    return score - slope * tl.abs(x.to(tl.float32) - y.to(tl.float32))
+
+
+@triton.jit
 def capped_score(product, scale, softcap, EXACT: tl.constexpr):
     """c·tanh(q·k·scale / c), or q·k·scale without a cap.
 
@@ -148,18 +163,3 @@ def capped_score_derivative(capped, softcap):
     """d capped_score / d (q·k·scale), from the capped score: 1 - tanh²."""
     ratio = capped * (1.0 / softcap)
     return 1.0 - ratio * ratio
-
-
-@triton.jit
-def base2_score(capped, bias, slope, distance):
-    """The logit in base 2, log2(e)·(score + bias - slope·|distance|), ready for exp2.
-
-    A finite bias never sinks to -inf (a row of float32's lowest number comes out uniform, as in PyTorch).
-    """
-    score = capped
-    if slope is not None:
-        score -= slope * tl.abs(distance).to(tl.float32)
-    score *= LOG2E
-    if bias is not None:
-        score = tl.where(bias == float("-inf"), bias, tl.maximum(tl.fma(bias, LOG2E, score), LOWEST))
-    return score

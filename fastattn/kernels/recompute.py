@@ -3,7 +3,14 @@
 import triton
 import triton.language as tl
 
-from fastattn.kernels.masks import base2_score, capped_score, capped_score_derivative, load_tile, pair_pointers
+from fastattn.kernels.masks import (
+    LOG2E,
+    capped_score,
+    capped_score_derivative,
+    load_tile,
+    pair_pointers,
+    with_alibi,
+)
 
 STATISTICS = 128  # the rows of a head's statistics are padded to a multiple of this
 
@@ -18,26 +25,27 @@ def row_statistics(ptr, batch_head, num_queries, STATISTICS: tl.constexpr):
 
 @triton.jit
 def probability(
-    product, minus_lse, mask, bias, slope, distance, visible, scale, softcap, PLAIN: tl.constexpr, EXACT: tl.constexpr,
+    product, minus_lse, mask, bias, slope, x, y, visible, scale, softcap, PLAIN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """-> (P, the capped score). `minus_lse` broadcasts over the tile, and is None where `product` began with it; `mask` and
-    `visible` may be None, too. EXACT: see `capped_score`."""
-    capped = product
-    if PLAIN:
-        logit = product
-    else:
-        capped = capped_score(product, scale, softcap, EXACT)
-        logit = base2_score(capped, bias, slope, distance)
+    """-> (P, the capped score). `minus_lse` broadcasts over the tile, and is None where `product` began with it: in base 2, or with a
+    bias in base e; `mask` and `visible` may be None, too. x, y: see `with_alibi`. EXACT: see `capped_score`."""
+    capped = product if PLAIN else capped_score(product, scale, softcap, EXACT)
+    score = capped
+    if slope is not None:
+        score = with_alibi(score, slope, x, y)
+    if bias is not None:
+        score += bias
     if visible is not None:
-        logit = tl.where(visible, logit, float("-inf"))
+        score = tl.where(visible, score, float("-inf"))
     if mask is not None:
-        logit = tl.where(mask != 0, logit, float("-inf"))
+        score = tl.where(mask != 0, score, float("-inf"))
+    factor = scale if PLAIN else LOG2E
     if minus_lse is None:
-        return tl.exp2(logit * scale), capped
-    elif PLAIN:
-        return tl.exp2(tl.fma(logit, scale, minus_lse)), capped
+        return tl.exp2(score * factor), capped
+    elif bias is None:
+        return tl.exp2(tl.fma(score, factor, minus_lse)), capped
     else:
-        return tl.exp2(logit + minus_lse), capped
+        return tl.exp2((score + minus_lse) * LOG2E), capped
 
 
 @triton.jit

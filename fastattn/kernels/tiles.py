@@ -67,16 +67,17 @@ def score_class(
     mask: Tensor | Blocks | None, bias: Tensor | None, alibi_slopes: Tensor | None, seed: Tensor | None, scale: float,
     softcap: float, window_left: int | None = None,
 ) -> tuple[bool, Scores]:  # fmt: skip
-    """(plain, scores): whether a logit is just scale·q·k with a positive scale, and the class of scores that chooses the tiles."""
-    # the backward divides log-sum-exps by the scale
-    computed = alibi_slopes is not None or softcap != 0.0 or scale <= 1e-20
+    """(plain, scores): whether a score is just q·k times a positive scale, perhaps with ALiBi, and the class of scores that chooses the
+    tiles."""
+    capped = softcap != 0.0 or scale <= 1e-20  # plain scores divide by the scale: log-sum-exps, slopes and sinks
+    computed = capped or alibi_slopes is not None
     listed = mask is not None and is_listed(mask)
     read = ([] if listed or not isinstance(mask, Tensor) else [mask]) + ([] if bias is None else [bias])
-    scores: Scores = "scored" if computed else "plain"
+    scores: Scores = "capped" if capped else "alibi" if computed else "plain"
     if len(read) + computed + listed + (seed is not None) > 1:
         scores = "heavy"
     elif seed is not None:
         scores = "dropped"
     elif read:
         scores = "loaded" if window_left is None and _is_aligned(read[0]) else "heavy"
-    return bias is None and not computed, scores
+    return bias is None and not capped, scores
