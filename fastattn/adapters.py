@@ -8,6 +8,7 @@ the same is checked with numbers by `fastattn.patch`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -79,7 +80,7 @@ def _rebuild(adapter: type[Adapter], base: type[nn.Module]) -> nn.Module:
 
 
 class Norm(Adapter):
-    """A module whose only parameters are a weight, and perhaps a bias, of one dimension.
+    """A module of one input whose only parameters are a weight, and perhaps a bias, of one dimension.
 
     What is done with eps shows in inputs that are not much larger than its root.
     """
@@ -92,7 +93,8 @@ class Norm(Adapter):
         alone = not any(True for _ in module.children()) and not any(True for _ in module.buffers())
         shapes = {tuple(p.shape) for p in module.parameters()}
         named = "norm" in type(module).__name__.lower() and _eps(module) is not None
-        return named and alone and names in ({"weight"}, {"weight", "bias"}) and len(shapes) == 1
+        inputs = len(signature(module.forward).parameters)  # Mamba's norm has a gate
+        return named and alone and inputs == 1 and names in ({"weight"}, {"weight", "bias"}) and len(shapes) == 1
 
     @classmethod
     def probes(cls, module: Any, like: Tensor) -> Sequence[tuple[Tensor, ...]]:
