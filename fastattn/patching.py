@@ -39,6 +39,7 @@ _TORCH: dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]] = {
     nn.Transformer: (ours.Transformer, {}),
 }
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of a sequence's largest element
+_OWN = ("eager", "sdpa")  # compared with by layers of transformers that prepare something for all others
 _ORIGINAL, _ATTENTION = "_fastattn_original", "_fastattn_attention"  # where a module keeps what it was
 
 
@@ -346,6 +347,10 @@ def _attention_decisions(named: list[tuple[str, nn.Module]], chosen: set[str]) -
             reason = "is fastattn's already"
         elif not root._can_set_attn_implementation():
             reason = "the model does not let its attention implementation be changed"
+        elif not all(_takes_others(m) for m in root.modules() if isinstance(m, transformers.PreTrainedModel)):
+            reason = "transformers does not run it with attention implementations other than its own"
+        elif any(_OWN in type(layer).forward.__code__.co_consts for _, layer in layers):
+            reason = "its layers do something else for implementations whose names they do not know"
         elif any(getattr(config, "output_attentions", False) for config in _configs(root).values()):
             reason = "its configuration asks for attention maps (output_attentions), which are not kept"
         elif missing := [n for n, _ in layers if n not in chosen]:
@@ -361,6 +366,13 @@ def _calls_the_interface(module: nn.Module) -> bool:
     """Whether this is an attention layer that asks transformers for its implementation."""
     code = getattr(type(module).forward, "__code__", None)
     return code is not None and {"_attn_implementation", "get_interface"}.issubset(code.co_names)
+
+
+def _takes_others(model: Any) -> bool:
+    """Whether the model's masks and arguments mean the same to every implementation; SDPA lacks softcap and sinks only."""
+    return model._supports_sdpa or (
+        model._supports_attention_backend and (model._supports_flash_attn or model._supports_flex_attn)
+    )
 
 
 def _configs(root: Any) -> dict[str, Any]:

@@ -14,6 +14,10 @@ _SIZES = dict(
 )  # fmt: skip
 _GROUPED = {**_SIZES, "num_key_value_heads": 2}
 _HEADS = {**_GROUPED, "head_dim": 8}
+_LATENT = dict(
+    **_HEADS, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=4, n_group=1,
+    topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16,
+)  # fmt: skip
 _VISION = dict(
     image_size=8, patch_size=4, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
 )
@@ -35,6 +39,17 @@ DECODERS = {
     "GPTJ": {**_SHORT, "rotary_dim": 4},
     "Falcon": dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
     "Bloom": dict(vocab_size=50, hidden_size=32, n_layer=2, n_head=4),
+    "Mamba2": dict(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, state_size=8, n_groups=1
+    ),
+    "DeepseekV32": {**_LATENT, "num_key_value_heads": 4, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 3},
+    "DeepseekV4": {
+        **_LATENT,
+        "num_key_value_heads": 1,
+        "sliding_window": 4,
+        "layer_types": ["heavily_compressed_attention", "sliding_attention"],
+        "compress_rates": {"heavily_compressed_attention": 2, "compressed_sparse_attention": 2},
+    },
 }
 ENCODERS = {
     **dict.fromkeys(("XLMRoberta", "Camembert", "MPNet", "Ernie", "DebertaV2"), _SIZES),
@@ -47,6 +62,7 @@ VISION = dict.fromkeys(("DeiT", "Dinov2", "Beit", "CLIPVision", "SiglipVision"),
 ENCODER_DECODERS = {
     "T5": dict(vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0),
     "Bart": _BART,
+    "NllbMoe": {**_BART, "num_experts": 4},
 }
 FAMILIES = {**DECODERS, **ENCODERS, **VISION, **ENCODER_DECODERS}
 

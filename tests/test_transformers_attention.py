@@ -144,6 +144,8 @@ def test_arguments_against_their_meaning():
     bias = torch.randn(1, 4, 5, 5)
     causal, _ = attention_forward(module, Q, K, K, None)
     torch.testing.assert_close(causal, attention_forward(module, Q, K, K, MASK, position_ids=torch.arange(5))[0])
+    leaked = {"logits_to_keep": 1, "grid_thw": torch.ones(1, 3)}  # by LLaVA-OneVision and LFM3-VL
+    torch.testing.assert_close(causal, attention_forward(module, Q, K, K, None, **leaked)[0])
     floats = torch.zeros(2, 1, 5, 5).masked_fill(~MASK, torch.finfo(torch.float32).min)
     torch.testing.assert_close(causal, attention_forward(module, Q, K, K, floats)[0])
     static = torch.cat([K, torch.randn(2, 2, 3, 8)], 2)  # a static cache with three empty places

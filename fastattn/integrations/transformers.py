@@ -19,8 +19,9 @@ NAME = "fastattn"
 
 # What models pass along that says nothing about which pairs are attended to, or says what the mask says as well.
 _HARMLESS = {
-    *("cache_position", "deterministic", "num_items_in_batch", "output_hidden_states", "output_router_logits"),
-    *("position_embeddings", "position_ids", "return_dict", "use_cache"),
+    *("cache_position", "deterministic", "grid_thw", "input_ids", "logits_to_keep", "num_items_in_batch"),
+    *("output_hidden_states", "output_router_logits", "position_embeddings", "position_ids"),
+    *("return_dict", "use_cache"),
 }
 _PACKED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
@@ -30,6 +31,9 @@ def register() -> str:
 
     Registers the attention and the function that makes its masks: without the latter, transformers would drop padding.
     May be called again.
+
+    Not for models that transformers runs with its own implementations alone (`_supports_sdpa` is False, and not for want of
+    softcap or sinks: NLLB-MoE, PEGASUS-X): their layers do not say what a missing mask means. `fastattn.patch` leaves them.
 
     Raises:
         ImportError: transformers is not installed, or has no attention interface (it came with version 5).
