@@ -69,7 +69,7 @@ def linear_cross_entropy(
         fp32: a scalar, or with "none" the shape of `target`; with `return_predictions`, (that, predictions).
 
     Raises:
-        TypeError: dtypes that are not supported or differ.
+        TypeError: dtypes that are not supported or differ, an option that is no number.
         ValueError: shapes that do not match, options out of range, targets out of range (CPU).
 
     Example:

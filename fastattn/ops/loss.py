@@ -72,7 +72,7 @@ def cross_entropy(
         fp32: a scalar, or with "none" the shape of `target`; with `return_predictions`, (that, predictions).
 
     Raises:
-        TypeError: dtypes that are not supported.
+        TypeError: dtypes that are not supported, an option that is no number (a tensor would get no gradient).
         ValueError: shapes that do not match, options out of range, targets out of range (CPU).
 
     Example:
@@ -114,12 +114,13 @@ def check_options(
 ) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    checks.check_number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    checks.check_number("z_loss", z_loss)
     if not 0.0 <= z_loss < math.inf:
-        raise ValueError(f"z_loss must be at least 0, got {z_loss}")
-    if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ValueError(f"softcap must be None or > 0, got {softcap}")
+        raise ValueError(f"z_loss must be at least 0 and finite, got {z_loss}")
+    checks.check_softcap(softcap)
     if class_weight is not None:
         checks.check_tensor("class_weight", class_weight)
         checks.check_shape("class_weight", class_weight, (classes,), "classes")

@@ -73,21 +73,21 @@ def layer_norm(
         dropout_p: probability in [0, 1) of dropping a number of `input`, before the residual is added. The seed comes from
             torch's generator; the choice depends on (seed, row, column) alone and is the same on every backend; it takes
             16 random bits, so that the share is p to the nearest 2⁻¹⁶.
-        weight_offset: added to the weight: 1 for weights that are stored minus one.
+        weight_offset: added to the weight, without which it cannot be given: 1 for weights that are stored minus one.
 
     Returns:
         y in the input's dtype (fp32 under autocast on devices where torch does so); with `residual`, (y, h).
 
     Raises:
-        TypeError: an argument that is not a dense floating-point tensor of the dtypes above.
-        ValueError: shapes that do not match, tensors on different devices.
+        TypeError: an argument that is not a dense floating-point tensor of the dtypes above, a number that is none.
+        ValueError: shapes that do not match, tensors on different devices, `weight_offset` without `weight`.
 
     Example:
         >>> layer_norm(torch.tensor([[1.0, 3.0]]), 2, eps=0.0)
         tensor([[-1.,  1.]])
     """
-    plain = residual is residual_dtype is scale is shift is None and not (dropout_p or weight_offset)
-    if plain and isinstance(eps, float) and eps >= 0.0:
+    plain = residual is residual_dtype is scale is shift is None and isinstance(weight_offset, float)
+    if plain and not (dropout_p or weight_offset) and isinstance(eps, float) and eps >= 0.0:
         output = _by_torch(input, normalized_shape, weight, bias, eps)
         if output is not None:
             return output
@@ -258,8 +258,9 @@ def _norm(
     weight_offset: float,
 ) -> Tensor | tuple[Tensor, Tensor]:
     shape = _shape(normalized_shape)
-    _check(input, shape, weight, bias, eps, residual, residual_dtype, scale, shift)
+    _check(input, shape, weight, bias, eps, residual, residual_dtype, scale, shift, weight_offset)
     checks.check_probability("dropout_p", dropout_p)
+    eps, weight_offset = float(eps), float(weight_offset)
     seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=input.device) if dropout_p else None
     to_fp32 = input.device.type in AUTOCAST_TO_FP32 and torch.is_autocast_enabled(input.device.type)
     output_dtype = torch.float32 if to_fp32 else input.dtype
@@ -296,6 +297,7 @@ def _check(
     residual_dtype: torch.dtype | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    weight_offset: float,
 ) -> None:
     named = {"weight": weight, "bias": bias, "residual": residual, "scale": scale, "shift": shift}
     checks.check_tensor("input", input)
@@ -319,8 +321,12 @@ def _check(
             f"residual_dtype must be float32, float16 or bfloat16 and needs residual, got {residual_dtype} "
             f"with residual {'None' if residual is None else 'given'}"
         )
-    if not isinstance(eps, (int, float)) or not eps >= 0.0:
-        raise ValueError(f"eps must be at least 0, got {eps!r}")
+    checks.check_number("eps", eps)
+    if not eps >= 0.0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+    checks.check_number("weight_offset", weight_offset)
+    if weight_offset and weight is None:
+        raise ValueError(f"weight_offset needs weight, got {weight_offset} with weight None")
 
 
 def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
