@@ -136,6 +136,8 @@ def test_packing_that_does_not_fit() -> None:
         model(tokens, cu_seqlens=torch.tensor([0, 30], dtype=torch.int32))
     with pytest.raises(ValueError, match=r"packed tokens must have shape \(1, T\), got \(2, 30\)"):
         model(tokens.expand(2, -1), cu_seqlens=torch.tensor([0, 30], dtype=torch.int32))
+    with pytest.raises(ValueError, match="only one of cache and cu_seqlens can be given"):
+        model.hidden(tokens[:, :20], KVCache(24), cu_seqlens=torch.tensor([0, 8, 20], dtype=torch.int32))
 
 
 def test_logits_and_loss_together() -> None:

@@ -200,8 +200,10 @@ class GPT(Pretrained):
             cu_seqlens: as in `forward`; not together with a cache.
 
         Raises:
-            ValueError: more tokens than fit into the context.
+            ValueError: more tokens than fit into the context, or a cache together with cu_seqlens.
         """
+        if cache is not None and cu_seqlens is not None:
+            raise ValueError("only one of cache and cu_seqlens can be given")
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         positions = packing = None
@@ -251,9 +253,9 @@ class GPT(Pretrained):
 
         Args:
             tokens: (B, T) int64, T at most context_length.
+            targets: (B, T) int64, the token that follows each; IGNORE_INDEX, -100, leaves a position out of the loss.
             cu_seqlens: int32 (sequences + 1,), rising from 0 to T: tokens (1, T) holds that many sequences one after the
                 other, without padding, each at most context_length long and seeing itself alone; T may be any length.
-            targets: (B, T) int64, the token that follows each; IGNORE_INDEX, -100, leaves a position out of the loss.
             return_logits: None returns logits exactly when there are no targets: the loss alone is computed in chunks,
                 which is faster and needs far less memory.
 
