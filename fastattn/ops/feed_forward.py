@@ -454,9 +454,12 @@ differentiate(FEED_FORWARD_BACKWARD, _second_gradient)
 def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[str]:
     """What `fastattn.explain` says of a call of this module's functions."""
     given = inspect.signature(function).bind(*args, **options).arguments
-    weights = {name: given[name] for name in ("weight", "weight1", "weight2") if name in given}
-    gated = given.get("gate_weight") is not None
     launchers = implementation("feed_forward", given["input"].device)
-    return [
-        f"{name}: {launchers.explain(*weight.shape, weight.element_size(), gated)}" for name, weight in weights.items()
-    ]
+
+    def tiles(name: str, gated: bool) -> str:
+        weight = given[name]
+        return f"{name}: {launchers.explain(*weight.shape, weight.element_size(), gated)}"
+
+    if function is linear:
+        return [tiles("weight", False)]
+    return [tiles("weight1", given.get("gate_weight") is not None), tiles("weight2", False)]

@@ -562,8 +562,7 @@ differentiate(NORM_BACKWARD, _second_gradient)
 def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[str]:
     """What `fastattn.explain` says of a call of this module's functions."""
     given = inspect.signature(function).bind(*args, **options).arguments
-    shape = given["normalized_shape"]
-    columns = shape if isinstance(shape, int) else math.prod(shape)
+    columns = math.prod(_shape(given["normalized_shape"]))
     kind, residual = given["input"].dtype, given.get("residual")
     mixed = residual is not None and (given.get("residual_dtype") or residual.dtype) != kind
     heavy = given.get("dropout_p", 0.0) > 0.0 or given.get("scale") is not None
