@@ -90,11 +90,14 @@ def check_scale(scale: float | None) -> None:
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast floating tensors to autocast's dtype where autocast is on for their device; leave fp64 alone."""
-    if not torch._C._is_any_autocast_enabled():
+    """Cast floating tensors to autocast's dtype where autocast is on for the first's device; leave fp64 alone.
+
+    What is no tensor is left to the checks that follow, which name the argument.
+    """
+    first = tensors[0]
+    if not (torch._C._is_any_autocast_enabled() and isinstance(first, Tensor)):
         return tensors
-    device_type = next(t for t in tensors if t is not None).device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not torch.is_autocast_enabled(first.device.type):
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t.to(dtype) if t is not None and t.dtype in FLOAT_DTYPES else t for t in tensors)
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in FLOAT_DTYPES else t for t in tensors)
