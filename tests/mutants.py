@@ -343,8 +343,8 @@ MUTANTS = (
     Mutant(
         "a batch of gradients is taken as one",
         "ops/library.py",
-        "            if in_batch():\n",
-        "            if False:\n",
+        "if in_batch() else gradients_of",
+        "if False else gradients_of",
         TRANSFORMS,
     ),
     Mutant(

@@ -16,7 +16,7 @@ from fastattn.eager.feed_forward import definition
 from fastattn.eager.products import product_over_rows
 from fastattn.eager.random import drop
 from fastattn.ops import checks
-from fastattn.ops.library import call, define, differentiate, needs_composite
+from fastattn.ops.library import call, define, differentiate, needs_composite, tensors_only
 from fastattn.replay import replay
 
 RECOMPUTE = ("none", "activation", "hidden")
@@ -200,10 +200,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str,
     return out.view(*input.shape[:-1], weight.shape[0]), z
 
 
-def _linear_fake(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep: bool
-) -> tuple[Tensor, Tensor]:
-    rows, columns = math.prod(input.shape[:-1]), weight.shape[0]
+def _linear_fake(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    rows, columns, keep = math.prod(input.shape[:-1]), weight.shape[0], rest[-1]
     return input.new_empty((*input.shape[:-1], columns)), input.new_empty((rows, columns) if keep else (0,))
 
 
@@ -218,9 +216,9 @@ def _linear_gradient(
     needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
     if grad_outputs[0] is None:
-        return [None] * 5
+        return []
     grads = call(LINEAR_BACKWARD, grad_outputs[0], *arguments[:3], outputs[1], arguments[3], list(needs[:3]))
-    return [g if need else None for g, need in zip(grads, needs)] + [None] * 2
+    return [g if need else None for g, need in zip(grads, needs)]
 
 
 def _linear_backward(
@@ -231,7 +229,7 @@ def _linear_backward(
     z: Tensor,
     activation: str,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     dz, x, precision = _rows(grad_output), _rows(input), input_precision(input.dtype)
     with device_guard(input.device):
         launcher = implementation("feed_forward", input.device)
@@ -242,27 +240,20 @@ def _linear_backward(
         dx = launcher.input_backward(dz, weight, None, None, precision).view(input.shape) if needs[0] else None
         dw = product_over_rows(dz, x) if needs[1] else None
         db = _bias_gradient(dz) if needs[2] else None
-    return tuple(input.new_empty(0) if g is None else g for g in (dx, dw, db))  # type: ignore[return-value]
+    return tensors_only(input, dx, dw, db)
 
 
-def _linear_backward_fake(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    z: Tensor,
-    activation: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    tensors = (input, weight, bias)
-    return tuple(input.new_empty(t.shape if t is not None and n else 0) for t, n in zip(tensors, needs))
+def _backward_fake(grad_output: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Of both backward ops: after grad_output come the tensors that `needs`, the last argument, tells of."""
+    input, needs = rest[0], rest[-1]
+    return tuple(input.new_empty(t.shape if t is not None and n else 0) for t, n in zip(rest, needs))
 
 
 LINEAR_BACKWARD = define(
     "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, Tensor z, str activation, "
     "bool[] needs) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
     _linear_backward,
-    _linear_backward_fake,
+    _backward_fake,
 )
 
 
@@ -273,7 +264,7 @@ def _linear_second_gradient(
     of_grads, of_tensors = replay(
         lambda x, w, b: (definition(x, w, b, None, None, activation),), taken, (grad_output,), tensors, grad_outputs
     )
-    return [*of_grads, *of_tensors, None, None, None]
+    return [*of_grads, *of_tensors]
 
 
 differentiate(LINEAR, _linear_gradient, keep_outputs=(1,))
@@ -317,21 +308,10 @@ def _feed_forward(
 
 
 def _feed_forward_fake(
-    input: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    activation: str,
-    dropout_p: float,
-    keep: bool,
-    keep_hidden: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden = (math.prod(input.shape[:-1]), weight1.shape[0])
+    input: Tensor, weight1: Tensor, bias1: Tensor | None, gate_weight: Tensor | None, gate_bias: Tensor | None,
+    weight2: Tensor, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden, (keep, keep_hidden) = (math.prod(input.shape[:-1]), weight1.shape[0]), rest[-2:]
     return (
         input.new_empty((*input.shape[:-1], weight2.shape[0])),
         input.new_empty(hidden if keep else (0,)),
@@ -353,12 +333,12 @@ def _gradient(
     needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
     if grad_outputs[0] is None:
-        return [None] * 13
+        return []
     tensors, (_, seed, activation, dropout_p) = arguments[:7], arguments[7:11]
     grads = call(
         FEED_FORWARD_BACKWARD, grad_outputs[0], *tensors, seed, *outputs[1:], activation, dropout_p, list(needs[:7])
     )
-    return [g if need else None for g, need in zip((*grads, grad_outputs[0]), needs)] + [None] * 5
+    return [g if need else None for g, need in zip((*grads, grad_outputs[0]), needs)]
 
 
 def _backward(
@@ -401,28 +381,7 @@ def _backward(
             hidden = launcher.forward(*first, False, precision)[0]
         grads[5] = product_over_rows(dy, hidden) if needs[5] else None
         grads[6] = _bias_gradient(dy) if needs[6] else None
-    return tuple(input.new_empty(0) if grad is None else grad for grad in grads)
-
-
-def _backward_fake(
-    grad_output: Tensor,
-    input: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    seed: Tensor | None,
-    z: Tensor,
-    g: Tensor,
-    hidden: Tensor,
-    activation: str,
-    dropout_p: float,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    tensors = (input, weight1, bias1, gate_weight, gate_bias, weight2, bias2)
-    return tuple(input.new_empty(t.shape if t is not None and n else 0) for t, n in zip(tensors, needs))
+    return tensors_only(input, *grads)
 
 
 FEED_FORWARD_BACKWARD = define(
@@ -444,7 +403,7 @@ def _second_gradient(
         lambda *xs: (_definition((*xs, None), seed, activation, dropout_p),),
         *(taken, (grad_output,), tensors, grad_outputs),
     )
-    return [*of_grads, *of_tensors, *[None] * 7]
+    return [*of_grads, *of_tensors]
 
 
 differentiate(FEED_FORWARD, _gradient, keep_outputs=(1, 2, 3))

@@ -210,22 +210,8 @@ def _largest(token_weight: Tensor) -> Tensor:
     return torch.where(most > 0, most, 1.0)
 
 
-def _fake(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_weight: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    dtype: torch.dtype,
-    predict: bool,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = input.shape[0]
+def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    rows, (predict, needs) = input.shape[0], rest[-2:]
     return (
         input.new_empty((), dtype=torch.float32),
         input.new_empty(rows, dtype=torch.float32),
@@ -275,7 +261,7 @@ def _gradient(
         one = losses.new_ones(())
         _, second = replay(total, [*computed, False], [one], [*tensors, token_weight], [*of_gradients, None])
         grads = [_sum(g, s) for g, s in zip(grads, second)]
-    return [g if need else None for g, need in zip(grads, needs)] + [None] * 9
+    return [g if need else None for g, need in zip(grads, needs)]
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:

@@ -184,18 +184,8 @@ def _forward(
         )
 
 
-def _forward_fake(
-    input: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    predict: bool,
-    inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = input.shape[0]
+def _forward_fake(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows, predict = input.shape[0], rest[-2]
     losses, lse = (input.new_empty(rows, dtype=torch.float32) for _ in range(2))
     return losses, lse, input.new_empty(rows if predict else 0, dtype=torch.int64)
 
@@ -213,14 +203,14 @@ def _gradient(
 ) -> Sequence[Tensor | None]:
     input, *constants, _, inplace = arguments
     if grad_outputs[0] is None or not needs[0]:
-        return [None] * 9
+        return []
     tensors = (grad_outputs[0], input, outputs[1])
     if inplace and not torch.is_grad_enabled() and not observed((input,)) and not in_batch():
         overwritten = (*tensors, *constants, True)
         gradient = _backward(*overwritten)
         torch.autograd.graph.increment_version(input)  # a kernel's writes are invisible to autograd
-        return [gradient.detach()] + [None] * 8
-    return [call(CROSS_ENTROPY_BACKWARD, *tensors, *constants), *[None] * 8]
+        return [gradient.detach()]
+    return [call(CROSS_ENTROPY_BACKWARD, *tensors, *constants)]
 
 
 def _backward(
@@ -242,7 +232,7 @@ def _backward(
         )
 
 
-def _backward_fake(grad_losses: Tensor, input: Tensor, *constants: Any) -> Tensor:
+def _backward_fake(grad_losses: Tensor, input: Tensor, *rest: Any) -> Tensor:
     return input.new_empty(input.shape)
 
 
@@ -263,7 +253,7 @@ def _second_gradient(
         return (definition(x, *constants),)
 
     of_grads, of_input = replay(losses, [True], [grad_losses], [input], [grad_outputs[0]])
-    return [*of_grads, *of_input, *[None] * 7]
+    return [*of_grads, *of_input]
 
 
 differentiate(CROSS_ENTROPY, _gradient, keep_outputs=(1,))

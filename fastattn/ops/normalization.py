@@ -15,7 +15,7 @@ from fastattn.backend import device_guard, eager_on_cpu, implementation
 from fastattn.eager.normalization import modulate, normalise, sums_over_rows
 from fastattn.eager.random import drop
 from fastattn.ops import checks
-from fastattn.ops.library import call, define, differentiate, needs_composite, observed
+from fastattn.ops.library import call, define, differentiate, needs_composite, observed, tensors_only
 from fastattn.replay import replay
 
 # Devices whose autocast runs torch's layer norm in fp32; on the others it runs in the input's dtype.
@@ -390,21 +390,9 @@ def _forward(
 
 
 def _forward_fake(
-    input: Tensor,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    dims: int,
-    eps: float,
-    centered: bool,
-    weight_offset: float,
-    dropout_p: float,
-    output_dtype: torch.dtype,
-    hidden_dtype: torch.dtype,
+    input: Tensor, residual: Tensor | None, seed: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dims, _, centered, *_, output_dtype, hidden_dtype = rest[4:]
     rows = math.prod(input.shape[:-dims])
     return (
         input.new_empty(input.shape, dtype=output_dtype),
@@ -441,7 +429,7 @@ def _gradient(
     separate = seed is not None or input.dtype != hidden.dtype
     grad_residual = None if residual is None else grad.to(residual.dtype)
     grads = [grad_input if separate else grad, grad_residual, None, *rest]
-    return [g if need else None for g, need in zip(grads, needs)] + [None] * 7
+    return [g if need else None for g, need in zip(grads, needs)]
 
 
 def _backward(
@@ -480,39 +468,21 @@ def _backward(
     elif needs_parameters:
         grads = [a, b, None, None]
     found = [
-        hidden.new_empty(0) if p is None or g is None else g.view(p.shape).to(p.dtype)
+        None if p is None or g is None else g.view(p.shape).to(p.dtype)
         for p, g in zip((weight, bias, scale, shift), grads)
     ]
-    return grad, grad_input, *found
+    return tensors_only(hidden, grad, grad_input, *found)
 
 
 def _backward_fake(
-    grad_output: Tensor,
-    grad_hidden: Tensor | None,
-    hidden: Tensor,
-    seed: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dims: int,
-    eps: float,
-    weight_offset: float,
-    dropout_p: float,
-    has_residual: bool,
-    input_dtype: torch.dtype,
-    needs_parameters: bool,
+    grad_output: Tensor, grad_hidden: Tensor | None, hidden: Tensor, seed: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
+    parameters, (has_residual, input_dtype, needs_parameters) = rest[:4], rest[-3:]
     separate = seed is not None or input_dtype != hidden.dtype
     return (
         hidden.new_empty(hidden.shape if has_residual or not separate else 0),
         hidden.new_empty(hidden.shape if separate else 0, dtype=input_dtype),
-        *(
-            hidden.new_empty(0) if p is None or not needs_parameters else p.new_empty(p.shape)
-            for p in (weight, bias, scale, shift)
-        ),
+        *(hidden.new_empty(0) if p is None or not needs_parameters else p.new_empty(p.shape) for p in parameters),
     )
 
 
@@ -552,7 +522,7 @@ def _second_gradient(
         definition, taken, (grad_output, grad_hidden), (hidden, *parameters), (of_hidden, *of_parameters)
     )
     of_hidden, *of_parameters = of_tensors
-    return [*of_grads, of_hidden, None, *of_parameters, *[None] * 9]
+    return [*of_grads, of_hidden, None, *of_parameters]
 
 
 differentiate(NORM, _gradient, keep_outputs=(1, 2, 3))

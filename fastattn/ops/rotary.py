@@ -13,7 +13,7 @@ from fastattn.backend import device_guard, implementation
 from fastattn.eager.rotary import definition
 from fastattn.layout import new_output
 from fastattn.ops import checks
-from fastattn.ops.library import call, define, differentiate, needs_composite
+from fastattn.ops.library import call, define, differentiate, needs_composite, tensors_only
 
 INTEGERS = (torch.int64, torch.int32)
 
@@ -218,24 +218,14 @@ def _forward(
     offset: int,
     interleaved: bool,
     conjugate: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     query, key = (x if x is None or x.stride(3) == 1 else x.contiguous() for x in (query, key))  # type: ignore[assignment]
-    out, out_key = _launch(query, key, cos, sin, positions, offset, interleaved, conjugate, False)
-    return out, query.new_empty(0) if out_key is None else out_key
+    return tensors_only(query, *_launch(query, key, cos, sin, positions, offset, interleaved, conjugate, False))
 
 
-def _fake(
-    query: Tensor,
-    key: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    offset: int,
-    interleaved: bool,
-    conjugate: bool,
-) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, key: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     query, key = (x if x is None or x.stride(3) == 1 else x.contiguous() for x in (query, key))  # type: ignore[assignment]
-    return new_output(query, query.shape[3]), query.new_empty(0) if key is None else new_output(key, key.shape[3])
+    return tensors_only(query, *(x if x is None else new_output(x, x.shape[3]) for x in (query, key)))
 
 
 ROTARY = define(
@@ -285,7 +275,7 @@ def _gradient(
     *_, cos, sin, positions, offset, interleaved, conjugate = arguments
     wanted = [i for i in (0, 1) if needs[i] and grad_outputs[i] is not None]
     given = [grad_outputs[i] for i in wanted] + [None]
-    grads: list[Tensor | None] = [None] * 8
+    grads: list[Tensor | None] = [None, None]
     if wanted:
         found = call(ROTARY, given[0], given[1], cos, sin, positions, offset, interleaved, not conjugate)
         for i, grad in zip(wanted, found):
