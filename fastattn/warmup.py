@@ -110,7 +110,7 @@ def read_config(folder: Path) -> tuple[type[GPT] | type[Classifier], Any]:
     """(class, config) of the model that a folder holds; its weights are not read.
 
     Raises:
-        FileNotFoundError, ValueError: the folder holds no model, or one of another kind.
+        FileNotFoundError, TypeError, ValueError: the folder holds no model, or one of another kind.
     """
     settings = read_json(folder / "config.json")
     kind = Classifier if settings.get("model") == "Classifier" else GPT
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--steps must be of {', '.join(STEPS)}, got {', '.join(unknown)}")
     try:
         kind, config = read_config(arguments.model) if arguments.model else (GPT, GPT2)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, TypeError, ValueError) as error:
         parser.error(str(error))
 
     from triton import knobs

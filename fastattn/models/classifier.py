@@ -47,6 +47,7 @@ class ClassifierConfig:
         vote_share: their share of the logits, in [0, 1].
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: a value out of its range, naming it.
     """
 

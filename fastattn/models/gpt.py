@@ -15,12 +15,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastattn.checks import check_integer
 from fastattn.eager.products import product
 from fastattn.layout import Packing
 from fastattn.models import hub
 from fastattn.models.decoding import TokenReader, can_read_tokens
 from fastattn.models.layers import NORMS, Block, KVCache, SelfAttention, make_norm
-from fastattn.models.pretrained import Pretrained, check_indices, check_integers, check_sizes
+from fastattn.models.pretrained import Pretrained, check_indices, check_sizes
 from fastattn.models.sampling import penalise_repetition, sample
 from fastattn.nn import FeedForward, GatedFeedForward, RotaryEmbedding
 from fastattn.nn.modes import evaluating
@@ -65,6 +66,7 @@ class GPTConfig:
             saves a CPU a pass over the hidden layer of each block, and takes the memory of that layer.
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: a number out of its range, naming it.
     """
 
@@ -337,17 +339,13 @@ class GPT(Pretrained):
     ) -> Iterator[Tensor]:
         """Like `generate`, but yields each new token, (B,) int64, as soon as it is known."""
         check_indices("tokens", tokens, ("batch", "length"), vocab_size=self.config.vocab_size)
-        check_integers(
-            max_new_tokens=max_new_tokens, top_k=1 if top_k is None else top_k, seed=0 if seed is None else seed
-        )
+        max_new_tokens = check_integer("max_new_tokens", max_new_tokens)
+        top_k = None if top_k is None else check_integer("top_k", top_k, least=1)
+        seed = None if seed is None else check_integer("seed", seed, least=None)
         if tokens.shape[1] == 0:
             raise ValueError("tokens must hold at least one token to continue from, got length 0")
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
         if temperature < 0 or not math.isfinite(temperature):
             raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
         if top_p is not None and not 0.0 < top_p <= 1.0:
             raise ValueError(f"top_p must be in (0, 1], got {top_p}")
         if not 0.0 < repetition_penalty < math.inf:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fastattn.checks import check_integer
 from fastattn.nn.plain import activation_name, is_plain_linear, is_unhooked, weight_of
 from fastattn.ops.feed_forward import ACTIVATIONS, RECOMPUTE, feed_forward, linear
 
@@ -89,11 +90,8 @@ class FeedForward(nn.Module):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        for name, size in (("d_model", d_model), ("d_hidden", d_hidden)):
-            if not hasattr(size, "__index__"):
-                raise TypeError(f"{name} must be an integer, got {type(size).__name__}")
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        d_model = check_integer("d_model", d_model, least=1)
+        d_hidden = check_integer("d_hidden", d_hidden, least=1)
         self.activation, self.recompute = activation, recompute
         self.linear1 = nn.Linear(d_model, d_hidden, bias=bias, device=device, dtype=dtype)
         self.linear2 = nn.Linear(d_hidden, d_model, bias=bias, device=device, dtype=dtype)

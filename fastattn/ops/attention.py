@@ -12,9 +12,7 @@ from torch import Tensor
 
 from fastattn import backend
 from fastattn.block_mask import BlockMask, Blocks
-from fastattn.eager import attention as eager
-from fastattn.layout import new_gradient, new_output
-from fastattn.ops.checks import (
+from fastattn.checks import (
     as_int,
     autocast,
     check_probability,
@@ -27,6 +25,8 @@ from fastattn.ops.checks import (
     is_integer,
     name_of,
 )
+from fastattn.eager import attention as eager
+from fastattn.layout import new_gradient, new_output
 from fastattn.ops.leading_dims import four_dims
 from fastattn.ops.library import call, define, differentiate, listening, needs_composite
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn import checks
 from fastattn.backend import device_guard, implementation, input_precision
 from fastattn.eager.activations import ACTIVATIONS
 from fastattn.eager.feed_forward import definition
 from fastattn.eager.products import product_over_rows
 from fastattn.eager.random import drop
-from fastattn.ops import checks
 from fastattn.ops.library import call, define, differentiate, needs_composite, tensors_only
 from fastattn.replay import replay
 

@@ -11,10 +11,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from fastattn import checks
 from fastattn.backend import device_guard, implementation
 from fastattn.eager.loss import definition
 from fastattn.eager.products import fuses, product
-from fastattn.ops import checks
 from fastattn.ops.library import call, define, differentiate, in_batch, needs_composite, observed
 from fastattn.ops.loss import check_options, check_target_range, check_targets, contiguous, counted
 from fastattn.replay import replay

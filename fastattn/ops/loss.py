@@ -10,9 +10,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from fastattn import checks
 from fastattn.backend import device_guard, implementation
 from fastattn.eager.loss import definition
-from fastattn.ops import checks
 from fastattn.ops.library import call, define, differentiate, in_batch, needs_composite, observed
 from fastattn.replay import replay
 

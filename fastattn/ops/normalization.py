@@ -5,16 +5,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from operator import index
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from fastattn import checks
 from fastattn.backend import device_guard, eager_on_cpu, implementation
 from fastattn.eager.normalization import modulate, normalise, sums_over_rows
 from fastattn.eager.random import drop
-from fastattn.ops import checks
 from fastattn.ops.library import call, define, differentiate, needs_composite, observed, tensors_only
 from fastattn.replay import replay
 
@@ -277,14 +276,9 @@ def _norm(
 
 
 def _shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(normalized_shape, (int, torch.SymInt)):
-        return (normalized_shape,)
-    try:
-        return tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (index(normalized_shape),)
-    except TypeError:
-        raise TypeError(
-            f"normalized_shape must be an integer or a sequence of them, got {normalized_shape!r}"
-        ) from None
+    if isinstance(normalized_shape, Sequence):
+        return tuple(normalized_shape)
+    return (checks.check_integer("normalized_shape", normalized_shape),)
 
 
 def _check(

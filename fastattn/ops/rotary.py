@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn import checks
 from fastattn.backend import device_guard, implementation
 from fastattn.eager.rotary import definition
 from fastattn.layout import new_output
-from fastattn.ops import checks
 from fastattn.ops.library import call, define, differentiate, needs_composite, tensors_only
 
 INTEGERS = (torch.int64, torch.int32)
@@ -65,6 +65,8 @@ def rotary(
         >>> q
         tensor([[[[-1.3254,  0.9798,  0.4932,  1.0198]]]])
     """
+    if not isinstance(offset, Tensor):
+        offset = checks.check_integer("offset", offset, least=None)
     _check(query, key, cos, sin, positions, offset)
     if isinstance(offset, Tensor):
         steps = torch.arange(query.shape[2], device=offset.device)
@@ -135,8 +137,6 @@ def _check(
     by_token = cos.dim() == 3
     if by_token and (cos.shape[0] not in (1, batch) or cos.shape[1] != tokens):
         raise ValueError(f"cos must be ({batch} or 1, {tokens}, half), a row for each token, got {tuple(cos.shape)}")
-    if not isinstance(offset, (int, torch.SymInt, Tensor)) and not hasattr(offset, "__index__"):
-        raise TypeError(f"offset must be an int or a torch.Tensor, got {type(offset).__name__}")
     has_offset = isinstance(offset, Tensor) or offset != 0
     if by_token + has_offset + (positions is not None) > 1:
         raise ValueError("only one of positions, offset and tables with a row for each token can be given")

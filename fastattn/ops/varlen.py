@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fastattn import backend
+from fastattn.checks import check_integer, check_rank, check_same_device, check_tensor
 from fastattn.eager import varlen as eager
 from fastattn.layout import Packing, new_gradient, new_output
 from fastattn.ops.attention import canonical, check_slopes, check_window, row_contiguous
-from fastattn.ops.checks import as_int, check_rank, check_same_device, check_tensor, is_integer
 from fastattn.ops.library import call, define, differentiate, needs_composite, tensors_only
 
 _RULES = (
@@ -168,12 +168,12 @@ def varlen_attention(
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         lengths = f"{cu_seqlens_q.numel()} and {cu_seqlens_k.numel()}"
         raise ValueError(f"cu_seqlens_q and cu_seqlens_k must have the same length, got {lengths}")
+    max_seqlen_q = check_integer("max_seqlen_q", max_seqlen_q)
+    max_seqlen_k = check_integer("max_seqlen_k", max_seqlen_k)
     for name, longest, cu in (
         ("max_seqlen_q", max_seqlen_q, cu_seqlens_q),
         ("max_seqlen_k", max_seqlen_k, cu_seqlens_k),
     ):
-        if not is_integer(longest) or longest < 0:
-            raise ValueError(f"{name} must be an integer >= 0, got {longest!r}")
         if (
             cu.device.type == "cpu"
             and not torch.compiler.is_compiling()
@@ -183,7 +183,6 @@ def varlen_attention(
             raise ValueError(f"{name} is {longest}, but a sequence has {cu.diff().max().item()} rows")
     check_same_device(query=query, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()  # (kernels know no stride)
-    max_seqlen_q, max_seqlen_k = as_int(max_seqlen_q), as_int(max_seqlen_k)
     left, right = check_window(window, causal)
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
     q, k, v, _, _, _, sinks, seed, scale, left, right, cap, p = canonical(

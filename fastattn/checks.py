@@ -1,9 +1,10 @@
-"""Argument checks shared by the ops: each names the argument, what came, and what is allowed."""
+"""Argument checks shared by ops, modules and models: each names the argument, what came, and what is allowed."""
 
 from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,17 @@ def is_integer(value: object) -> bool:
 def as_int(value: int) -> int:
     """An integer of any kind as int; a compiler's stays symbolic."""
     return value if type(value) in (int, torch.SymInt) else int(value)
+
+
+def check_integer(name: str, value: Any, least: int | None = 0) -> int:
+    """`value` as int; TypeError unless it is an integer of any kind, ValueError below `least`."""
+    if type(value) is not int:
+        if not is_integer(value):
+            raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+        value = as_int(value)
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
 
 
 def check_probability(name: str, value: float) -> None:
