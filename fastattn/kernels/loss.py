@@ -21,6 +21,7 @@ from torch import Tensor
 from fastattn.kernels.config import CHUNK_LOGITS, cross_entropy_config
 from fastattn.kernels.launch import current_target, launch
 from fastattn.kernels.masks import LN2, LOG2E, LOWEST, capped_score, capped_score_derivative
+from fastattn.loss_rules import LossRules
 
 START = tl.constexpr(LOWEST.value / 2)  # of a running maximum: times log₂e, still finite
 
@@ -237,97 +238,52 @@ def chunk_rows(classes: int) -> int:
 
 
 def _launch_forward(
-    logits: Tensor,
-    target: Tensor,
-    token_weight: Tensor | None,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    keep_lse: bool,
-    predict: bool,
+    logits: Tensor, target: Tensor, token_weight: Tensor | None, rules: LossRules, keep_lse: bool, predict: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, classes = logits.shape
     losses = logits.new_empty(rows, dtype=torch.float32)
     lse = logits.new_empty(rows if keep_lse else 0, dtype=torch.float32)
     predictions = logits.new_empty(rows if predict else 0, dtype=torch.int64)
     groups, lanes, vector, num_warps = cross_entropy_config(current_target(), classes, logits.element_size())
+    weight, weight_sum = _weights(rules.class_weight)
     launch(
-        cross_entropy_kernel,
-        (rows,),
-        *(logits, target.contiguous(), class_weight, _sum(class_weight)),
-        *(None if token_weight is None else token_weight.contiguous(), losses),
-        *(lse if keep_lse else None, predictions if predict else None),
-        *(logits.stride(0), classes, ignore_index, label_smoothing or None, z_loss, softcap or None),
-        GROUPS=groups,
-        LANES=lanes,
-        VECTOR=vector,
-        num_warps=num_warps,
-    )
+        cross_entropy_kernel, (rows,),
+        logits, target.contiguous(), weight, weight_sum,
+        None if token_weight is None else token_weight.contiguous(),
+        losses, lse if keep_lse else None, predictions if predict else None,
+        logits.stride(0), classes, rules.ignore_index, rules.label_smoothing or None, rules.z_loss, rules.softcap or None,
+        GROUPS=groups, LANES=lanes, VECTOR=vector, num_warps=num_warps,
+    )  # fmt: skip
     return losses, lse, predictions
 
 
 def losses_and_gradient(
-    logits: Tensor,
-    target: Tensor,
-    token_weight: Tensor | None,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    predict: bool,
+    logits: Tensor, target: Tensor, token_weight: Tensor | None, rules: LossRules, predict: bool
 ) -> tuple[Tensor, Tensor]:
     """(ℓ, predictions) of one chunk of logits; with `token_weight`, ∂(Σ token_weight · ℓ)/∂x overwrites the logits."""
-    losses, _, predictions = _launch_forward(
-        logits, target, token_weight, class_weight, ignore_index, label_smoothing, z_loss, softcap, False, predict
-    )
+    losses, _, predictions = _launch_forward(logits, target, token_weight, rules, False, predict)
     return losses, predictions
 
 
-def forward(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    predict: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(logits: Tensor, target: Tensor, rules: LossRules, predict: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(ℓ, lse, predictions) of logits (rows, classes) with unit stride along a row."""
-    return _launch_forward(
-        logits, target, None, class_weight, ignore_index, label_smoothing, z_loss, softcap, True, predict
-    )
+    return _launch_forward(logits, target, None, rules, True, predict)
 
 
 def backward(
-    grad_losses: Tensor,
-    logits: Tensor,
-    lse: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    inplace: bool,
+    grad_losses: Tensor, logits: Tensor, lse: Tensor, target: Tensor, rules: LossRules, inplace: bool
 ) -> Tensor:
     """∂L/∂x in the dtype of the logits, which are contiguous; it overwrites them if `inplace`."""
     rows, classes = logits.shape
     gradient = logits if inplace else logits.new_empty(rows, classes)
     groups, lanes, vector, num_warps = cross_entropy_config(current_target(), classes, logits.element_size())
+    weight, weight_sum = _weights(rules.class_weight)
     launch(
-        cross_entropy_backward_kernel,
-        (rows, triton.cdiv(classes + vector - 1, groups * lanes * vector)),
-        *(logits, lse, target.contiguous(), class_weight, _sum(class_weight), grad_losses.contiguous(), gradient),
-        *(classes, classes, ignore_index, label_smoothing or None, z_loss, softcap or None),
-        GROUPS=groups,
-        LANES=lanes,
-        VECTOR=vector,
-        num_warps=num_warps,
-    )
+        cross_entropy_backward_kernel, (rows, triton.cdiv(classes + vector - 1, groups * lanes * vector)),
+        logits, lse, target.contiguous(), weight, weight_sum, grad_losses.contiguous(), gradient,
+        classes, classes, rules.ignore_index, rules.label_smoothing or None, rules.z_loss, rules.softcap or None,
+        GROUPS=groups, LANES=lanes, VECTOR=vector, num_warps=num_warps,
+    )  # fmt: skip
     return gradient
 
 
@@ -341,8 +297,9 @@ def add_to(total: Tensor, part: Tensor) -> None:
     total += part
 
 
-def _sum(class_weight: Tensor | None) -> Tensor | None:
-    return None if class_weight is None else class_weight.sum(dtype=torch.float32)
+def _weights(class_weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(w, W)"""
+    return (None, None) if class_weight is None else (class_weight.contiguous(), class_weight.sum(dtype=torch.float32))
 
 
 def explain(classes: int) -> list[str]:
