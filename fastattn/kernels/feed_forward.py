@@ -262,16 +262,14 @@ def forward(
     g = x.new_empty(shape if save and gated else 0)
     constants, grid = _blocks(*shape, x.shape[1], x.element_size(), precision, 1 + gated, 1 + gated)
     launch(
-        linear_kernel,
-        grid,
-        *(x, weight, _contiguous(bias), gate_weight, _contiguous(gate_bias), _contiguous(residual), seed),
-        *(out, z if save else None, g if g.numel() else None),
-        *(*shape, x.shape[1], x.stride(0), weight.stride(1), weight.stride(0)),
+        linear_kernel, grid,
+        x, weight, _contiguous(bias), gate_weight, _contiguous(gate_bias), _contiguous(residual), seed,
+        out, z if save else None, g if g.numel() else None,
+        *shape, x.shape[1], x.stride(0), weight.stride(1), weight.stride(0),
         *((0, 0) if gate_weight is None else (gate_weight.stride(1), gate_weight.stride(0))),
-        *(dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p)),
-        ACTIVATION=activation,
-        **constants,
-    )
+        dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
+        ACTIVATION=activation, **constants,
+    )  # fmt: skip
     return out, z, g
 
 
@@ -292,13 +290,11 @@ def hidden_backward(
     dg = dy.new_empty(shape if gated else 0)
     constants, grid = _blocks(*shape, dy.shape[1], dy.element_size(), precision)
     launch(
-        hidden_backward_kernel,
-        grid,
-        *(dy, weight, z, g if gated else None, dz, dg if gated else None, hidden if need_hidden else None),
-        *(*shape, dy.shape[1], dy.stride(0), weight.stride(0), weight.stride(1)),
-        ACTIVATION=activation,
-        **constants,
-    )
+        hidden_backward_kernel, grid,
+        dy, weight, z, g if gated else None, dz, dg if gated else None, hidden if need_hidden else None,
+        *shape, dy.shape[1], dy.stride(0), weight.stride(0), weight.stride(1),
+        ACTIVATION=activation, **constants,
+    )  # fmt: skip
     return dz, dg, hidden
 
 
@@ -313,13 +309,12 @@ def input_backward(
         *shape, dz.shape[1], dz.element_size(), precision, products=1 if gate_weight is None else 2
     )
     launch(
-        input_backward_kernel,
-        grid,
-        *(dz, weight, dg, gate_weight, dx),
-        *(*shape, dz.shape[1], dz.stride(0), weight.stride(0), weight.stride(1)),
+        input_backward_kernel, grid,
+        dz, weight, dg, gate_weight, dx,
+        *shape, dz.shape[1], dz.stride(0), weight.stride(0), weight.stride(1),
         *((0, 0, 0) if dg is None or gate_weight is None else (dg.stride(0), *gate_weight.stride())),
         **constants,
-    )
+    )  # fmt: skip
     return dx
 
 
@@ -327,12 +322,10 @@ def activation_backward(grad_output: Tensor, z: Tensor, activation: str) -> Tens
     """dz = dY · act'(z), z contiguous."""
     dz = z.new_empty(z.shape)
     launch(
-        activation_backward_kernel,
-        (triton.cdiv(z.numel(), ELEMENTWISE_BLOCK),),
-        *(grad_output.contiguous(), z, dz, z.numel()),
-        ACTIVATION=activation,
-        BLOCK=ELEMENTWISE_BLOCK,
-    )
+        activation_backward_kernel, (triton.cdiv(z.numel(), ELEMENTWISE_BLOCK),),
+        grad_output.contiguous(), z, dz, z.numel(),
+        ACTIVATION=activation, BLOCK=ELEMENTWISE_BLOCK,
+    )  # fmt: skip
     return dz
 
 
@@ -341,11 +334,10 @@ def dropout_backward(grad_output: Tensor, seed: Tensor, dropout_p: float) -> Ten
     dy = grad_output.contiguous()
     out = dy.new_empty(dy.shape)
     launch(
-        dropout_backward_kernel,
-        (triton.cdiv(dy.numel(), ELEMENTWISE_BLOCK),),
-        *(dy, seed, out, dy.numel(), dy.shape[1], dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p)),
+        dropout_backward_kernel, (triton.cdiv(dy.numel(), ELEMENTWISE_BLOCK),),
+        dy, seed, out, dy.numel(), dy.shape[1], dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
         BLOCK=ELEMENTWISE_BLOCK,
-    )
+    )  # fmt: skip
     return out
 
 

@@ -163,16 +163,13 @@ def forward(
     config = norm_forward_config(columns)
     tiles = triton.cdiv(rows_per_group, config.rows)
     launch(
-        norm_forward_wide_kernel if config.wide else norm_forward_kernel,
-        (groups * tiles if columns else 0,),
-        *(x, added, seed, parameter(weight), parameter(bias), scale, shift),
-        *(output, hidden if keeps else None, mean if centered else None, rstd),
-        *(x.stride(0), 0 if added is None else added.stride(0), columns),
-        *(rows_per_group, columns, tiles, eps, weight_offset, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p)),
-        ROWS=config.rows,
-        COLUMNS=config.columns,
-        num_warps=config.num_warps,
-    )
+        norm_forward_wide_kernel if config.wide else norm_forward_kernel, (groups * tiles if columns else 0,),
+        x, added, seed, parameter(weight), parameter(bias), scale, shift,
+        output, hidden if keeps else None, mean if centered else None, rstd,
+        x.stride(0), 0 if added is None else added.stride(0), columns,
+        rows_per_group, columns, tiles, eps, weight_offset, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
+        ROWS=config.rows, COLUMNS=config.columns, num_warps=config.num_warps,
+    )  # fmt: skip
     return output, hidden, mean, rstd
 
 

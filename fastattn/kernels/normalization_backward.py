@@ -102,18 +102,9 @@ def norm_backward_wide_kernel(
         if MEAN is not None:
             dh -= mean_g[:, None]
         store_gradient(
-            dh * rstd[:, None],
-            DY_HIDDEN,
-            SEED,
-            DHIDDEN,
-            DX,
-            offs_m,
-            offs_n,
-            mask_n[None, :],
-            columns,
-            threshold,
+            dh * rstd[:, None], DY_HIDDEN, SEED, DHIDDEN, DX, offs_m, offs_n, mask_n[None, :], columns, threshold,
             keep_scale,
-        )
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows_per_group", "programs"])
@@ -192,47 +183,37 @@ def backward(
     partial_a, partial_b = (None, None) if partials is None else (partials[0], partials[1])
     statistics = (mean if mean.numel() else None, rstd)
     arguments = (
-        *(dy, dy_hidden, h, seed, parameter(weight), scale, *statistics),
-        *(grad if grad.numel() else None, grad_input if grad_input.numel() else None),
-    )
+        dy, dy_hidden, h, seed, parameter(weight), scale, *statistics,
+        grad if grad.numel() else None, grad_input if grad_input.numel() else None,
+    )  # fmt: skip
     constants = (weight_offset, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p))
     if config.wide:
         launch(
-            norm_backward_wide_kernel,
-            (rows if columns else 0,),
+            norm_backward_wide_kernel, (rows if columns else 0,),
             *arguments,
-            *(dy.stride(0), h.stride(0), columns, rows_per_group, columns, *constants),
-            COLUMNS=config.columns,
-            num_warps=config.num_warps,
-        )
+            dy.stride(0), h.stride(0), columns, rows_per_group, columns, *constants,
+            COLUMNS=config.columns, num_warps=config.num_warps,
+        )  # fmt: skip
         if partials is not None:
             launch(
-                norm_partials_kernel,
-                (groups * programs, triton.cdiv(columns, config.partial_columns)),
-                *(dy, h, *statistics, partial_a, partial_b),
-                *(dy.stride(0), h.stride(0), rows_per_group, columns, programs),
-                ROWS=config.rows,
-                COLUMNS=config.partial_columns,
-            )
+                norm_partials_kernel, (groups * programs, triton.cdiv(columns, config.partial_columns)),
+                dy, h, *statistics, partial_a, partial_b,
+                dy.stride(0), h.stride(0), rows_per_group, columns, programs,
+                ROWS=config.rows, COLUMNS=config.partial_columns,
+            )  # fmt: skip
     else:
         launch(
-            norm_backward_kernel,
-            (groups * programs if columns else 0,),
-            *(*arguments, partial_a, partial_b),
-            *(dy.stride(0), h.stride(0), columns, rows_per_group, columns, programs, *constants),
-            ROWS=config.rows,
-            COLUMNS=config.columns,
-            num_warps=config.num_warps,
-            max_registers=config.max_registers,
-        )
+            norm_backward_kernel, (groups * programs if columns else 0,),
+            *arguments, partial_a, partial_b,
+            dy.stride(0), h.stride(0), columns, rows_per_group, columns, programs, *constants,
+            ROWS=config.rows, COLUMNS=config.columns, num_warps=config.num_warps, max_registers=config.max_registers,
+        )  # fmt: skip
     if partials is None:
         return grad, grad_input, hidden.new_empty(0), hidden.new_empty(0)
     sum_a, sum_b = (hidden.new_empty(groups, columns, dtype=sums_dtype) for _ in range(2))
     launch(
-        norm_reduce_kernel,
-        (triton.cdiv(columns, REDUCE_COLUMNS), groups),
-        *(partial_a, partial_b, sum_a, sum_b, columns, programs),
-        ROWS=REDUCE_ROWS,
-        COLUMNS=REDUCE_COLUMNS,
-    )
+        norm_reduce_kernel, (triton.cdiv(columns, REDUCE_COLUMNS), groups),
+        partial_a, partial_b, sum_a, sum_b, columns, programs,
+        ROWS=REDUCE_ROWS, COLUMNS=REDUCE_COLUMNS,
+    )  # fmt: skip
     return grad, grad_input, sum_a, sum_b

@@ -121,21 +121,14 @@ def rotate(
     tiles = batch * triton.cdiv(tokens, block_n)
     splits = head_splits(current_target(), tiles, max(heads, key_heads))
     launch(
-        rotary_kernel,
-        (tiles, splits),
-        *(query, key, cos, sin, positions, out_query, out_key),
-        *(strides(query), strides(key), pair_strides(cos), pair_strides(sin), pair_strides(positions)),
-        *(strides(out_query), strides(out_key)),
-        *(offset, heads, key_heads, tokens, cos.shape[1], max(1, tiles // max(batch, 1)), splits),
-        HALF=half,
-        TAIL=tail,
-        INTERLEAVED=interleaved,
-        CONJUGATE=conjugate,
-        BLOCK_N=block_n,
-        BLOCK_HALF=block_half,
-        BLOCK_TAIL=block_tail,
-        num_warps=num_warps,
-    )
+        rotary_kernel, (tiles, splits),
+        query, key, cos, sin, positions, out_query, out_key,
+        strides(query), strides(key), pair_strides(cos), pair_strides(sin), pair_strides(positions),
+        strides(out_query), strides(out_key),
+        offset, heads, key_heads, tokens, cos.shape[1], max(1, tiles // max(batch, 1)), splits,
+        HALF=half, TAIL=tail, INTERLEAVED=interleaved, CONJUGATE=conjugate, BLOCK_N=block_n, BLOCK_HALF=block_half,
+        BLOCK_TAIL=block_tail, num_warps=num_warps,
+    )  # fmt: skip
     return out_query, out_key
 
 

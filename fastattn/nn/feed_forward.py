@@ -30,12 +30,10 @@ def two_layers(
     plain1, plain2 = is_plain_linear(linear1, *([] if gate is None else [gate])), is_plain_linear(linear2)
     if name is not None and plain1 and plain2 and not _acts(dropout):
         return feed_forward(
-            *(input, weight_of(linear1), linear1.bias, weight_of(linear2), linear2.bias),
-            activation=name,
-            gate_weight=None if gate is None else weight_of(gate),
-            gate_bias=None if gate is None else gate.bias,
-            recompute=recompute,
-        )
+            input, weight_of(linear1), linear1.bias, weight_of(linear2), linear2.bias,
+            activation=name, gate_weight=None if gate is None else weight_of(gate),
+            gate_bias=None if gate is None else gate.bias, recompute=recompute,
+        )  # fmt: skip
     act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
     if gate is not None:
         hidden = act(gate(input)) * linear1(input)

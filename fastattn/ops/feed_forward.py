@@ -194,8 +194,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str,
     with device_guard(input.device):
         launcher = implementation("feed_forward", input.device)
         out, z, _ = launcher.forward(
-            *(_rows(input), weight, bias, None, None, None, None, activation, 0.0, keep),
-            input_precision(input.dtype),
+            _rows(input), weight, bias, None, None, None, None, activation, 0.0, keep, input_precision(input.dtype)
         )
     return out.view(*input.shape[:-1], weight.shape[0]), z
 
@@ -401,8 +400,8 @@ def _second_gradient(
     tensors, seed, (activation, dropout_p, taken) = rest[:7], rest[7], rest[11:]
     of_grads, of_tensors = replay(
         lambda *xs: (_definition((*xs, None), seed, activation, dropout_p),),
-        *(taken, (grad_output,), tensors, grad_outputs),
-    )
+        taken, (grad_output,), tensors, grad_outputs,
+    )  # fmt: skip
     return [*of_grads, *of_tensors]
 
 

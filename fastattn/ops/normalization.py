@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fastattn import checks
-from fastattn.backend import device_guard, eager_on_cpu, implementation
-from fastattn.eager.normalization import modulate, normalise, sums_over_rows
+from fastattn.backend import device_guard, implementation
+from fastattn.eager.normalization import modulate, normalise
 from fastattn.eager.random import drop
-from fastattn.ops.library import call, define, differentiate, needs_composite, observed, tensors_only
+from fastattn.ops.library import call, define, differentiate, needs_composite, tensors_only
+from fastattn.ops.normalization_cpu import layer_norm_by_torch
 from fastattn.replay import replay
 
 # Devices whose autocast runs torch's layer norm in fp32; on the others it runs in the input's dtype.
@@ -87,23 +88,13 @@ def layer_norm(
     """
     plain = residual is residual_dtype is scale is shift is None and isinstance(weight_offset, float)
     if plain and not (dropout_p or weight_offset) and isinstance(eps, float) and eps >= 0.0:
-        output = _by_torch(input, normalized_shape, weight, bias, eps)
+        output = layer_norm_by_torch(input, normalized_shape, weight, bias, eps)
         if output is not None:
             return output
     return _norm(
-        input,
-        normalized_shape,
-        weight,
-        bias,
-        eps,
-        True,
-        residual,
-        residual_dtype,
-        scale,
-        shift,
-        dropout_p,
-        weight_offset,
-    )
+        input, normalized_shape, weight, bias, eps, centered=True, residual=residual, residual_dtype=residual_dtype,
+        scale=scale, shift=shift, dropout_p=dropout_p, weight_offset=weight_offset,
+    )  # fmt: skip
 
 
 @overload
@@ -147,99 +138,9 @@ def rms_norm(
     """
     eps = torch.finfo(torch.float32).eps if eps is None else eps
     return _norm(
-        input,
-        normalized_shape,
-        weight,
-        bias,
-        eps,
-        False,
-        residual,
-        residual_dtype,
-        scale,
-        shift,
-        dropout_p,
-        weight_offset,
-    )
-
-
-def _by_torch(
-    input: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor | None:
-    """Plain layer norm on the CPU, which is one call of PyTorch's; None where it is not, or where the arguments are wrong.
-
-    The way through checks and dispatch shows in calls of a few milliseconds, after a kernel that swept the caches.
-    """
-    if torch.compiler.is_compiling() or not isinstance(input, Tensor) or not input.is_cpu:
-        return None
-    dtype = input.dtype
-    if weight is not None and getattr(weight, "dtype", None) is not dtype:
-        return None
-    if bias is not None and getattr(bias, "dtype", None) is not dtype:
-        return None
-    if weight is None and bias is not None:  # PyTorch's gradient cannot be differentiated again
-        return None
-    if not eager_on_cpu():
-        return None
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
-    try:
-        if dtype is torch.float32:
-            return torch.layer_norm(input, shape, weight, bias, eps)
-        if dtype not in checks.FLOAT_DTYPES or observed((input,)):
-            return None
-        if weight is None or not (
-            torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-        ):
-            return torch.layer_norm(input, shape, weight, bias, eps)
-        return None if bias is None else _Rounded.apply(input, shape, weight, bias, eps)
-    except (RuntimeError, TypeError):
-        return None  # the checks of the long way name the argument
-
-
-class _Rounded(torch.autograd.Function):
-    """PyTorch's layer norm of 16-bit rows on the CPU, with the right gradients of weight and bias."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        gain = weight.float()  # fp32 parameters make PyTorch keep fp32 statistics
-        output, mean, rstd = torch.native_layer_norm(input, shape, gain, bias.float(), eps)
-        ctx.save_for_backward(input, weight, bias, mean, rstd)
-        ctx.gain, ctx.eps = gain, eps
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        input, weight, bias, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient is going to be differentiated
-            grad, _, grad_weight, grad_bias, _, _ = call(
-                NORM_BACKWARD,
-                *(
-                    grad_output,
-                    None,
-                    input,
-                    None,
-                    weight,
-                    bias,
-                    None,
-                    None,
-                    mean.view(-1),
-                    rstd.view(-1),
-                    weight.dim(),
-                    ctx.eps,
-                ),
-                *(0.0, 0.0, False, input.dtype, True),
-            )
-            return grad, None, grad_weight, grad_bias, None
-        gain, means, rstds = ctx.gain, mean.view(-1), rstd.view(-1)
-        if input.dim() == 2 and gain.dim() == 1:  # the sums first: the gradient gets the memory that they took
-            a, b = sums_over_rows(grad_output, input, means, rstds)
-        else:
-            rows = len(rstds), gain.numel()
-            sums = sums_over_rows(grad_output.reshape(rows), input.reshape(rows), means, rstds)
-            a, b = (x.view(gain.shape) for x in sums)
-        grad = torch.ops.aten.native_layer_norm_backward.default(
-            grad_output, input, gain.shape, mean, rstd, gain, gain, [True, False, False]
-        )[0]
-        return grad, None, a, b, None  # autograd casts them to the parameters' dtype, without the way through Python
+        input, normalized_shape, weight, bias, eps, centered=False, residual=residual, residual_dtype=residual_dtype,
+        scale=scale, shift=shift, dropout_p=dropout_p, weight_offset=weight_offset,
+    )  # fmt: skip
 
 
 def _norm(
@@ -248,6 +149,7 @@ def _norm(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    *,
     centered: bool,
     residual: Tensor | None,
     residual_dtype: torch.dtype | None,
@@ -378,9 +280,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with device_guard(input.device):
         return implementation("normalization", input.device).forward(
-            *(input, residual, seed, weight, bias, scale, shift, *_sizes(input, dims, scale, shift)),
-            *(eps, centered, weight_offset, dropout_p, output_dtype, hidden_dtype),
-        )
+            input, residual, seed, weight, bias, scale, shift, *_sizes(input, dims, scale, shift),
+            eps, centered, weight_offset, dropout_p, output_dtype, hidden_dtype,
+        )  # fmt: skip
 
 
 def _forward_fake(
@@ -417,9 +319,9 @@ def _gradient(
         grad_output = torch.zeros_like(input, dtype=output_dtype)
     grad, grad_input, *rest = call(
         NORM_BACKWARD,
-        *(grad_output, grad_hidden, hidden, seed, *parameters, mean, rstd, dims, eps, weight_offset, dropout_p),
-        *(residual is not None, input.dtype, any(needs[3:7])),
-    )
+        grad_output, grad_hidden, hidden, seed, *parameters, mean, rstd, dims, eps, weight_offset, dropout_p,
+        residual is not None, input.dtype, any(needs[3:7]),
+    )  # fmt: skip
     separate = seed is not None or input.dtype != hidden.dtype
     grad_residual = None if residual is None else grad.to(residual.dtype)
     grads = [grad_input if separate else grad, grad_residual, None, *rest]
@@ -450,9 +352,9 @@ def _backward(
     sums_dtype = (dtypes.pop() if len(dtypes) == 1 else torch.float32) if needs_parameters else None
     with device_guard(hidden.device):
         grad, grad_input, a, b = implementation("normalization", hidden.device).backward(
-            *(grad_output, grad_hidden, hidden, seed, weight, scale, mean, rstd, *_sizes(hidden, dims, scale, shift)),
-            *(weight_offset, dropout_p, has_residual, input_dtype, sums_dtype),
-        )
+            grad_output, grad_hidden, hidden, seed, weight, scale, mean, rstd, *_sizes(hidden, dims, scale, shift),
+            weight_offset, dropout_p, has_residual, input_dtype, sums_dtype,
+        )  # fmt: skip
     grads: list[Tensor | None] = [None] * 4
     if needs_parameters and modulated:  # A and B are (groups, columns)
         factor = 1.0 if scale is None else 1.0 + scale.float()
