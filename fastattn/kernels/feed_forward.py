@@ -38,10 +38,12 @@ def block_of_program(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 
 @triton.jit
 def multiply(
-    acc, A, B, offs_m, offs_n, rows, columns, depth, stride_am, stride_bk, stride_bn,
+    acc,  # fp32 [BLOCK_M, BLOCK_N]
+    A, B,  # (rows, depth) with unit stride along a row, (depth, columns) with any strides
+    offs_m, offs_n, rows, columns, depth, stride_am, stride_bk, stride_bn,
     BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + A B for one block, A (rows, depth) with unit stride along a row, B (depth, columns) with any strides."""
+    """acc + A B for one block."""
     offs_k = tl.arange(0, BLOCK_K)
     a_pointers = A + offs_m.to(tl.int64)[:, None] * stride_am + offs_k[None, :]
     b_pointers = B + offs_k.to(tl.int64)[:, None] * stride_bk + offs_n.to(tl.int64)[None, :] * stride_bn
@@ -86,10 +88,12 @@ def halves(block):
 
 @triton.jit
 def finish_linear(
-    z, g, BIAS, GATE_BIAS, RESIDUAL, SEED, OUT, Z, G, offs_m, start_n, rows, columns, threshold, keep_scale,
+    z, g,  # fp32 [BLOCK_M, BLOCK_N] or a part of its columns, the products without bias; g is None without a gate
+    BIAS, GATE_BIAS, RESIDUAL, SEED, OUT, Z, G,  # as in `linear_kernel`
+    offs_m, start_n, rows, columns, threshold, keep_scale,
     ACTIVATION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The end of `linear_kernel`, in parts one after the other to save registers; g is None without a gate."""
+    """The end of `linear_kernel`, in parts one after the other to save registers."""
     if PARTS > 1:
         half: tl.constexpr = z.shape[1] // 2
         z_left, z_right = halves(z)
@@ -125,7 +129,12 @@ def finish_linear(
 
 @triton.jit(do_not_specialize=["rows", "threshold"])
 def linear_kernel(
-    X, WEIGHT, BIAS, GATE_WEIGHT, GATE_BIAS, RESIDUAL, SEED, OUT, Z, G,
+    X,  # (rows, depth), unit stride along a row
+    WEIGHT, BIAS,  # (depth, columns) with any strides; (columns,), or None
+    GATE_WEIGHT, GATE_BIAS,  # the same of the gate, or None
+    RESIDUAL,  # (rows, columns), contiguous, or None
+    SEED,  # int64 (1,), or None: no dropout
+    OUT, Z, G,  # (rows, columns), contiguous; Z and G may be None
     rows, columns, depth, stride_x, stride_wk, stride_wn, stride_gk, stride_gn, threshold, keep_scale,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
@@ -152,8 +161,10 @@ def linear_kernel(
 
 @triton.jit
 def finish_hidden_backward(
-    d_hidden, Z, G, DZ, DG, HIDDEN, offs_m, start_n, rows, columns, ACTIVATION: tl.constexpr, PARTS: tl.constexpr
-):
+    d_hidden,  # fp32 [BLOCK_M, BLOCK_N] or a part of its columns
+    Z, G, DZ, DG, HIDDEN,  # as in `hidden_backward_kernel`
+    offs_m, start_n, rows, columns, ACTIVATION: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """The end of `hidden_backward_kernel`, in parts."""
     if PARTS > 1:
         half: tl.constexpr = d_hidden.shape[1] // 2
@@ -180,7 +191,10 @@ def finish_hidden_backward(
 
 @triton.jit(do_not_specialize=["rows"])
 def hidden_backward_kernel(
-    DY, WEIGHT, Z, G, DZ, DG, HIDDEN,
+    DY,  # (rows, depth), unit stride along a row
+    WEIGHT,  # (depth, columns) with any strides: the second layer's
+    Z, G,  # (rows, columns), contiguous; G is None without a gate
+    DZ, DG, HIDDEN,  # (rows, columns), contiguous; DG is None without a gate, HIDDEN where it was kept
     rows, columns, depth, stride_dy, stride_wk, stride_wn,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
@@ -197,7 +211,9 @@ def hidden_backward_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def input_backward_kernel(
-    DZ, WEIGHT, DG, GATE_WEIGHT, DX,
+    DZ, WEIGHT,  # (rows, depth) with unit stride along a row, (depth, columns) with any strides
+    DG, GATE_WEIGHT,  # the same of the gate, or None
+    DX,  # (rows, columns), contiguous
     rows, columns, depth, stride_dz, stride_wk, stride_wn, stride_dg, stride_gk, stride_gn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,

@@ -90,12 +90,15 @@ def block_columns(GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexp
 
 @triton.jit
 def accumulate(
-    m, l, found, sums, LOGITS, CLASS_WEIGHT, start, shift, classes, label_smoothing, softcap,
+    m, l, found, sums,  # [LANES]
+    LOGITS, CLASS_WEIGHT,  # one row, from where `aligned_start` says; (classes,), or None
+    start, shift, classes, label_smoothing, softcap,
     GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Adds a block: each of LANES has its maximum m, l = Σ 2^(z log₂e - m log₂e), the block m was found in, and Σ w z."""
     local = block_columns(GROUPS, LANES, VECTOR)
     column = start - shift + local
+    # [GROUPS, LANES, VECTOR]
     z = load_logits(LOGITS + start + local, column, classes, softcap, EDGE)
     larger = tl.maximum(m, tl.max(tl.max(z, 2), 0))
     found = tl.where(larger > m, start, found)
@@ -114,12 +117,14 @@ def accumulate(
 
 @triton.jit
 def write_gradient(
-    LOGITS, OUT, CLASS_WEIGHT, start, shift, target, lse, scale, w_target, factor, spread, classes, label_smoothing,
-    softcap, GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, EDGE: tl.constexpr,
+    LOGITS, OUT, CLASS_WEIGHT,  # one row each, from where `aligned_start` says; (classes,), or None
+    start, shift, target, lse, scale, w_target, factor, spread, classes, label_smoothing, softcap,
+    GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """scale · ∂ℓ/∂x of one block, with factor = a + 2 λ lse; OUT may be LOGITS."""
     local = block_columns(GROUPS, LANES, VECTOR)
     column = start - shift + local
+    # [GROUPS, LANES, VECTOR]
     z = load_logits(LOGITS + start + local, column, classes, softcap, EDGE)
     gradient = scale * factor * tl.exp2((z - lse) * LOG2E)
     if label_smoothing is not None:
@@ -139,7 +144,12 @@ def write_gradient(
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def cross_entropy_kernel(
-    LOGITS, TARGET, CLASS_WEIGHT, WEIGHT_SUM, TOKEN_WEIGHT, LOSSES, LSE, PREDICTIONS,
+    LOGITS,  # (rows, classes), unit stride along a row
+    TARGET,  # int64 (rows,)
+    CLASS_WEIGHT, WEIGHT_SUM,  # (classes,) and fp32 (), or None
+    TOKEN_WEIGHT,  # (rows,), or None
+    LOSSES, LSE,  # fp32 (rows,); LSE may be None
+    PREDICTIONS,  # int64 (rows,), or None
     stride_row, classes, ignore_index, label_smoothing, z_loss, softcap,
     GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -207,7 +217,11 @@ def cross_entropy_kernel(
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def cross_entropy_backward_kernel(
-    LOGITS, LSE, TARGET, CLASS_WEIGHT, WEIGHT_SUM, GRAD_LOSSES, GRADIENT,
+    LOGITS,  # (rows, classes), unit stride along a row
+    LSE,  # fp32 (rows,)
+    TARGET, CLASS_WEIGHT, WEIGHT_SUM,  # as in `cross_entropy_kernel`
+    GRAD_LOSSES,  # (rows,)
+    GRADIENT,  # (rows, classes)
     stride_row, classes, ignore_index, label_smoothing, z_loss, softcap,
     GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip

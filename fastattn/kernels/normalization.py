@@ -63,7 +63,12 @@ def affine(x_hat, WEIGHT, BIAS, SCALE, SHIFT, group, offs_n, mask_n, stride_scal
 
 @triton.jit(do_not_specialize=["rows_per_group", "tiles", "threshold"])
 def norm_forward_kernel(
-    X, RESIDUAL, SEED, WEIGHT, BIAS, SCALE, SHIFT, Y, HIDDEN, MEAN, RSTD,
+    X, RESIDUAL,  # (rows, columns), unit stride along a row; RESIDUAL may be None
+    SEED,  # int64 (1,), or None: no dropout
+    WEIGHT, BIAS,  # (columns,), or None
+    SCALE, SHIFT,  # (groups, columns), or None
+    Y, HIDDEN,  # (rows, columns), contiguous; HIDDEN is None where it is X
+    MEAN, RSTD,  # fp32 (rows,); MEAN is None for RMS norm
     stride_x, stride_residual, stride_scale,
     rows_per_group, columns, tiles, eps, weight_offset, threshold, keep_scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -74,6 +79,7 @@ def norm_forward_kernel(
     offs_m, offs_n = group * rows_per_group + row, tl.arange(0, COLUMNS)
     mask_m, mask_n = row < rows_per_group, offs_n < columns
     mask = mask_m[:, None] & mask_n[None, :]
+    # [ROWS, COLUMNS]
     h = load_hidden(
         X, RESIDUAL, SEED, HIDDEN, offs_m, offs_n, mask, stride_x, stride_residual, columns, threshold, keep_scale
     )
@@ -91,7 +97,12 @@ def norm_forward_kernel(
 
 @triton.jit(do_not_specialize=["rows_per_group", "tiles", "threshold"])
 def norm_forward_wide_kernel(
-    X, RESIDUAL, SEED, WEIGHT, BIAS, SCALE, SHIFT, Y, HIDDEN, MEAN, RSTD,
+    X, RESIDUAL,  # (rows, columns), unit stride along a row; RESIDUAL may be None
+    SEED,  # int64 (1,), or None: no dropout
+    WEIGHT, BIAS,  # (columns,), or None
+    SCALE, SHIFT,  # (groups, columns), or None
+    Y, HIDDEN,  # (rows, columns), contiguous; HIDDEN is None where it is X
+    MEAN, RSTD,  # fp32 (rows,); MEAN is None for RMS norm
     stride_x, stride_residual, stride_scale,
     rows_per_group, columns, tiles, eps, weight_offset, threshold, keep_scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -39,7 +39,14 @@ def store_gradient(dh, DY_HIDDEN, SEED, DHIDDEN, DX, offs_m, offs_n, mask, colum
 
 @triton.jit(do_not_specialize=["rows_per_group", "programs", "threshold"])
 def norm_backward_kernel(
-    DY, DY_HIDDEN, X, SEED, WEIGHT, SCALE, MEAN, RSTD, DHIDDEN, DX, PARTIAL_A, PARTIAL_B,
+    DY,  # (rows, columns), unit stride along a row
+    DY_HIDDEN,  # (rows, columns), contiguous: the gradient of the residual stream, or None
+    X,  # (rows, columns), unit stride along a row: h, as the forward kept it
+    SEED,  # int64 (1,), or None: no dropout
+    WEIGHT, SCALE,  # (columns,) and (groups, columns), or None
+    MEAN, RSTD,  # fp32 (rows,); MEAN is None for RMS norm
+    DHIDDEN, DX,  # (rows, columns), contiguous, or None
+    PARTIAL_A, PARTIAL_B,  # fp32 (groups · programs, columns), or None
     stride_dy, stride_x, stride_scale,
     rows_per_group, columns, programs, weight_offset, threshold, keep_scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -74,7 +81,7 @@ def norm_backward_kernel(
 
 @triton.jit(do_not_specialize=["rows_per_group", "threshold"])
 def norm_backward_wide_kernel(
-    DY, DY_HIDDEN, X, SEED, WEIGHT, SCALE, MEAN, RSTD, DHIDDEN, DX,
+    DY, DY_HIDDEN, X, SEED, WEIGHT, SCALE, MEAN, RSTD, DHIDDEN, DX,  # as in `norm_backward_kernel`
     stride_dy, stride_x, stride_scale,
     rows_per_group, columns, weight_offset, threshold, keep_scale,
     COLUMNS: tl.constexpr,
@@ -109,7 +116,7 @@ def norm_backward_wide_kernel(
 
 @triton.jit(do_not_specialize=["rows_per_group", "programs"])
 def norm_partials_kernel(
-    DY, X, MEAN, RSTD, PARTIAL_A, PARTIAL_B,
+    DY, X, MEAN, RSTD, PARTIAL_A, PARTIAL_B,  # as in `norm_backward_kernel`
     stride_dy, stride_x, rows_per_group, columns, programs,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +140,9 @@ def norm_partials_kernel(
 
 @triton.jit(do_not_specialize=["programs"])
 def norm_reduce_kernel(
-    PARTIAL_A, PARTIAL_B, A, B, columns, programs, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    PARTIAL_A, PARTIAL_B,  # fp32 (groups · programs, columns)
+    A, B,  # (groups, columns), contiguous
+    columns, programs, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A and B of one group (program axis 1) and block of columns: the sum of its programs' partials, in order."""
     group = tl.program_id(1).to(tl.int64)
