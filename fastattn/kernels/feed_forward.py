@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.eager.random import dropout_threshold
+from fastattn.dropout import dropout_threshold
 from fastattn.kernels.activations import activate
 from fastattn.kernels.config import ELEMENTWISE_BLOCK, matmul_config
 from fastattn.kernels.launch import current_target, launch

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.eager.random import dropout_threshold
+from fastattn.dropout import dropout_threshold
 from fastattn.kernels.config import REDUCE_COLUMNS, REDUCE_ROWS, norm_backward_config
 from fastattn.kernels.launch import current_target, launch
 from fastattn.kernels.norm_tiles import as_rows, load_gain, load_tile, parameter

@@ -25,6 +25,7 @@ from fastattn.checks import (
     is_integer,
     name_of,
 )
+from fastattn.dropout import draw_seed
 from fastattn.eager import attention as eager
 from fastattn.layout import new_gradient, new_output
 from fastattn.ops.leading_dims import four_dims
@@ -248,7 +249,7 @@ def canonical(
         scale = query.shape[3] ** -0.5
     seed = None
     if dropout_p > 0.0:
-        seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=query.device)
+        seed = draw_seed(query.device)
     return (
         row_contiguous(query), row_contiguous(key), row_contiguous(value), mask if blocks is None else blocks, bias, slopes, sinks, seed,
         float(scale), left, right, float(softcap or 0.0), float(dropout_p),

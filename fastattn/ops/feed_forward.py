@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastattn import checks
 from fastattn.backend import device_guard, implementation, input_precision
+from fastattn.dropout import draw_seed
 from fastattn.eager.activations import ACTIVATIONS
 from fastattn.eager.feed_forward import definition
 from fastattn.eager.products import product_over_rows
@@ -113,7 +114,7 @@ def feed_forward(
     given = input, weight1, bias1, gate_weight, gate_bias, weight2, bias2, residual
     tensors: Any = checks.autocast(*given)
     _check_feed_forward(*tensors)
-    seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=input.device) if dropout_p else None
+    seed = draw_seed(input.device) if dropout_p else None
     if needs_composite(*tensors):
         return _definition(tensors, seed, activation, dropout_p)
     keep = _differentiable(*tensors) and recompute != "hidden"

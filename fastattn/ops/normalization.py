@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastattn import checks
 from fastattn.backend import device_guard, implementation
+from fastattn.dropout import draw_seed
 from fastattn.eager.normalization import modulate, normalise
 from fastattn.eager.random import drop
 from fastattn.ops.library import call, define, differentiate, needs_composite, tensors_only
@@ -162,7 +163,7 @@ def _norm(
     _check(input, shape, weight, bias, eps, residual, residual_dtype, scale, shift, weight_offset)
     checks.check_probability("dropout_p", dropout_p)
     eps, weight_offset = float(eps), float(weight_offset)
-    seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=input.device) if dropout_p else None
+    seed = draw_seed(input.device) if dropout_p else None
     to_fp32 = input.device.type in AUTOCAST_TO_FP32 and torch.is_autocast_enabled(input.device.type)
     output_dtype = torch.float32 if to_fp32 else input.dtype
     hidden_dtype = residual_dtype or (input if residual is None else residual).dtype
