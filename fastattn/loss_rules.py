@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+IGNORE_INDEX = -100  # the default of torch.nn.functional.cross_entropy
+
 
 class LossRules(NamedTuple):
     """The options of `fastattn.cross_entropy` that ops and launchers pass on, in the order of the ops' arguments.

@@ -7,7 +7,6 @@ which stay in the cache while the passes over them are made.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.eager.products import product_with_columns
+from fastattn.eager.row_blocks import row_blocks
 from fastattn.loss_rules import LossRules
 
 BLOCK_NUMBERS = 1 << 20  # logits of a block of rows: 4 MB of fp32, few enough parallel regions where cores are shared
@@ -58,11 +58,12 @@ def _pass(
     logits: Tensor, target: Tensor, token_weight: Tensor | None, rules: LossRules, predict: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(ℓ, lse, predictions), block by block; with `token_weight` the gradient overwrites the logits."""
-    losses, lse = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
-    predictions = logits.new_empty(len(logits) if predict else 0, dtype=torch.int64)
-    for block in _blocks(logits):
+    rows, classes = logits.shape
+    losses, lse = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    predictions = logits.new_empty(rows if predict else 0, dtype=torch.int64)
+    for block in row_blocks(rows, classes, BLOCK_NUMBERS):
         z = _capped(logits[block].float(), rules.softcap)
-        targets = _targets(target[block], z.shape[1], rules)
+        targets = _targets(target[block], classes, rules)
         p, of_rows = (None, _lse(z, targets.index)) if token_weight is None else _softmax(z, targets.index)
         losses[block], lse[block] = _losses(z, of_rows, targets, rules), of_rows
         if predict:
@@ -76,18 +77,13 @@ def backward(
     grad_losses: Tensor, logits: Tensor, lse: Tensor, target: Tensor, rules: LossRules, inplace: bool
 ) -> Tensor:
     """∂L/∂x in the dtype of the logits, which it overwrites if `inplace`."""
-    gradient = logits if inplace else logits.new_empty(logits.shape)
-    for rows in _blocks(logits):
-        z = _capped(logits[rows].float(), rules.softcap)
-        targets = _targets(target[rows], z.shape[1], rules)
-        _gradient(gradient[rows], grad_losses[rows], z.softmax(1), z, lse[rows], targets, rules)
-    return gradient
-
-
-def _blocks(logits: Tensor) -> Iterator[slice]:
     rows, classes = logits.shape
-    step = max(1, BLOCK_NUMBERS // classes)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+    gradient = logits if inplace else logits.new_empty(rows, classes)
+    for block in row_blocks(rows, classes, BLOCK_NUMBERS):
+        z = _capped(logits[block].float(), rules.softcap)
+        targets = _targets(target[block], classes, rules)
+        _gradient(gradient[block], grad_losses[block], z.softmax(1), z, lse[block], targets, rules)
+    return gradient
 
 
 def _capped(x: Tensor, softcap: float) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastattn.dropout import dropout_threshold
 from fastattn.kernels.activations import activate
 from fastattn.kernels.config import ELEMENTWISE_BLOCK, matmul_config
-from fastattn.kernels.launch import current_target, launch
+from fastattn.kernels.launch import contiguous, current_target, launch
 from fastattn.kernels.order import side_by_side
 from fastattn.kernels.random import dropout, keep_of_rows
 
@@ -279,7 +279,7 @@ def forward(
     constants, grid = _blocks(*shape, x.shape[1], x.element_size(), precision, 1 + gated, 1 + gated)
     launch(
         linear_kernel, grid,
-        x, weight, _contiguous(bias), gate_weight, _contiguous(gate_bias), _contiguous(residual), seed,
+        x, weight, contiguous(bias), gate_weight, contiguous(gate_bias), contiguous(residual), seed,
         out, z if save else None, g if g.numel() else None,
         *shape, x.shape[1], x.stride(0), weight.stride(1), weight.stride(0),
         *((0, 0) if gate_weight is None else (gate_weight.stride(1), gate_weight.stride(0))),
@@ -355,10 +355,6 @@ def dropout_backward(grad_output: Tensor, seed: Tensor, dropout_p: float) -> Ten
         BLOCK=ELEMENTWISE_BLOCK,
     )  # fmt: skip
     return out
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def _blocks(

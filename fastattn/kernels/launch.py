@@ -1,4 +1,4 @@
-"""The one place where kernels are launched, and what the launchers ask of the device."""
+"""The one place where kernels are launched, and what the launchers ask of the device and of tensors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import triton
+from torch import Tensor
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -43,6 +44,11 @@ def current_target() -> Target:
     if INTERPRETING:
         return Target("interpreter", 0, 1 << 20, 4)
     return _target(triton.runtime.driver.active.get_current_device())
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """An optional tensor whose strides a kernel does not ask for."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def launch(

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels.config import CHUNK_LOGITS, cross_entropy_config
-from fastattn.kernels.launch import current_target, launch
+from fastattn.kernels.launch import contiguous, current_target, launch
 from fastattn.kernels.masks import LN2, LOG2E, LOWEST, capped_score, capped_score_derivative
 from fastattn.loss_rules import LossRules
 
@@ -263,8 +263,7 @@ def _launch_forward(
     launch(
         cross_entropy_kernel, (rows,),
         logits, target.contiguous(), weight, weight_sum,
-        None if token_weight is None else token_weight.contiguous(),
-        losses, lse if keep_lse else None, predictions if predict else None,
+        contiguous(token_weight), losses, lse if keep_lse else None, predictions if predict else None,
         logits.stride(0), classes, rules.ignore_index, rules.label_smoothing or None, rules.z_loss, rules.softcap or None,
         GROUPS=groups, LANES=lanes, VECTOR=vector, num_warps=num_warps,
     )  # fmt: skip

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from fastattn.dropout import dropout_threshold
 from fastattn.kernels.config import norm_backward_config, norm_forward_config
-from fastattn.kernels.launch import current_target, launch
-from fastattn.kernels.norm_tiles import as_rows, load_gain, load_tile, parameter
+from fastattn.kernels.launch import contiguous, current_target, launch
+from fastattn.kernels.norm_tiles import as_rows, load_gain, load_rows
 from fastattn.kernels.normalization_backward import backward
 from fastattn.kernels.random import dropout
 
@@ -37,9 +37,9 @@ def load_hidden(
     X, RESIDUAL, SEED, HIDDEN, offs_m, offs_n, mask, stride_x, stride_residual, columns, threshold, keep_scale
 ):
     """h = dropout(x) + residual, rounded to the dtype in which it is kept: the backward sees the same numbers."""
-    h = dropout(load_tile(X, offs_m, offs_n, mask, stride_x), SEED, offs_m, offs_n, threshold, keep_scale)
+    h = dropout(load_rows(X, offs_m, offs_n, mask, stride_x), SEED, offs_m, offs_n, threshold, keep_scale)
     if RESIDUAL is not None:
-        h += load_tile(RESIDUAL, offs_m, offs_n, mask, stride_residual)
+        h += load_rows(RESIDUAL, offs_m, offs_n, mask, stride_residual)
     if HIDDEN is not None:
         rounded = h.to(HIDDEN.dtype.element_ty)
         tl.store(HIDDEN + offs_m[:, None] * columns + offs_n[None, :], rounded, mask=mask)
@@ -135,9 +135,9 @@ def norm_forward_wide_kernel(
         offs_n = start + tl.arange(0, COLUMNS)
         mask_n = offs_n < columns
         if HIDDEN is not None:
-            h = load_tile(HIDDEN, offs_m, offs_n, mask_n[None, :], columns)
+            h = load_rows(HIDDEN, offs_m, offs_n, mask_n[None, :], columns)
         else:
-            h = load_tile(X, offs_m, offs_n, mask_n[None, :], stride_x)
+            h = load_rows(X, offs_m, offs_n, mask_n[None, :], stride_x)
         if MEAN is not None:
             h -= row_mean[:, None]
         y = affine(h * rstd[:, None], WEIGHT, BIAS, SCALE, SHIFT, group, offs_n, mask_n, stride_scale, weight_offset)
@@ -175,7 +175,7 @@ def forward(
     tiles = triton.cdiv(rows_per_group, config.rows)
     launch(
         norm_forward_wide_kernel if config.wide else norm_forward_kernel, (groups * tiles if columns else 0,),
-        x, added, seed, parameter(weight), parameter(bias), scale, shift,
+        x, added, seed, contiguous(weight), contiguous(bias), scale, shift,
         output, hidden if keeps else None, mean if centered else None, rstd,
         x.stride(0), 0 if added is None else added.stride(0), columns,
         rows_per_group, columns, tiles, eps, weight_offset, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),

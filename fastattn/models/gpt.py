@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastattn.checks import check_integer
 from fastattn.eager.products import product
 from fastattn.layout import Packing
+from fastattn.loss_rules import IGNORE_INDEX
 from fastattn.models import hub
 from fastattn.models.decoding import TokenReader, can_read_tokens
 from fastattn.models.layers import NORMS, Block, KVCache, SelfAttention, make_norm
@@ -32,7 +33,6 @@ from fastattn.ops.loss import cross_entropy
 
 POSITIONS = ("learned", "rotary")
 MANY_TOKENS = 32  # to generate: from here on a copy of the weights in another order pays
-IGNORE_INDEX = -100  # the default of torch.nn.functional.cross_entropy
 
 
 @dataclass(frozen=True)

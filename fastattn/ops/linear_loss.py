@@ -15,7 +15,7 @@ from fastattn import checks
 from fastattn.backend import device_guard, implementation
 from fastattn.eager.loss import definition
 from fastattn.eager.products import fuses, product
-from fastattn.loss_rules import LossRules
+from fastattn.loss_rules import IGNORE_INDEX, LossRules
 from fastattn.ops.library import call, define, differentiate, in_batch, needs_composite, observed
 from fastattn.ops.loss import check_options, check_target_range, check_targets, counted
 from fastattn.replay import replay
@@ -42,7 +42,7 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     class_weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,

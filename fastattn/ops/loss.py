@@ -13,7 +13,7 @@ from torch import Tensor
 from fastattn import checks
 from fastattn.backend import device_guard, implementation
 from fastattn.eager.loss import definition
-from fastattn.loss_rules import LossRules
+from fastattn.loss_rules import IGNORE_INDEX, LossRules
 from fastattn.ops.library import call, define, differentiate, in_batch, needs_composite, observed
 from fastattn.replay import replay
 
@@ -37,7 +37,7 @@ def cross_entropy(
     target: Tensor,
     *,
     class_weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
