@@ -568,8 +568,8 @@ MUTANTS = (
     Mutant(
         "bias gradient accumulates in bf16",
         "ops/feed_forward.py",
-        "return dz.sum(0)",
-        "return sum(dz, torch.zeros_like(dz.sum(0)))",
+        "db = dz.sum(0)",
+        "db = sum(dz, torch.zeros_like(dz.sum(0)))",
         FEED_FORWARD,
     ),
     Mutant(

@@ -222,7 +222,7 @@ def test_rotary_turns_queries_and_new_keys_by_their_positions(name, interleaved,
     [(0, 10, 1), (106, 1000, 1), (132, 1000, 1), (1, 1, 1), (1, 4, 4), (1, 1000, 109), (8, 1000, 15), (70, 1000, 5)],
 )
 def test_number_of_splits(programs, blocks, expected):
-    assert decode_splits(Target("cuda", 90, 232_448, 132), programs, blocks) == expected
+    assert decode_splits(Target("cuda", 90, 132), programs, blocks) == expected
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -171,7 +171,7 @@ def test_kernels_asked_for_by_the_environment_need_a_gpu_or_the_interpreter(monk
     monkeypatch.setattr(backend, "_VARIABLE", "triton")
     choose = backend._choose.__wrapped__
     assert choose("cpu", None)[0] == "triton"
-    monkeypatch.setattr(backend, "_INTERPRETING", False)
+    monkeypatch.setattr(backend, "interpreting", lambda: False)
     assert choose("cuda", None)[0] == choose("cpu", "triton")[0] == "triton"
     assert choose("cpu", None, tensors_there=False)[0] == "triton"  # a call with tensors on a GPU asks that, too
     with pytest.raises(RuntimeError, match="for tensors on the CPU set TRITON_INTERPRET=1"):

@@ -216,7 +216,7 @@ def input_backward_kernel(
     DX,  # (rows, columns), contiguous
     rows, columns, depth, stride_dz, stride_wk, stride_wn, stride_dg, stride_gk, stride_gn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """DX = DZ W, or DZ W + DG Wg in one sum."""
     start_m, start_n = block_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
@@ -276,7 +276,7 @@ def forward(
     shape = (x.shape[0], weight.shape[0])
     out, z = x.new_empty(shape), x.new_empty(shape if save else 0)
     g = x.new_empty(shape if save and gated else 0)
-    constants, grid = _blocks(*shape, x.shape[1], x.element_size(), precision, 1 + gated, 1 + gated)
+    constants, parts, grid = _blocks(*shape, x.shape[1], x.element_size(), precision, 1 + gated, 1 + gated)
     launch(
         linear_kernel, grid,
         x, weight, contiguous(bias), gate_weight, contiguous(gate_bias), contiguous(residual), seed,
@@ -284,7 +284,7 @@ def forward(
         *shape, x.shape[1], x.stride(0), weight.stride(1), weight.stride(0),
         *((0, 0) if gate_weight is None else (gate_weight.stride(1), gate_weight.stride(0))),
         dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
-        ACTIVATION=activation, **constants,
+        ACTIVATION=activation, PARTS=parts, **constants,
     )  # fmt: skip
     return out, z, g
 
@@ -304,12 +304,12 @@ def hidden_backward(
     shape = (dy.shape[0], weight.shape[1])
     dz, hidden = dy.new_empty(shape), dy.new_empty(shape if need_hidden else 0)
     dg = dy.new_empty(shape if gated else 0)
-    constants, grid = _blocks(*shape, dy.shape[1], dy.element_size(), precision)
+    constants, parts, grid = _blocks(*shape, dy.shape[1], dy.element_size(), precision)
     launch(
         hidden_backward_kernel, grid,
         dy, weight, z, g if gated else None, dz, dg if gated else None, hidden if need_hidden else None,
         *shape, dy.shape[1], dy.stride(0), weight.stride(0), weight.stride(1),
-        ACTIVATION=activation, **constants,
+        ACTIVATION=activation, PARTS=parts, **constants,
     )  # fmt: skip
     return dz, dg, hidden
 
@@ -321,7 +321,7 @@ def input_backward(
     dz, dg = unit_rows(grad_z), None if grad_g is None else unit_rows(grad_g)
     shape = (dz.shape[0], weight.shape[1])
     dx = dz.new_empty(shape)
-    constants, grid = _blocks(
+    constants, _, grid = _blocks(
         *shape, dz.shape[1], dz.element_size(), precision, products=1 if gate_weight is None else 2
     )
     launch(
@@ -359,8 +359,8 @@ def dropout_backward(grad_output: Tensor, seed: Tensor, dropout_p: float) -> Ten
 
 def _blocks(
     rows: int, columns: int, depth: int, itemsize: int, precision: str, products: int = 1, accumulators: int = 1
-) -> tuple[dict[str, Any], tuple[int]]:
-    """The constants of a matrix product's kernel, and its grid."""
+) -> tuple[dict[str, Any], int, tuple[int]]:
+    """The constants of a matrix product's kernel, in how many parts it may end, and its grid."""
     config = matmul_config(current_target(), columns, depth, itemsize, products, accumulators)
     constants = {
         "BLOCK_M": config.block_m,
@@ -368,12 +368,11 @@ def _blocks(
         "BLOCK_K": config.block_k,
         "EVEN_K": depth % config.block_k == 0,
         "GROUP_M": config.group_m,
-        "PARTS": config.parts,
         "PRECISION": precision,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    return constants, (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)
+    return constants, config.parts, (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)
 
 
 def explain(columns: int, depth: int, itemsize: int, gated: bool) -> str:

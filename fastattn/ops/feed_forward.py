@@ -186,11 +186,6 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
-def _bias_gradient(dz: Tensor) -> Tensor:
-    """db = Σ dz over the rows; torch accumulates in fp32."""
-    return dz.sum(0)
-
-
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep: bool) -> tuple[Tensor, Tensor]:
     with device_guard(input.device):
         launcher = implementation("feed_forward", input.device)
@@ -239,7 +234,7 @@ def _linear_backward(
             dz = launcher.activation_backward(dz, z, activation)
         dx = launcher.input_backward(dz, weight, None, None, precision).view(input.shape) if needs[0] else None
         dw = product_over_rows(dz, x) if needs[1] else None
-        db = _bias_gradient(dz) if needs[2] else None
+        db = dz.sum(0) if needs[2] else None  # (torch accumulates in fp32)
     return tensors_only(input, dx, dw, db)
 
 
@@ -376,11 +371,11 @@ def _backward(
                 grads[0] = launcher.input_backward(dz, weight1, *gate, precision).view(input.shape)
             for i, d in ((1, dz), (3, dg)):
                 grads[i] = product_over_rows(d, x) if needs[i] else None
-                grads[i + 1] = _bias_gradient(d) if needs[i + 1] else None
+                grads[i + 1] = d.sum(0) if needs[i + 1] else None
         elif needs[5] and hidden.dim() == 1:
             hidden = launcher.forward(*first, False, precision)[0]
         grads[5] = product_over_rows(dy, hidden) if needs[5] else None
-        grads[6] = _bias_gradient(dy) if needs[6] else None
+        grads[6] = dy.sum(0) if needs[6] else None
     return tensors_only(input, *grads)
 
 
