@@ -20,8 +20,8 @@ from corpus import DataError
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from fastattn.loss_rules import IGNORE_INDEX
 from fastattn.models import GPT
-from fastattn.models.gpt import IGNORE_INDEX
 
 TRANSLATION_WHEEL = Path("data/homeassistant-2024.3.3-py3-none-any.whl")
 

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from fastattn.interpreting import interpreting
+
 BACKENDS = ("auto", "triton", "eager")
 
 
@@ -32,7 +34,6 @@ def _checked(name: str, source: str) -> str:
 
 _override: str | None = None
 _VARIABLE = os.environ.get("FASTATTN_BACKEND", "auto")
-_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton's kernels run in its CPU interpreter
 
 
 @contextmanager
@@ -88,7 +89,7 @@ def _choose(device_type: str, override: str | None, tensors_there: bool = True) 
         if override is None:
             choice = _checked(_VARIABLE, "environment variable FASTATTN_BACKEND")
             reason = "set by the environment variable FASTATTN_BACKEND"
-            compiled_on_cpu = choice == "triton" and has_triton and device_type == "cpu" and not _INTERPRETING
+            compiled_on_cpu = choice == "triton" and has_triton and device_type == "cpu" and not interpreting()
             if compiled_on_cpu and tensors_there:
                 raise RuntimeError(
                     "FASTATTN_BACKEND is 'triton', whose kernels take tensors on a GPU; for tensors on the CPU set "
@@ -96,7 +97,7 @@ def _choose(device_type: str, override: str | None, tensors_there: bool = True) 
                 )
     if choice == "auto":
         if device_type == "cpu":
-            interpreted = _INTERPRETING and has_triton
+            interpreted = interpreting() and has_triton
             choice = "triton" if interpreted else "eager"
             reason = "TRITON_INTERPRET=1" if interpreted else "tensors on the CPU run in PyTorch"
         elif not has_triton:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastattn.checks import check_integer
 from fastattn.ops.library import tracing
 
 BLOCK = 128
@@ -159,13 +159,9 @@ class BlockMask:
     ) -> BlockMask:
         """Row i sees i + Nk - Nq - left <= j <= i + Nk - Nq + right; None is unbounded. As `attention`'s `window`."""
         num_keys = num_queries if num_keys is None else num_keys
-        for name, size in (("num_queries", num_queries), ("num_keys", num_keys)):
-            if not isinstance(size, Integral) or size < 0:
-                raise ValueError(f"{name} must be an integer of at least 0, got {size!r}")
-        for name, side in (("left", left), ("right", right)):
-            if side is not None and (not isinstance(side, Integral) or side < 0):
-                raise ValueError(f"{name} must be None (unbounded) or an integer of at least 0, got {side!r}")
-        num_queries, num_keys = int(num_queries), int(num_keys)
+        num_queries, num_keys = check_integer("num_queries", num_queries), check_integer("num_keys", num_keys)
+        left = None if left is None else check_integer("left", left)
+        right = None if right is None else check_integer("right", right)
         columns = torch.arange(num_keys, device=device) + (num_queries - num_keys)
 
         def strip(rows: slice) -> Tensor:

@@ -21,9 +21,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 import fastattn.nn as ours
 from fastattn.adapters import ADAPTERS, Adapter, adapted
+from fastattn.checks import FLOAT_DTYPES, name_of
 from fastattn.nn.modes import evaluating
 from fastattn.nn.plain import is_plain_linear
-from fastattn.ops.checks import FLOAT_DTYPES, name_of
 
 Patterns = str | type | Sequence[str | type] | None
 

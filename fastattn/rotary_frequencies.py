@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.checks import check_integer
+
 
 def rotary_frequencies(
     rotary_dim: int, *, base: float = 10_000.0, scaling: Mapping[str, Any] | None = None, length: int = 0
@@ -34,12 +36,14 @@ def rotary_frequencies(
         length: how many tokens the tables are for; "dynamic" alone depends on it.
 
     Raises:
+        TypeError: a dimension or length that is no integer.
         ValueError: a dimension, rule or parameter that is unknown, missing or out of range.
 
     Example:
         >>> rotary_frequencies(4)[0]
         tensor([1.0000, 0.0100], dtype=torch.float64)
     """
+    rotary_dim, length = check_integer("rotary_dim", rotary_dim), check_integer("length", length)
     if rotary_dim < 2 or rotary_dim % 2:
         raise ValueError(f"rotary_dim must be even and at least 2, got {rotary_dim}")
     options = dict(scaling or {})
@@ -79,8 +83,7 @@ def rotary_tables(
         >>> cos.shape
         torch.Size([1024, 32])
     """
-    if length < 0:
-        raise ValueError(f"length must be at least 0, got {length}")
+    length = check_integer("length", length)
     frequencies, factor = rotary_frequencies(rotary_dim, base=base, scaling=scaling, length=length)
     device = torch.empty(0).device if device is None else device
     angles = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), frequencies)

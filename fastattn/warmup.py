@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 import fastattn
+from fastattn.interpreting import interpreting
 from fastattn.models import GPT, Classifier, GPTConfig
 from fastattn.models.pretrained import read_json
 
@@ -88,7 +89,7 @@ def warm(
     """
     if not fastattn.backend.triton_available():
         raise RuntimeError("triton is not installed: pip install triton")
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    if interpreting():
         raise RuntimeError("TRITON_INTERPRET is 1: an interpreted kernel is never compiled")
     from triton import knobs
 
@@ -110,7 +111,7 @@ def read_config(folder: Path) -> tuple[type[GPT] | type[Classifier], Any]:
     """(class, config) of the model that a folder holds; its weights are not read.
 
     Raises:
-        FileNotFoundError, ValueError: the folder holds no model, or one of another kind.
+        FileNotFoundError, TypeError, ValueError: the folder holds no model, or one of another kind.
     """
     settings = read_json(folder / "config.json")
     kind = Classifier if settings.get("model") == "Classifier" else GPT
@@ -127,10 +128,7 @@ def model_steps(kind: type[GPT] | type[Classifier], config: Any, dtype: torch.dt
     if dtype != torch.float32:
         autocast = lambda: torch.autocast("cpu", dtype)  # noqa: E731
     length = min(64, config.context_length)
-    for odd in (
-        0,
-        1,
-    ):  # Triton compiles anew for strides that 16 does not divide, such as that of a row of the log-sum-exp
+    for odd in (0, 1):  # Triton compiles anew for strides that 16 does not divide, such as a row's of the log-sum-exp
         tokens = torch.zeros(2, max(1, length - odd), dtype=torch.long)
         ends = torch.tensor([0, tokens.shape[1] // 2, tokens.shape[1]], dtype=torch.int32)
         with autocast():
@@ -170,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--steps must be of {', '.join(STEPS)}, got {', '.join(unknown)}")
     try:
         kind, config = read_config(arguments.model) if arguments.model else (GPT, GPT2)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, TypeError, ValueError) as error:
         parser.error(str(error))
 
     from triton import knobs

@@ -364,8 +364,8 @@ MUTANTS = (
     Mutant(
         "a batch of gradients is taken as one",
         "ops/library.py",
-        "            if in_batch():\n",
-        "            if False:\n",
+        "if in_batch() else gradients_of",
+        "if False else gradients_of",
         TRANSFORMS,
     ),
     Mutant(
@@ -589,8 +589,8 @@ MUTANTS = (
     Mutant(
         "bias gradient accumulates in bf16",
         "ops/feed_forward.py",
-        "return dz.sum(0)",
-        "return sum(dz, torch.zeros_like(dz.sum(0)))",
+        "db = dz.sum(0)",
+        "db = sum(dz, torch.zeros_like(dz.sum(0)))",
         FEED_FORWARD,
     ),
     Mutant(

@@ -160,7 +160,7 @@ def test_built_on_meta_and_in_bf16(config: ClassifierConfig) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_classes": 0}, "num_classes must be a positive integer, got 0"),
+        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
         ({"positions": "relative"}, "positions must be one of learned, sinusoidal, got 'relative'"),
         ({"activation": "x"}, "activation must be one of .* got 'x'"),
         ({"pooling": "max"}, "pooling must be one of mean, cls, attention, got 'max'"),

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
@@ -221,7 +222,7 @@ def test_rotary_turns_queries_and_new_keys_by_their_positions(name, interleaved,
     [(0, 10, 1), (106, 1000, 1), (132, 1000, 1), (1, 1, 1), (1, 4, 4), (1, 1000, 109), (8, 1000, 15), (70, 1000, 5)],
 )
 def test_number_of_splits(programs, blocks, expected):
-    assert decode_splits(Target("cuda", 90, 232_448, 132), programs, blocks) == expected
+    assert decode_splits(Target("cuda", 90, 132), programs, blocks) == expected
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -263,7 +264,7 @@ NEW = {"key": torch.zeros(2, 2, 1, 8), "value": torch.zeros(2, 2, 1, 8)}
         ({"cache_seqlens": torch.tensor([6, 2]), **NEW}, ValueError, r"\(6 fit and 1 are new\), got tensor\(\[6, 2\]\)"),
         ({"cache_seqlens": torch.tensor([-1, 2])}, ValueError, "at least 0"),
         ({"cache_seqlens": torch.tensor([1])}, ValueError, r"cache_seqlens must have shape \(2,\)"),
-        ({"cache_seqlens": 1.5}, TypeError, "an int or a tensor of one per sequence, got float"),
+        ({"cache_seqlens": 1.5}, TypeError, "cache_seqlens must be an integer, got float"),
         ({"key": NEW["key"]}, ValueError, "given together, but value is None"),
         ({**NEW, "value": NEW["value"][:, :1]}, ValueError, r"value must have shape \(2, 2, 1, 8\)"),
         ({"block_table": torch.zeros(2, 1)}, TypeError, "block_table has dtype float32; allowed: int32"),
@@ -289,6 +290,12 @@ def test_bad_arguments_are_named_and_nothing_is_written(change, error, message):
         fastattn.attention_with_kv_cache(**arguments)
     assert not KEYS.any()
     assert KEYS._version == version
+
+
+def test_a_numpy_integer_is_a_length():
+    with torch.no_grad():
+        first, second = (fastattn.attention_with_kv_cache(X, KEYS, KEYS, n) for n in (2, np.int64(2)))
+    assert torch.equal(first, second)
 
 
 def test_explain_names_the_splits():

@@ -232,6 +232,17 @@ def test_autocast_runs_in_its_dtype():
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(y.sum(), tensors))
 
 
+@pytest.mark.parametrize("wrong", [None, [1.0]])
+def test_autocast_leaves_what_is_no_tensor_to_the_checks(wrong):
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(TypeError, match=r"input must be a torch\.Tensor"):
+            fastattn.linear(wrong, W1)
+        with pytest.raises(TypeError, match=r"weight2 must be a torch\.Tensor"):
+            fastattn.feed_forward(X, W1, None, wrong, None)
+        with pytest.raises(TypeError, match=r"value must be a torch\.Tensor"):
+            fastattn.attention(X[None], X[None], wrong)
+
+
 def test_tf32_only_where_torch_allows_it(monkeypatch):
     from fastattn.kernels import feed_forward as kernels
 

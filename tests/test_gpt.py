@@ -4,6 +4,7 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -138,6 +139,8 @@ def test_packing_that_does_not_fit() -> None:
         model(tokens, cu_seqlens=torch.tensor([0, 30], dtype=torch.int32))
     with pytest.raises(ValueError, match=r"packed tokens must have shape \(1, T\), got \(2, 30\)"):
         model(tokens.expand(2, -1), cu_seqlens=torch.tensor([0, 30], dtype=torch.int32))
+    with pytest.raises(ValueError, match="only one of cache and cu_seqlens can be given"):
+        model.hidden(tokens[:, :20], KVCache(24), cu_seqlens=torch.tensor([0, 8, 20], dtype=torch.int32))
 
 
 def test_logits_and_loss_together() -> None:
@@ -424,24 +427,29 @@ def test_loading_names_what_is_wrong(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocab_size": 0}, "vocab_size must be a positive integer, got 0"),
-        ({"num_layers": 1.5}, "num_layers must be a positive integer, got 1.5"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
         ({"num_heads": 5}, "d_model must be a multiple of num_heads, got 384 and 5"),
         ({"d_model": 1024, "num_heads": 2}, "must be at most 256, got 512"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"num_kv_heads": 4}, "num_heads must be a multiple of num_kv_heads, got 6 and 4"),
         ({"head_dim": 300}, "must be at most 256, got 300"),
         ({"norm": "batch"}, "norm must be one of layer_norm, rms_norm, got 'batch'"),
-        ({"window": 0}, "window must be a positive integer, got 0"),
-        ({"head_dim": -4}, "head_dim must be a positive integer, got -4"),
-        ({"head_dim": 8.0}, "head_dim must be a positive integer, got 8.0"),
-        ({"head_dim": 0}, "head_dim must be a positive integer, got 0"),
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"head_dim": -4}, "head_dim must be at least 1, got -4"),
+        ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
         ({"norm_eps": -1}, "norm_eps must be at least 0 and finite, got -1"),
     ],
 )
 def test_bad_configurations(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GPTConfig(**({"vocab_size": 10} | change))
+
+
+def test_sizes_are_integers() -> None:
+    for name, value in (("num_layers", 1.5), ("head_dim", 8.0), ("window", True)):
+        with pytest.raises(TypeError, match=f"{name} must be an integer, got {type(value).__name__}"):
+            GPTConfig(**{"vocab_size": 10, name: value})
+    assert type(GPTConfig(np.int64(10)).vocab_size) is int
 
 
 def test_bad_calls() -> None:

@@ -148,7 +148,7 @@ def test_the_first_gpt2_checkpoints_have_no_prefix_but_buffers(tmp_path):
         ("gpt2", {"n_layer": 3}, "the tensors do not fit config.json"),
         ("gpt2", {"activation_function": "mish"}, "the activation must be one of .* got 'mish'"),
         ("llama", {"attention_bias": True}, "attention_bias must be False"),
-        ("llama", {"hidden_size": 0}, "d_model must be a positive integer"),
+        ("llama", {"hidden_size": 0}, "d_model must be at least 1, got 0"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "must not be 'dynamic'"),
         ("llama", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window must be False"),

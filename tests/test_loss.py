@@ -291,8 +291,16 @@ ERRORS = {
     "weight_dtype": (TypeError, r"weight has dtype float16; allowed: float32", (X, W.half(), T), {}),
     "bias": (ValueError, r"bias must have shape \(5,\)", (X, W, T), {"bias": torch.zeros(4)}),
     "no_class": (ValueError, r"weight must have at least 1 class", (X, W[:0], T), {}),
-    "z_loss": (ValueError, r"z_loss must be at least 0, got -1", (X, W, T), {"z_loss": -1.0}),
-    "softcap": (ValueError, r"softcap must be None or > 0, got 0", (X, W, T), {"softcap": 0.0}),
+    "z_loss": (ValueError, r"z_loss must be at least 0 and finite, got -1", (X, W, T), {"z_loss": -1.0}),
+    "softcap": (ValueError, r"softcap must be None or > 0 and finite, got 0", (X, W, T), {"softcap": 0.0}),
+    "softcap_tensor": (TypeError, r"softcap must be a real number, got Tensor", (X, W, T), {"softcap": torch.ones(())}),
+    "smoothing_text": (
+        TypeError,
+        r"label_smoothing must be a real number, got str",
+        (X, W, T),
+        {"label_smoothing": "0.1"},
+    ),
+    "z_loss_tensor": (TypeError, r"z_loss must be a real number, got Tensor", (X, T), {"z_loss": torch.ones(())}),
     "class_weight": (ValueError, r"class_weight must have shape \(5,\)", (X, W, T), {"class_weight": torch.ones(4)}),
     "class_weight_gradient": (
         ValueError,

@@ -66,12 +66,15 @@ def test_maps_summarise_the_matrices_that_the_model_multiplied_with(make: Callab
 
 def test_maps_leave_the_model_as_it_was() -> None:
     model = MODELS["GPT"]().train()
-    for bad in (
-        torch.zeros(1, 5, dtype=torch.int64),
-        torch.zeros(0, dtype=torch.int64),
-        torch.zeros(25, dtype=torch.int64),
+    token = torch.zeros(1, dtype=torch.int64)
+    for bad, error, message in (
+        (token[None], ValueError, "tokens must have 1 dimension"),
+        (token[:0], ValueError, "tokens must hold at least one token, got length 0"),
+        (token.expand(25), ValueError, "tokens has 25 positions"),
+        (token - 1, ValueError, r"tokens must be in \[0, .*\(vocab_size\), got -1"),
+        (token.float(), TypeError, "tokens must be an int64 tensor, got dtype float32"),
     ):
-        with pytest.raises(ValueError, match=r"tokens (must have shape|has 25 positions)"):
+        with pytest.raises(error, match=message):
             attention_maps(model, bad)
     assert model.training
     assert not any(module._forward_pre_hooks for module in model.modules())

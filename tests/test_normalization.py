@@ -4,6 +4,7 @@ import math
 from functools import partial
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -323,10 +324,20 @@ def test_second_gradient_of_16_bit_rows():
     ("arguments", "error", "named"),
     [
         ({"weight": [1.0, 2.0]}, TypeError, "weight"),
-        ({"eps": None}, ValueError, "eps"),
+        ({"eps": None}, TypeError, "eps must be a real number, got NoneType"),
+        ({"eps": torch.tensor(1e-5)}, TypeError, "eps must be a real number, got Tensor"),
+        ({"weight": torch.ones(4), "weight_offset": torch.zeros(4)}, TypeError, "weight_offset must be a real number"),
+        ({"weight_offset": 1.0}, ValueError, r"weight_offset needs weight, got 1.0 with weight None"),
         ({"normalized_shape": 4.0}, TypeError, "normalized_shape"),
     ],
 )
 def test_arguments_of_the_wrong_kind(arguments, error, named):
     with pytest.raises(error, match=named):
         fastattn.layer_norm(torch.zeros(2, 4), **({"normalized_shape": 4} | arguments))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, int])
+def test_numbers_of_other_kinds_are_numbers(kind):
+    x, weight = torch.randn(3, 4), torch.randn(4)
+    plain = fastattn.rms_norm(x, 4, weight, 1.0, weight_offset=2.0)
+    assert torch.equal(fastattn.rms_norm(x, 4, weight, kind(1), weight_offset=kind(2)), plain)

@@ -51,5 +51,8 @@ def test_linear_parameter_gradients_add_in_fp32(dtype, backend):
     with fastattn.backend.use(backend):
         y = fastattn.linear(x, weight, bias)
         grads = torch.autograd.grad(y, (weight, bias), torch.ones_like(y))
+        bias2 = bias.detach().clone().requires_grad_()
+        y = fastattn.feed_forward(x, weight, bias, torch.eye(16, dtype=dtype), bias2, activation="identity")
+        grads += torch.autograd.grad(y, (weight, bias, bias2), torch.ones_like(y))
     for grad in grads:
         assert torch.equal(grad, torch.full_like(grad, rows))

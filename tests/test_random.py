@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastattn.dropout import dropout_threshold
 from fastattn.eager import random as eager
 from fastattn.kernels.random import keep_of_rows, keep_tile
 from tests import reference
@@ -55,7 +56,7 @@ def test_kernels_choose_as_the_definition(how, shape):
     first_row, first_column, p = 3 * rows, 3 * columns, 0.3
     whole = reference.philox_keep(SEED, (2, 3, first_row + rows, first_column + columns), p)
     out = torch.full(shape, -1, dtype=torch.int8)
-    threshold = eager.dropout_threshold(p)
+    threshold = dropout_threshold(p)
     write_choices[(1,)](out, SEED, 1, 2, first_row, first_column, threshold, ROWS=rows, COLUMNS=columns, HOW=how)
     if how == "rows":
         whole = reference.philox_keep_rows(SEED, first_row + rows, first_column + columns, p)[None, None].expand(

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -276,7 +277,8 @@ ERRORS = {
     "rows": (ValueError, r"cos must be \(2 or 1, 5, half\)", (Q, K, ROWS[:, :4], ROWS[:, :4]), {}),
     "offset": (ValueError, r"offset must be in \[0, 40 rows - 5 tokens\], got 36", (Q, K, *TABLES), {"offset": 36}),
     "negative": (ValueError, r"offset must be in .* got -1", (Q, K, *TABLES), {"offset": -1}),
-    "offset_kind": (TypeError, r"offset must be an int .* got float", (Q, K, *TABLES), {"offset": 1.5}),
+    "offset_kind": (TypeError, r"offset must be an integer, got float", (Q, K, *TABLES), {"offset": 1.5}),
+    "offset_bool": (TypeError, r"offset must be an integer, got bool", (Q, K, *TABLES), {"offset": True}),
     "offsets": (ValueError, r"offset must have shape \(2,\)", (Q, K, *TABLES), {"offset": torch.zeros(3).long()}),
     "far": (ValueError, r"must be in \[0, 40\).* got 40", (Q, K, *TABLES), {"offset": torch.tensor([36, 0])}),
     "positions": (ValueError, r"positions must be \(5,\) or", (Q, K, *TABLES), {"positions": torch.zeros(4).long()}),
@@ -404,6 +406,13 @@ def test_tables_follow_the_device_context():
 def test_module_names_an_offset_that_is_no_integer():
     with pytest.raises(TypeError, match="offset must be an int"):
         fastattn.nn.RotaryEmbedding(8, 4)(torch.ones(1, 1, 3, 8), offset=2.5)
+
+
+def test_frequencies_of_no_integer():
+    for arguments, name in (((16, 32.5), "length"), ((16.0, 32), "rotary_dim")):
+        with pytest.raises(TypeError, match=f"{name} must be an integer, got float"):
+            fastattn.rotary_tables(*arguments)
+    assert len(fastattn.rotary_tables(np.int64(16), np.int32(33))[0]) == 33
 
 
 def test_growing_tables_compile():

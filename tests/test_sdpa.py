@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fastattn
 from fastattn import backend
+from fastattn.eager import feed_forward as eager_feed_forward
 
 GQA = {"enable_gqa": True}
 CALLS = {  # shapes of the query, of the key, the options, and where it differs the value's shape
@@ -124,7 +126,9 @@ def test_explain_says_which_implementation_and_why():
 def test_explain_knows_every_op(backend):
     x, w1, w2 = torch.zeros(4, 64), torch.zeros(128, 64), torch.zeros(64, 128)
     with fastattn.backend.use(backend):
-        norms = [fastattn.explain(f, x, (64,)) for f in (fastattn.layer_norm, fastattn.rms_norm)]
+        norms = [
+            fastattn.explain(f, x, n) for f in (fastattn.layer_norm, fastattn.rms_norm) for n in (64, np.int64(64))
+        ]
         linear = fastattn.explain(fastattn.linear, x, w1, activation="relu")
         layer = fastattn.explain(fastattn.feed_forward, x, w1, None, w2, None)
     words = (
@@ -133,6 +137,15 @@ def test_explain_knows_every_op(backend):
     assert all(words[0] in text for text in norms)
     assert words[1] in linear
     assert layer.count("weight") == 2
+
+
+def test_explain_of_a_gated_layer(monkeypatch):
+    """The gate is part of the first product alone."""
+    monkeypatch.setattr(eager_feed_forward, "explain", lambda *arguments: f"{arguments}")
+    x, w1, w2 = torch.zeros(4, 64), torch.zeros(128, 64), torch.zeros(64, 128)
+    with fastattn.backend.use("eager"):
+        lines = fastattn.explain(fastattn.feed_forward, x, w1, None, w2, None, gate_weight=w1).splitlines()
+    assert lines[1:] == ["  weight1: (128, 64, 4, True)", "  weight2: (64, 128, 4, False)"]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +171,7 @@ def test_kernels_asked_for_by_the_environment_need_a_gpu_or_the_interpreter(monk
     monkeypatch.setattr(backend, "_VARIABLE", "triton")
     choose = backend._choose.__wrapped__
     assert choose("cpu", None)[0] == "triton"
-    monkeypatch.setattr(backend, "_INTERPRETING", False)
+    monkeypatch.setattr(backend, "interpreting", lambda: False)
     assert choose("cuda", None)[0] == choose("cpu", "triton")[0] == "triton"
     assert choose("cpu", None, tensors_there=False)[0] == "triton"  # a call with tensors on a GPU asks that, too
     with pytest.raises(RuntimeError, match="for tensors on the CPU set TRITON_INTERPRET=1"):

@@ -57,7 +57,7 @@ def test_class_of_scores(options, scores):
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
 def test_light_scores_take_larger_tiles_than_heavy_ones(arch):
     def size(choose, scores, head_dim):
-        config = choose(Target("cuda", arch, 1 << 17, 100), head_dim, 2, scores)
+        config = choose(Target("cuda", arch, 100), head_dim, 2, scores)
         return config.block_m * config.block_n
 
     for choose in (attention_forward_config, attention_backward_query_config):

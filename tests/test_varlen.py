@@ -154,7 +154,7 @@ def test_opcheck_and_one_graph(backend):
         ({"cu_seqlens_q": torch.tensor([0, 5], dtype=torch.int32)}, ValueError, "packed length 3, got .0, 5."),
         ({"cu_seqlens_k": torch.tensor([0, 1, 3], dtype=torch.int32)}, ValueError, "same length, got 2 and 3"),
         ({"max_seqlen_k": 2}, ValueError, "max_seqlen_k is 2, but a sequence has 3 rows"),
-        ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q must be an integer >= 0"),
+        ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q must be at least 0, got -1"),
     ],
     ids=["rank", "dtype", "offsets", "count", "too_short", "negative"],
 )

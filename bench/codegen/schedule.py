@@ -45,7 +45,7 @@ def unevenness(costs: Iterable[float], slots: int) -> float:
 def forward(gpu: str, heads: int, tokens: int, mixed: bool) -> float:
     """`unevenness` of the causal forward, with the tiles that it would have."""
     arch, processors = GPUS[gpu]
-    config = attention_forward_config(Target("cuda", arch, 1 << 17, processors), HEAD_DIM, ITEMSIZE)
+    config = attention_forward_config(Target("cuda", arch, processors), HEAD_DIM, ITEMSIZE)
     blocks = -(-tokens // config.block_m)
     together = heads_together(heads, 2 * tokens * HEAD_DIM * ITEMSIZE, None, 0, listed=False) if mixed else None
     seen = (min(tokens, (blocks - place) * config.block_m) for _, place in order(heads, blocks, together))

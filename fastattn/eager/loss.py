@@ -7,15 +7,15 @@ which stay in the cache while the passes over them are made.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.eager.products import product_with_columns
+from fastattn.eager.row_blocks import row_blocks
+from fastattn.loss_rules import LossRules
 
 BLOCK_NUMBERS = 1 << 20  # logits of a block of rows: 4 MB of fp32, few enough parallel regions where cores are shared
 ADDED_NUMBERS = 1 << 20  # of a block of a sum: its copy stays near the cores
@@ -25,22 +25,14 @@ PRODUCT_ROWS = 256  # rows of its gradient that are multiplied with the weight a
 LEAST_CHUNK, LARGEST_CHUNK = 1 << 21, 1 << 23  # logits of a chunk: 8 to 32 MB of fp32
 
 
-def definition(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> Tensor:
+def definition(logits: Tensor, target: Tensor, rules: LossRules) -> Tensor:
     """ℓ with all the temporaries that automatic differentiation needs; logits (rows, classes), target and ℓ (rows,)."""
-    z = _capped(logits.float(), softcap)
-    weight = None if class_weight is None else class_weight.float()
-    losses = F.cross_entropy(z, target, weight, None, ignore_index, None, "none", label_smoothing)
-    if not z_loss:
+    z = _capped(logits.float(), rules.softcap)
+    weight = None if rules.class_weight is None else rules.class_weight.float()
+    losses = F.cross_entropy(z, target, weight, None, rules.ignore_index, None, "none", rules.label_smoothing)
+    if not rules.z_loss:
         return losses
-    return losses + z_loss * torch.where(target != ignore_index, torch.logsumexp(z, 1).square(), 0.0)
+    return losses + rules.z_loss * torch.where(target != rules.ignore_index, torch.logsumexp(z, 1).square(), 0.0)
 
 
 def chunk_rows(classes: int) -> int:
@@ -50,82 +42,48 @@ def chunk_rows(classes: int) -> int:
 
 
 def losses_and_gradient(
-    logits: Tensor,
-    target: Tensor,
-    token_weight: Tensor | None,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    predict: bool,
+    logits: Tensor, target: Tensor, token_weight: Tensor | None, rules: LossRules, predict: bool
 ) -> tuple[Tensor, Tensor]:
     """(ℓ, predictions) of one chunk of logits; with `token_weight`, ∂(Σ token_weight · ℓ)/∂x overwrites the logits."""
-    options = (class_weight, ignore_index, label_smoothing, z_loss, softcap)
-    losses, _, predictions = _pass(logits, target, token_weight, options, predict)
+    losses, _, predictions = _pass(logits, target, token_weight, rules, predict)
     return losses, predictions
 
 
-def forward(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    predict: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(logits: Tensor, target: Tensor, rules: LossRules, predict: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(ℓ, lse, predictions) of logits (rows, classes)."""
-    return _pass(logits, target, None, (class_weight, ignore_index, label_smoothing, z_loss, softcap), predict)
+    return _pass(logits, target, None, rules, predict)
 
 
 def _pass(
-    logits: Tensor, target: Tensor, token_weight: Tensor | None, options: tuple[Any, ...], predict: bool
+    logits: Tensor, target: Tensor, token_weight: Tensor | None, rules: LossRules, predict: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(ℓ, lse, predictions), block by block; with `token_weight` the gradient overwrites the logits."""
-    rows, (class_weight, ignore_index, label_smoothing, z_loss, softcap) = logits.shape[0], options
-    rules = class_weight, label_smoothing, z_loss
+    rows, classes = logits.shape
     losses, lse = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
     predictions = logits.new_empty(rows if predict else 0, dtype=torch.int64)
-    for block in _blocks(logits):
-        z = _capped(logits[block].float(), softcap)
-        targets = _targets(target[block], class_weight, ignore_index, z.shape[1], label_smoothing)
+    for block in row_blocks(rows, classes, BLOCK_NUMBERS):
+        z = _capped(logits[block].float(), rules.softcap)
+        targets = _targets(target[block], classes, rules)
         p, of_rows = (None, _lse(z, targets.index)) if token_weight is None else _softmax(z, targets.index)
-        losses[block], lse[block] = _losses(z, of_rows, targets, *rules), of_rows
+        losses[block], lse[block] = _losses(z, of_rows, targets, rules), of_rows
         if predict:
             predictions[block] = z.argmax(1)
         if p is not None and token_weight is not None:
-            _gradient(logits[block], token_weight[block], p, z, of_rows, targets, *rules, softcap)
+            _gradient(logits[block], token_weight[block], p, z, of_rows, targets, rules)
     return losses, lse, predictions
 
 
 def backward(
-    grad_losses: Tensor,
-    logits: Tensor,
-    lse: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    inplace: bool,
+    grad_losses: Tensor, logits: Tensor, lse: Tensor, target: Tensor, rules: LossRules, inplace: bool
 ) -> Tensor:
     """∂L/∂x in the dtype of the logits, which it overwrites if `inplace`."""
-    rules = class_weight, label_smoothing, z_loss, softcap
-    gradient = logits if inplace else logits.new_empty(logits.shape)
-    for rows in _blocks(logits):
-        z = _capped(logits[rows].float(), softcap)
-        targets = _targets(target[rows], class_weight, ignore_index, z.shape[1], label_smoothing)
-        _gradient(gradient[rows], grad_losses[rows], z.softmax(1), z, lse[rows], targets, *rules)
-    return gradient
-
-
-def _blocks(logits: Tensor) -> Iterator[slice]:
     rows, classes = logits.shape
-    step = max(1, BLOCK_NUMBERS // classes)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+    gradient = logits if inplace else logits.new_empty(rows, classes)
+    for block in row_blocks(rows, classes, BLOCK_NUMBERS):
+        z = _capped(logits[block].float(), rules.softcap)
+        targets = _targets(target[block], classes, rules)
+        _gradient(gradient[block], grad_losses[block], z.softmax(1), z, lse[block], targets, rules)
+    return gradient
 
 
 def _capped(x: Tensor, softcap: float) -> Tensor:
@@ -149,15 +107,13 @@ class _Targets:
     total: Tensor | float
 
 
-def _targets(
-    target: Tensor, class_weight: Tensor | None, ignore_index: int, classes: int, label_smoothing: float
-) -> _Targets:
-    valid = target != ignore_index
+def _targets(target: Tensor, classes: int, rules: LossRules) -> _Targets:
+    valid, smoothing, class_weight = target != rules.ignore_index, rules.label_smoothing, rules.class_weight
     index = torch.where(valid, target, 0)[:, None]
     if class_weight is None:
-        return _Targets(valid, index, torch.full_like(index, 1.0 - label_smoothing, dtype=torch.float32), 1.0)
-    weight = (1.0 - label_smoothing) * class_weight.float()[index]
-    return _Targets(valid, index, weight, weight + label_smoothing * class_weight.sum(dtype=torch.float32) / classes)
+        return _Targets(valid, index, torch.full_like(index, 1.0 - smoothing, dtype=torch.float32), 1.0)
+    weight = (1.0 - smoothing) * class_weight.float()[index]
+    return _Targets(valid, index, weight, weight + smoothing * class_weight.sum(dtype=torch.float32) / classes)
 
 
 def _softmax(z: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,47 +136,31 @@ def _lse(z: Tensor, index: Tensor) -> Tensor:
     return (z.gather(1, index) - of_target)[:, 0]
 
 
-def _losses(
-    z: Tensor,
-    lse: Tensor,
-    targets: _Targets,
-    class_weight: Tensor | None,
-    label_smoothing: float,
-    z_loss: float,
-) -> Tensor:
+def _losses(z: Tensor, lse: Tensor, targets: _Targets, rules: LossRules) -> Tensor:
     """ℓ of a block of rows."""
-    lse = lse[:, None]
+    lse, weight = lse[:, None], rules.class_weight
     losses = targets.total * lse - targets.weight * z.gather(1, targets.index)
-    if z_loss:
-        losses += z_loss * lse.square()
-    if label_smoothing:
-        mean = z.mean(1, keepdim=True) if class_weight is None else (z @ class_weight.float())[:, None] / z.shape[1]
-        losses -= label_smoothing * mean
+    if rules.z_loss:
+        losses += rules.z_loss * lse.square()
+    if rules.label_smoothing:
+        mean = z.mean(1, keepdim=True) if weight is None else (z @ weight.float())[:, None] / z.shape[1]
+        losses -= rules.label_smoothing * mean
     return torch.where(targets.valid, losses[:, 0], 0.0)
 
 
 def _gradient(
-    out: Tensor,
-    grad_losses: Tensor,
-    p: Tensor,
-    z: Tensor,
-    lse: Tensor,
-    targets: _Targets,
-    class_weight: Tensor | None,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
+    out: Tensor, grad_losses: Tensor, p: Tensor, z: Tensor, lse: Tensor, targets: _Targets, rules: LossRules
 ) -> None:
     """Writes ∂L/∂x of a block of rows to `out`, which may be z's memory where there is no softcap; in fp32 until then, over P."""
     scale = torch.where(targets.valid, grad_losses, 0.0)[:, None]
-    factor = scale * (targets.total + 2.0 * z_loss * lse[:, None]) if z_loss else scale * targets.total
+    factor = scale * (targets.total + 2.0 * rules.z_loss * lse[:, None]) if rules.z_loss else scale * targets.total
     gradient = torch.mul(p, factor, out=out if out.dtype == p.dtype else p)
-    if label_smoothing:
-        smooth = label_smoothing / z.shape[1]
-        gradient -= scale * smooth if class_weight is None else scale * (smooth * class_weight.float())
+    if rules.label_smoothing:
+        smooth, weight = rules.label_smoothing / z.shape[1], rules.class_weight
+        gradient -= scale * smooth if weight is None else scale * (smooth * weight.float())
     gradient.scatter_add_(1, targets.index, -scale * targets.weight)
-    if softcap:
-        gradient.mul_(1.0 - (z / softcap).square_())
+    if rules.softcap:
+        gradient.mul_(1.0 - (z / rules.softcap).square_())
     if gradient is not out:
         out.copy_(gradient)
 

@@ -6,13 +6,13 @@ does the backward of plain RMS norm. Everything else is computed in fp32 in bloc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from fastattn.eager.random import drop
+from fastattn.eager.row_blocks import row_blocks
 
 BLOCK_NUMBERS = 1 << 18  # numbers in a block of rows: it stays in the cache
 ROOM = 2048  # numbers more than a tensor has, so that the next one of its size finds room in its memory (glibc aligns anew)
@@ -66,7 +66,7 @@ def forward(
     if added is not None and seed is None and hidden_dtype == torch.promote_types(h.dtype, added.dtype):
         h = torch.add(h, added, out=hidden.view(rows, columns))
     elif keeps:
-        for block in _blocks(rows, columns):
+        for block in row_blocks(rows, columns, BLOCK_NUMBERS):
             x = drop(h[block], seed, dropout_p, range(block.start, block.stop), columns)
             hidden.view(rows, columns)[block] = x if added is None else x + added[block]
         h = hidden.view(rows, columns)
@@ -82,7 +82,7 @@ def forward(
     y, mean = output.view(rows, columns), input.new_empty(rows if centered else 0, dtype=torch.float32)
     rstd = input.new_empty(rows, dtype=torch.float32)
     flat_weight, flat_bias = (None if p is None else p.reshape(columns) for p in (weight, bias))
-    for block in _blocks(rows, columns):
+    for block in row_blocks(rows, columns, BLOCK_NUMBERS):
         x_hat = h[block].float()
         if centered:
             mean[block] = x_hat.mean(1)
@@ -124,7 +124,7 @@ def backward(
     grad_input = hidden.new_empty(hidden.shape if separate else 0, dtype=input_dtype)
     added = None if grad_hidden is None else grad_hidden.reshape(rows, columns)
     sums = [hidden.new_zeros(groups, columns, dtype=torch.float32) for _ in range(2)]
-    for block in _blocks(rows, columns):
+    for block in row_blocks(rows, columns, BLOCK_NUMBERS):
         dy_block, h_block = dy[block].float(), h[block].float()
         if plain:
             means = mean[block] if mean.numel() else mean
@@ -158,7 +158,7 @@ def _rms(h: Tensor, gain: Tensor | None, bias: Tensor | None, eps: float, output
     norm = torch.linalg.vector_norm(h, dim=1, dtype=torch.float32)
     rstd = norm.square_().div_(columns).add_(eps).rsqrt_()
     in_place, copied = output.dtype == h.dtype == torch.float32, h.dtype != torch.float32
-    for block in [slice(0, rows)] if in_place else _blocks(rows, columns):
+    for block in [slice(0, rows)] if in_place else row_blocks(rows, columns, BLOCK_NUMBERS):
         x = h[block].float()  # fp32 rows themselves, which stay as they are: they may be the residual stream
         y = torch.mul(x, rstd[block, None], out=output[block] if in_place else x if copied else None)
         y = y if gain is None else y.mul_(gain)
@@ -166,11 +166,6 @@ def _rms(h: Tensor, gain: Tensor | None, bias: Tensor | None, eps: float, output
         if not in_place:
             output[block] = y
     return rstd
-
-
-def _blocks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, BLOCK_NUMBERS // max(columns, 1))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def _group_of(block: slice, rows: int, groups: int, like: Tensor) -> Tensor:

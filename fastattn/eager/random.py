@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastattn.dropout import dropout_threshold
+
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
@@ -29,11 +31,6 @@ def philox(seed: Tensor, counters: tuple[Tensor, Tensor, Tensor, Tensor]) -> tup
         c0, c1, c2, c3 = (p1 >> 32 & _LOW) ^ c1 ^ k0, p1 & _LOW, (p0 >> 32 & _LOW) ^ c3 ^ k1, p0 & _LOW
         k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
     return c0, c1, c2, c3
-
-
-def dropout_threshold(p: float) -> int:
-    """The least of 16 random bits that keep an element, of which 1 - p of all 2¹⁶ are as many, to the nearest."""
-    return min(round(p * 2**16), 2**16 - 1) if p else 0
 
 
 def keep(seed: Tensor, batch: Tensor, head: Tensor, rows: Tensor, columns: range, p: float) -> Tensor:

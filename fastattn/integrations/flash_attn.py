@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastattn.checks import check_rank, check_shape, check_tensor
 from fastattn.ops.attention import attention
-from fastattn.ops.checks import check_rank, check_shape, check_tensor
 from fastattn.ops.decode import attention_with_kv_cache
 from fastattn.ops.library import readable
 from fastattn.ops.rotary import rotary

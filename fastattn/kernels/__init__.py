@@ -1,8 +1,8 @@
 """Triton kernels and their launchers: the only folder that imports triton."""
 
-import os
+from fastattn.interpreting import interpreting
 
-if os.environ.get("TRITON_INTERPRET", "0") == "1":
+if interpreting():
     from fastattn.kernels import interpreter
 
     interpreter.install()

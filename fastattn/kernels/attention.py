@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from fastattn.block_mask import Blocks
-from fastattn.eager.random import dropout_threshold
+from fastattn.dropout import dropout_threshold
 from fastattn.kernels.attention_backward import backward
 from fastattn.kernels.config import (
     attention_backward_key_config,

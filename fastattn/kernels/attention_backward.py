@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from fastattn.block_mask import Blocks
-from fastattn.eager.random import dropout_threshold
+from fastattn.dropout import dropout_threshold
 from fastattn.kernels.attention_bias import attention_backward_bias
 from fastattn.kernels.chunks import (
     dot_add,

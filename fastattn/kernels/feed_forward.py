@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.eager.random import dropout_threshold
+from fastattn.dropout import dropout_threshold
 from fastattn.kernels.activations import activate
 from fastattn.kernels.config import ELEMENTWISE_BLOCK, matmul_config
-from fastattn.kernels.launch import current_target, launch
+from fastattn.kernels.launch import contiguous, current_target, launch
 from fastattn.kernels.order import side_by_side
 from fastattn.kernels.random import dropout, keep_of_rows
 
@@ -38,10 +38,12 @@ def block_of_program(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 
 @triton.jit
 def multiply(
-    acc, A, B, offs_m, offs_n, rows, columns, depth, stride_am, stride_bk, stride_bn,
+    acc,  # fp32 [BLOCK_M, BLOCK_N]
+    A, B,  # (rows, depth) with unit stride along a row, (depth, columns) with any strides
+    offs_m, offs_n, rows, columns, depth, stride_am, stride_bk, stride_bn,
     BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + A B for one block, A (rows, depth) with unit stride along a row, B (depth, columns) with any strides."""
+    """acc + A B for one block."""
     offs_k = tl.arange(0, BLOCK_K)
     a_pointers = A + offs_m.to(tl.int64)[:, None] * stride_am + offs_k[None, :]
     b_pointers = B + offs_k.to(tl.int64)[:, None] * stride_bk + offs_n.to(tl.int64)[None, :] * stride_bn
@@ -86,10 +88,12 @@ def halves(block):
 
 @triton.jit
 def finish_linear(
-    z, g, BIAS, GATE_BIAS, RESIDUAL, SEED, OUT, Z, G, offs_m, start_n, rows, columns, threshold, keep_scale,
+    z, g,  # fp32 [BLOCK_M, BLOCK_N] or a part of its columns, the products without bias; g is None without a gate
+    BIAS, GATE_BIAS, RESIDUAL, SEED, OUT, Z, G,  # as in `linear_kernel`
+    offs_m, start_n, rows, columns, threshold, keep_scale,
     ACTIVATION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The end of `linear_kernel`, in parts one after the other to save registers; g is None without a gate."""
+    """The end of `linear_kernel`, in parts one after the other to save registers."""
     if PARTS > 1:
         half: tl.constexpr = z.shape[1] // 2
         z_left, z_right = halves(z)
@@ -125,7 +129,12 @@ def finish_linear(
 
 @triton.jit(do_not_specialize=["rows", "threshold"])
 def linear_kernel(
-    X, WEIGHT, BIAS, GATE_WEIGHT, GATE_BIAS, RESIDUAL, SEED, OUT, Z, G,
+    X,  # (rows, depth), unit stride along a row
+    WEIGHT, BIAS,  # (depth, columns) with any strides; (columns,), or None
+    GATE_WEIGHT, GATE_BIAS,  # the same of the gate, or None
+    RESIDUAL,  # (rows, columns), contiguous, or None
+    SEED,  # int64 (1,), or None: no dropout
+    OUT, Z, G,  # (rows, columns), contiguous; Z and G may be None
     rows, columns, depth, stride_x, stride_wk, stride_wn, stride_gk, stride_gn, threshold, keep_scale,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
@@ -152,8 +161,10 @@ def linear_kernel(
 
 @triton.jit
 def finish_hidden_backward(
-    d_hidden, Z, G, DZ, DG, HIDDEN, offs_m, start_n, rows, columns, ACTIVATION: tl.constexpr, PARTS: tl.constexpr
-):
+    d_hidden,  # fp32 [BLOCK_M, BLOCK_N] or a part of its columns
+    Z, G, DZ, DG, HIDDEN,  # as in `hidden_backward_kernel`
+    offs_m, start_n, rows, columns, ACTIVATION: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """The end of `hidden_backward_kernel`, in parts."""
     if PARTS > 1:
         half: tl.constexpr = d_hidden.shape[1] // 2
@@ -180,7 +191,10 @@ def finish_hidden_backward(
 
 @triton.jit(do_not_specialize=["rows"])
 def hidden_backward_kernel(
-    DY, WEIGHT, Z, G, DZ, DG, HIDDEN,
+    DY,  # (rows, depth), unit stride along a row
+    WEIGHT,  # (depth, columns) with any strides: the second layer's
+    Z, G,  # (rows, columns), contiguous; G is None without a gate
+    DZ, DG, HIDDEN,  # (rows, columns), contiguous; DG is None without a gate, HIDDEN where it was kept
     rows, columns, depth, stride_dy, stride_wk, stride_wn,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
@@ -197,10 +211,12 @@ def hidden_backward_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def input_backward_kernel(
-    DZ, WEIGHT, DG, GATE_WEIGHT, DX,
+    DZ, WEIGHT,  # (rows, depth) with unit stride along a row, (depth, columns) with any strides
+    DG, GATE_WEIGHT,  # the same of the gate, or None
+    DX,  # (rows, columns), contiguous
     rows, columns, depth, stride_dz, stride_wk, stride_wn, stride_dg, stride_gk, stride_gn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """DX = DZ W, or DZ W + DG Wg in one sum."""
     start_m, start_n = block_of_program(rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
@@ -260,18 +276,16 @@ def forward(
     shape = (x.shape[0], weight.shape[0])
     out, z = x.new_empty(shape), x.new_empty(shape if save else 0)
     g = x.new_empty(shape if save and gated else 0)
-    constants, grid = _blocks(*shape, x.shape[1], x.element_size(), precision, 1 + gated, 1 + gated)
+    constants, parts, grid = _blocks(*shape, x.shape[1], x.element_size(), precision, 1 + gated, 1 + gated)
     launch(
-        linear_kernel,
-        grid,
-        *(x, weight, _contiguous(bias), gate_weight, _contiguous(gate_bias), _contiguous(residual), seed),
-        *(out, z if save else None, g if g.numel() else None),
-        *(*shape, x.shape[1], x.stride(0), weight.stride(1), weight.stride(0)),
+        linear_kernel, grid,
+        x, weight, contiguous(bias), gate_weight, contiguous(gate_bias), contiguous(residual), seed,
+        out, z if save else None, g if g.numel() else None,
+        *shape, x.shape[1], x.stride(0), weight.stride(1), weight.stride(0),
         *((0, 0) if gate_weight is None else (gate_weight.stride(1), gate_weight.stride(0))),
-        *(dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p)),
-        ACTIVATION=activation,
-        **constants,
-    )
+        dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
+        ACTIVATION=activation, PARTS=parts, **constants,
+    )  # fmt: skip
     return out, z, g
 
 
@@ -290,15 +304,13 @@ def hidden_backward(
     shape = (dy.shape[0], weight.shape[1])
     dz, hidden = dy.new_empty(shape), dy.new_empty(shape if need_hidden else 0)
     dg = dy.new_empty(shape if gated else 0)
-    constants, grid = _blocks(*shape, dy.shape[1], dy.element_size(), precision)
+    constants, parts, grid = _blocks(*shape, dy.shape[1], dy.element_size(), precision)
     launch(
-        hidden_backward_kernel,
-        grid,
-        *(dy, weight, z, g if gated else None, dz, dg if gated else None, hidden if need_hidden else None),
-        *(*shape, dy.shape[1], dy.stride(0), weight.stride(0), weight.stride(1)),
-        ACTIVATION=activation,
-        **constants,
-    )
+        hidden_backward_kernel, grid,
+        dy, weight, z, g if gated else None, dz, dg if gated else None, hidden if need_hidden else None,
+        *shape, dy.shape[1], dy.stride(0), weight.stride(0), weight.stride(1),
+        ACTIVATION=activation, PARTS=parts, **constants,
+    )  # fmt: skip
     return dz, dg, hidden
 
 
@@ -309,17 +321,16 @@ def input_backward(
     dz, dg = unit_rows(grad_z), None if grad_g is None else unit_rows(grad_g)
     shape = (dz.shape[0], weight.shape[1])
     dx = dz.new_empty(shape)
-    constants, grid = _blocks(
+    constants, _, grid = _blocks(
         *shape, dz.shape[1], dz.element_size(), precision, products=1 if gate_weight is None else 2
     )
     launch(
-        input_backward_kernel,
-        grid,
-        *(dz, weight, dg, gate_weight, dx),
-        *(*shape, dz.shape[1], dz.stride(0), weight.stride(0), weight.stride(1)),
+        input_backward_kernel, grid,
+        dz, weight, dg, gate_weight, dx,
+        *shape, dz.shape[1], dz.stride(0), weight.stride(0), weight.stride(1),
         *((0, 0, 0) if dg is None or gate_weight is None else (dg.stride(0), *gate_weight.stride())),
         **constants,
-    )
+    )  # fmt: skip
     return dx
 
 
@@ -327,12 +338,10 @@ def activation_backward(grad_output: Tensor, z: Tensor, activation: str) -> Tens
     """dz = dY · act'(z), z contiguous."""
     dz = z.new_empty(z.shape)
     launch(
-        activation_backward_kernel,
-        (triton.cdiv(z.numel(), ELEMENTWISE_BLOCK),),
-        *(grad_output.contiguous(), z, dz, z.numel()),
-        ACTIVATION=activation,
-        BLOCK=ELEMENTWISE_BLOCK,
-    )
+        activation_backward_kernel, (triton.cdiv(z.numel(), ELEMENTWISE_BLOCK),),
+        grad_output.contiguous(), z, dz, z.numel(),
+        ACTIVATION=activation, BLOCK=ELEMENTWISE_BLOCK,
+    )  # fmt: skip
     return dz
 
 
@@ -341,22 +350,17 @@ def dropout_backward(grad_output: Tensor, seed: Tensor, dropout_p: float) -> Ten
     dy = grad_output.contiguous()
     out = dy.new_empty(dy.shape)
     launch(
-        dropout_backward_kernel,
-        (triton.cdiv(dy.numel(), ELEMENTWISE_BLOCK),),
-        *(dy, seed, out, dy.numel(), dy.shape[1], dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p)),
+        dropout_backward_kernel, (triton.cdiv(dy.numel(), ELEMENTWISE_BLOCK),),
+        dy, seed, out, dy.numel(), dy.shape[1], dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
         BLOCK=ELEMENTWISE_BLOCK,
-    )
+    )  # fmt: skip
     return out
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def _blocks(
     rows: int, columns: int, depth: int, itemsize: int, precision: str, products: int = 1, accumulators: int = 1
-) -> tuple[dict[str, Any], tuple[int]]:
-    """The constants of a matrix product's kernel, and its grid."""
+) -> tuple[dict[str, Any], int, tuple[int]]:
+    """The constants of a matrix product's kernel, in how many parts it may end, and its grid."""
     config = matmul_config(current_target(), columns, depth, itemsize, products, accumulators)
     constants = {
         "BLOCK_M": config.block_m,
@@ -364,12 +368,11 @@ def _blocks(
         "BLOCK_K": config.block_k,
         "EVEN_K": depth % config.block_k == 0,
         "GROUP_M": config.group_m,
-        "PARTS": config.parts,
         "PRECISION": precision,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    return constants, (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)
+    return constants, config.parts, (triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)
 
 
 def explain(columns: int, depth: int, itemsize: int, gated: bool) -> str:

@@ -1,15 +1,17 @@
-"""The one place where kernels are launched, and what the launchers ask of the device."""
+"""The one place where kernels are launched, and what the launchers ask of the device and of tensors."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import triton
+from torch import Tensor
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
+from fastattn.interpreting import interpreting
+
+INTERPRETING = interpreting()  # as Triton, which has just read it
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,11 @@ class Target:
     Attributes:
         backend: "cuda", "hip", "xpu", or "interpreter".
         arch: compute capability as in sm_90 → 90 on CUDA; 0 elsewhere.
-        shared_memory: bytes one program may use.
         processors: streaming multiprocessors (compute units) of the device.
     """
 
     backend: str
     arch: int
-    shared_memory: int
     processors: int
 
 
@@ -35,14 +35,19 @@ def _target(device: int) -> Target:
     target = driver.get_current_target()
     properties = driver.utils.get_device_properties(device)
     arch = int(target.arch) if target.backend == "cuda" else 0
-    return Target(target.backend, arch, properties["max_shared_mem"], properties["multiprocessor_count"])
+    return Target(target.backend, arch, properties["multiprocessor_count"])
 
 
 def current_target() -> Target:
     """The target that launches compile for now (under the interpreter: small blocks suffice)."""
     if INTERPRETING:
-        return Target("interpreter", 0, 1 << 20, 4)
+        return Target("interpreter", 0, 4)
     return _target(triton.runtime.driver.active.get_current_device())
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """An optional tensor whose strides a kernel does not ask for."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def launch(

@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels.config import CHUNK_LOGITS, cross_entropy_config
-from fastattn.kernels.launch import current_target, launch
+from fastattn.kernels.launch import contiguous, current_target, launch
 from fastattn.kernels.masks import LN2, LOG2E, LOWEST, capped_score, capped_score_derivative
+from fastattn.loss_rules import LossRules
 
 START = tl.constexpr(LOWEST.value / 2)  # of a running maximum: times log₂e, still finite
 
@@ -89,12 +90,15 @@ def block_columns(GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexp
 
 @triton.jit
 def accumulate(
-    m, l, found, sums, LOGITS, CLASS_WEIGHT, start, shift, classes, label_smoothing, softcap,
+    m, l, found, sums,  # [LANES]
+    LOGITS, CLASS_WEIGHT,  # one row, from where `aligned_start` says; (classes,), or None
+    start, shift, classes, label_smoothing, softcap,
     GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Adds a block: each of LANES has its maximum m, l = Σ 2^(z log₂e - m log₂e), the block m was found in, and Σ w z."""
     local = block_columns(GROUPS, LANES, VECTOR)
     column = start - shift + local
+    # [GROUPS, LANES, VECTOR]
     z = load_logits(LOGITS + start + local, column, classes, softcap, EDGE)
     larger = tl.maximum(m, tl.max(tl.max(z, 2), 0))
     found = tl.where(larger > m, start, found)
@@ -113,12 +117,14 @@ def accumulate(
 
 @triton.jit
 def write_gradient(
-    LOGITS, OUT, CLASS_WEIGHT, start, shift, target, lse, scale, w_target, factor, spread, classes, label_smoothing,
-    softcap, GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, EDGE: tl.constexpr,
+    LOGITS, OUT, CLASS_WEIGHT,  # one row each, from where `aligned_start` says; (classes,), or None
+    start, shift, target, lse, scale, w_target, factor, spread, classes, label_smoothing, softcap,
+    GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """scale · ∂ℓ/∂x of one block, with factor = a + 2 λ lse; OUT may be LOGITS."""
     local = block_columns(GROUPS, LANES, VECTOR)
     column = start - shift + local
+    # [GROUPS, LANES, VECTOR]
     z = load_logits(LOGITS + start + local, column, classes, softcap, EDGE)
     gradient = scale * factor * tl.exp2((z - lse) * LOG2E)
     if label_smoothing is not None:
@@ -138,7 +144,12 @@ def write_gradient(
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def cross_entropy_kernel(
-    LOGITS, TARGET, CLASS_WEIGHT, WEIGHT_SUM, TOKEN_WEIGHT, LOSSES, LSE, PREDICTIONS,
+    LOGITS,  # (rows, classes), unit stride along a row
+    TARGET,  # int64 (rows,)
+    CLASS_WEIGHT, WEIGHT_SUM,  # (classes,) and fp32 (), or None
+    TOKEN_WEIGHT,  # (rows,), or None
+    LOSSES, LSE,  # fp32 (rows,); LSE may be None
+    PREDICTIONS,  # int64 (rows,), or None
     stride_row, classes, ignore_index, label_smoothing, z_loss, softcap,
     GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -206,7 +217,11 @@ def cross_entropy_kernel(
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def cross_entropy_backward_kernel(
-    LOGITS, LSE, TARGET, CLASS_WEIGHT, WEIGHT_SUM, GRAD_LOSSES, GRADIENT,
+    LOGITS,  # (rows, classes), unit stride along a row
+    LSE,  # fp32 (rows,)
+    TARGET, CLASS_WEIGHT, WEIGHT_SUM,  # as in `cross_entropy_kernel`
+    GRAD_LOSSES,  # (rows,)
+    GRADIENT,  # (rows, classes)
     stride_row, classes, ignore_index, label_smoothing, z_loss, softcap,
     GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -237,97 +252,51 @@ def chunk_rows(classes: int) -> int:
 
 
 def _launch_forward(
-    logits: Tensor,
-    target: Tensor,
-    token_weight: Tensor | None,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    keep_lse: bool,
-    predict: bool,
+    logits: Tensor, target: Tensor, token_weight: Tensor | None, rules: LossRules, keep_lse: bool, predict: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, classes = logits.shape
     losses = logits.new_empty(rows, dtype=torch.float32)
     lse = logits.new_empty(rows if keep_lse else 0, dtype=torch.float32)
     predictions = logits.new_empty(rows if predict else 0, dtype=torch.int64)
     groups, lanes, vector, num_warps = cross_entropy_config(current_target(), classes, logits.element_size())
+    weight, weight_sum = _weights(rules.class_weight)
     launch(
-        cross_entropy_kernel,
-        (rows,),
-        *(logits, target.contiguous(), class_weight, _sum(class_weight)),
-        *(None if token_weight is None else token_weight.contiguous(), losses),
-        *(lse if keep_lse else None, predictions if predict else None),
-        *(logits.stride(0), classes, ignore_index, label_smoothing or None, z_loss, softcap or None),
-        GROUPS=groups,
-        LANES=lanes,
-        VECTOR=vector,
-        num_warps=num_warps,
-    )
+        cross_entropy_kernel, (rows,),
+        logits, target.contiguous(), weight, weight_sum,
+        contiguous(token_weight), losses, lse if keep_lse else None, predictions if predict else None,
+        logits.stride(0), classes, rules.ignore_index, rules.label_smoothing or None, rules.z_loss, rules.softcap or None,
+        GROUPS=groups, LANES=lanes, VECTOR=vector, num_warps=num_warps,
+    )  # fmt: skip
     return losses, lse, predictions
 
 
 def losses_and_gradient(
-    logits: Tensor,
-    target: Tensor,
-    token_weight: Tensor | None,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    predict: bool,
+    logits: Tensor, target: Tensor, token_weight: Tensor | None, rules: LossRules, predict: bool
 ) -> tuple[Tensor, Tensor]:
     """(ℓ, predictions) of one chunk of logits; with `token_weight`, ∂(Σ token_weight · ℓ)/∂x overwrites the logits."""
-    losses, _, predictions = _launch_forward(
-        logits, target, token_weight, class_weight, ignore_index, label_smoothing, z_loss, softcap, False, predict
-    )
+    losses, _, predictions = _launch_forward(logits, target, token_weight, rules, False, predict)
     return losses, predictions
 
 
-def forward(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    predict: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(logits: Tensor, target: Tensor, rules: LossRules, predict: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(ℓ, lse, predictions) of logits (rows, classes) with unit stride along a row."""
-    return _launch_forward(
-        logits, target, None, class_weight, ignore_index, label_smoothing, z_loss, softcap, True, predict
-    )
+    return _launch_forward(logits, target, None, rules, True, predict)
 
 
 def backward(
-    grad_losses: Tensor,
-    logits: Tensor,
-    lse: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    inplace: bool,
+    grad_losses: Tensor, logits: Tensor, lse: Tensor, target: Tensor, rules: LossRules, inplace: bool
 ) -> Tensor:
     """∂L/∂x in the dtype of the logits, which are contiguous; it overwrites them if `inplace`."""
     rows, classes = logits.shape
     gradient = logits if inplace else logits.new_empty(rows, classes)
     groups, lanes, vector, num_warps = cross_entropy_config(current_target(), classes, logits.element_size())
+    weight, weight_sum = _weights(rules.class_weight)
     launch(
-        cross_entropy_backward_kernel,
-        (rows, triton.cdiv(classes + vector - 1, groups * lanes * vector)),
-        *(logits, lse, target.contiguous(), class_weight, _sum(class_weight), grad_losses.contiguous(), gradient),
-        *(classes, classes, ignore_index, label_smoothing or None, z_loss, softcap or None),
-        GROUPS=groups,
-        LANES=lanes,
-        VECTOR=vector,
-        num_warps=num_warps,
-    )
+        cross_entropy_backward_kernel, (rows, triton.cdiv(classes + vector - 1, groups * lanes * vector)),
+        logits, lse, target.contiguous(), weight, weight_sum, grad_losses.contiguous(), gradient,
+        classes, classes, rules.ignore_index, rules.label_smoothing or None, rules.z_loss, rules.softcap or None,
+        GROUPS=groups, LANES=lanes, VECTOR=vector, num_warps=num_warps,
+    )  # fmt: skip
     return gradient
 
 
@@ -341,8 +310,9 @@ def add_to(total: Tensor, part: Tensor) -> None:
     total += part
 
 
-def _sum(class_weight: Tensor | None) -> Tensor | None:
-    return None if class_weight is None else class_weight.sum(dtype=torch.float32)
+def _weights(class_weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(w, W)"""
+    return (None, None) if class_weight is None else (class_weight.contiguous(), class_weight.sum(dtype=torch.float32))
 
 
 def explain(classes: int) -> list[str]:

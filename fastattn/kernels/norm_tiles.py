@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @triton.jit
-def load_tile(POINTER, offs_m, offs_n, mask, stride):
+def load_rows(POINTER, offs_m, offs_n, mask, stride):
     """[ROWS, COLUMNS] in fp32, zero where masked."""
     return tl.load(POINTER + offs_m[:, None] * stride + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
 
@@ -28,7 +28,3 @@ def as_rows(tensor: Tensor, rows: int, columns: int) -> Tensor:
     """[rows, columns] with unit stride along a row: a view where there is one."""
     tensor = tensor.reshape(rows, columns)
     return tensor if tensor.stride(1) == 1 or columns == 1 else tensor.contiguous()
-
-
-def parameter(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()

@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.eager.random import dropout_threshold
+from fastattn.dropout import dropout_threshold
 from fastattn.kernels.config import norm_backward_config, norm_forward_config
-from fastattn.kernels.launch import current_target, launch
-from fastattn.kernels.norm_tiles import as_rows, load_gain, load_tile, parameter
+from fastattn.kernels.launch import contiguous, current_target, launch
+from fastattn.kernels.norm_tiles import as_rows, load_gain, load_rows
 from fastattn.kernels.normalization_backward import backward
 from fastattn.kernels.random import dropout
 
@@ -37,9 +37,9 @@ def load_hidden(
     X, RESIDUAL, SEED, HIDDEN, offs_m, offs_n, mask, stride_x, stride_residual, columns, threshold, keep_scale
 ):
     """h = dropout(x) + residual, rounded to the dtype in which it is kept: the backward sees the same numbers."""
-    h = dropout(load_tile(X, offs_m, offs_n, mask, stride_x), SEED, offs_m, offs_n, threshold, keep_scale)
+    h = dropout(load_rows(X, offs_m, offs_n, mask, stride_x), SEED, offs_m, offs_n, threshold, keep_scale)
     if RESIDUAL is not None:
-        h += load_tile(RESIDUAL, offs_m, offs_n, mask, stride_residual)
+        h += load_rows(RESIDUAL, offs_m, offs_n, mask, stride_residual)
     if HIDDEN is not None:
         rounded = h.to(HIDDEN.dtype.element_ty)
         tl.store(HIDDEN + offs_m[:, None] * columns + offs_n[None, :], rounded, mask=mask)
@@ -63,7 +63,12 @@ def affine(x_hat, WEIGHT, BIAS, SCALE, SHIFT, group, offs_n, mask_n, stride_scal
 
 @triton.jit(do_not_specialize=["rows_per_group", "tiles", "threshold"])
 def norm_forward_kernel(
-    X, RESIDUAL, SEED, WEIGHT, BIAS, SCALE, SHIFT, Y, HIDDEN, MEAN, RSTD,
+    X, RESIDUAL,  # (rows, columns), unit stride along a row; RESIDUAL may be None
+    SEED,  # int64 (1,), or None: no dropout
+    WEIGHT, BIAS,  # (columns,), or None
+    SCALE, SHIFT,  # (groups, columns), or None
+    Y, HIDDEN,  # (rows, columns), contiguous; HIDDEN is None where it is X
+    MEAN, RSTD,  # fp32 (rows,); MEAN is None for RMS norm
     stride_x, stride_residual, stride_scale,
     rows_per_group, columns, tiles, eps, weight_offset, threshold, keep_scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -74,6 +79,7 @@ def norm_forward_kernel(
     offs_m, offs_n = group * rows_per_group + row, tl.arange(0, COLUMNS)
     mask_m, mask_n = row < rows_per_group, offs_n < columns
     mask = mask_m[:, None] & mask_n[None, :]
+    # [ROWS, COLUMNS]
     h = load_hidden(
         X, RESIDUAL, SEED, HIDDEN, offs_m, offs_n, mask, stride_x, stride_residual, columns, threshold, keep_scale
     )
@@ -91,7 +97,12 @@ def norm_forward_kernel(
 
 @triton.jit(do_not_specialize=["rows_per_group", "tiles", "threshold"])
 def norm_forward_wide_kernel(
-    X, RESIDUAL, SEED, WEIGHT, BIAS, SCALE, SHIFT, Y, HIDDEN, MEAN, RSTD,
+    X, RESIDUAL,  # (rows, columns), unit stride along a row; RESIDUAL may be None
+    SEED,  # int64 (1,), or None: no dropout
+    WEIGHT, BIAS,  # (columns,), or None
+    SCALE, SHIFT,  # (groups, columns), or None
+    Y, HIDDEN,  # (rows, columns), contiguous; HIDDEN is None where it is X
+    MEAN, RSTD,  # fp32 (rows,); MEAN is None for RMS norm
     stride_x, stride_residual, stride_scale,
     rows_per_group, columns, tiles, eps, weight_offset, threshold, keep_scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -124,9 +135,9 @@ def norm_forward_wide_kernel(
         offs_n = start + tl.arange(0, COLUMNS)
         mask_n = offs_n < columns
         if HIDDEN is not None:
-            h = load_tile(HIDDEN, offs_m, offs_n, mask_n[None, :], columns)
+            h = load_rows(HIDDEN, offs_m, offs_n, mask_n[None, :], columns)
         else:
-            h = load_tile(X, offs_m, offs_n, mask_n[None, :], stride_x)
+            h = load_rows(X, offs_m, offs_n, mask_n[None, :], stride_x)
         if MEAN is not None:
             h -= row_mean[:, None]
         y = affine(h * rstd[:, None], WEIGHT, BIAS, SCALE, SHIFT, group, offs_n, mask_n, stride_scale, weight_offset)
@@ -163,16 +174,13 @@ def forward(
     config = norm_forward_config(columns)
     tiles = triton.cdiv(rows_per_group, config.rows)
     launch(
-        norm_forward_wide_kernel if config.wide else norm_forward_kernel,
-        (groups * tiles if columns else 0,),
-        *(x, added, seed, parameter(weight), parameter(bias), scale, shift),
-        *(output, hidden if keeps else None, mean if centered else None, rstd),
-        *(x.stride(0), 0 if added is None else added.stride(0), columns),
-        *(rows_per_group, columns, tiles, eps, weight_offset, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p)),
-        ROWS=config.rows,
-        COLUMNS=config.columns,
-        num_warps=config.num_warps,
-    )
+        norm_forward_wide_kernel if config.wide else norm_forward_kernel, (groups * tiles if columns else 0,),
+        x, added, seed, contiguous(weight), contiguous(bias), scale, shift,
+        output, hidden if keeps else None, mean if centered else None, rstd,
+        x.stride(0), 0 if added is None else added.stride(0), columns,
+        rows_per_group, columns, tiles, eps, weight_offset, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
+        ROWS=config.rows, COLUMNS=config.columns, num_warps=config.num_warps,
+    )  # fmt: skip
     return output, hidden, mean, rstd
 
 

@@ -7,17 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.eager.random import dropout_threshold
+from fastattn.dropout import dropout_threshold
 from fastattn.kernels.config import REDUCE_COLUMNS, REDUCE_ROWS, norm_backward_config
-from fastattn.kernels.launch import current_target, launch
-from fastattn.kernels.norm_tiles import as_rows, load_gain, load_tile, parameter
+from fastattn.kernels.launch import contiguous, current_target, launch
+from fastattn.kernels.norm_tiles import as_rows, load_gain, load_rows
 from fastattn.kernels.random import dropout
 
 
 @triton.jit
 def load_normalised(HIDDEN, MEAN, RSTD, offs_m, offs_n, mask_m, mask, stride):
     """(x̂ [ROWS, COLUMNS], rstd [ROWS])"""
-    h = load_tile(HIDDEN, offs_m, offs_n, mask, stride)
+    h = load_rows(HIDDEN, offs_m, offs_n, mask, stride)
     rstd = tl.load(RSTD + offs_m, mask=mask_m, other=0.0)
     if MEAN is not None:
         h -= tl.load(MEAN + offs_m, mask=mask_m, other=0.0)[:, None]
@@ -28,7 +28,7 @@ def load_normalised(HIDDEN, MEAN, RSTD, offs_m, offs_n, mask_m, mask, stride):
 def store_gradient(dh, DY_HIDDEN, SEED, DHIDDEN, DX, offs_m, offs_n, mask, columns, threshold, keep_scale):
     """Adds the gradient of the residual stream; writes dh, and dx where it differs by dropout or dtype."""
     if DY_HIDDEN is not None:
-        dh += load_tile(DY_HIDDEN, offs_m, offs_n, mask, columns)
+        dh += load_rows(DY_HIDDEN, offs_m, offs_n, mask, columns)
     offsets = offs_m[:, None] * columns + offs_n[None, :]
     if DHIDDEN is not None:
         tl.store(DHIDDEN + offsets, dh.to(DHIDDEN.dtype.element_ty), mask=mask)
@@ -39,7 +39,14 @@ def store_gradient(dh, DY_HIDDEN, SEED, DHIDDEN, DX, offs_m, offs_n, mask, colum
 
 @triton.jit(do_not_specialize=["rows_per_group", "programs", "threshold"])
 def norm_backward_kernel(
-    DY, DY_HIDDEN, X, SEED, WEIGHT, SCALE, MEAN, RSTD, DHIDDEN, DX, PARTIAL_A, PARTIAL_B,
+    DY,  # (rows, columns), unit stride along a row
+    DY_HIDDEN,  # (rows, columns), contiguous: the gradient of the residual stream, or None
+    X,  # (rows, columns), unit stride along a row: h, as the forward kept it
+    SEED,  # int64 (1,), or None: no dropout
+    WEIGHT, SCALE,  # (columns,) and (groups, columns), or None
+    MEAN, RSTD,  # fp32 (rows,); MEAN is None for RMS norm
+    DHIDDEN, DX,  # (rows, columns), contiguous, or None
+    PARTIAL_A, PARTIAL_B,  # fp32 (groups · programs, columns), or None
     stride_dy, stride_x, stride_scale,
     rows_per_group, columns, programs, weight_offset, threshold, keep_scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -55,7 +62,7 @@ def norm_backward_kernel(
         offs_m, mask_m = group * rows_per_group + row, row < rows_per_group
         mask = mask_m[:, None] & mask_n[None, :]
         x_hat, rstd = load_normalised(X, MEAN, RSTD, offs_m, offs_n, mask_m, mask, stride_x)
-        dy = load_tile(DY, offs_m, offs_n, mask, stride_dy)
+        dy = load_rows(DY, offs_m, offs_n, mask, stride_dy)
         if PARTIAL_A is not None:
             partial_a += dy * x_hat
             partial_b += dy
@@ -74,7 +81,7 @@ def norm_backward_kernel(
 
 @triton.jit(do_not_specialize=["rows_per_group", "threshold"])
 def norm_backward_wide_kernel(
-    DY, DY_HIDDEN, X, SEED, WEIGHT, SCALE, MEAN, RSTD, DHIDDEN, DX,
+    DY, DY_HIDDEN, X, SEED, WEIGHT, SCALE, MEAN, RSTD, DHIDDEN, DX,  # as in `norm_backward_kernel`
     stride_dy, stride_x, stride_scale,
     rows_per_group, columns, weight_offset, threshold, keep_scale,
     COLUMNS: tl.constexpr,
@@ -89,7 +96,7 @@ def norm_backward_wide_kernel(
         mask_n = offs_n < columns
         x_hat, _ = load_normalised(X, MEAN, RSTD, offs_m, offs_n, mask_m, mask_n[None, :], stride_x)
         gain = load_gain(WEIGHT, SCALE, group, offs_n, mask_n, stride_scale, weight_offset)
-        g = load_tile(DY, offs_m, offs_n, mask_n[None, :], stride_dy) * gain[None, :]
+        g = load_rows(DY, offs_m, offs_n, mask_n[None, :], stride_dy) * gain[None, :]
         sum_gx += g * x_hat
         sum_g += g
     mean_gx, mean_g = tl.sum(sum_gx, 1) / columns, tl.sum(sum_g, 1) / columns
@@ -98,27 +105,18 @@ def norm_backward_wide_kernel(
         mask_n = offs_n < columns
         x_hat, rstd = load_normalised(X, MEAN, RSTD, offs_m, offs_n, mask_m, mask_n[None, :], stride_x)
         gain = load_gain(WEIGHT, SCALE, group, offs_n, mask_n, stride_scale, weight_offset)
-        dh = load_tile(DY, offs_m, offs_n, mask_n[None, :], stride_dy) * gain[None, :] - x_hat * mean_gx[:, None]
+        dh = load_rows(DY, offs_m, offs_n, mask_n[None, :], stride_dy) * gain[None, :] - x_hat * mean_gx[:, None]
         if MEAN is not None:
             dh -= mean_g[:, None]
         store_gradient(
-            dh * rstd[:, None],
-            DY_HIDDEN,
-            SEED,
-            DHIDDEN,
-            DX,
-            offs_m,
-            offs_n,
-            mask_n[None, :],
-            columns,
-            threshold,
+            dh * rstd[:, None], DY_HIDDEN, SEED, DHIDDEN, DX, offs_m, offs_n, mask_n[None, :], columns, threshold,
             keep_scale,
-        )
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows_per_group", "programs"])
 def norm_partials_kernel(
-    DY, X, MEAN, RSTD, PARTIAL_A, PARTIAL_B,
+    DY, X, MEAN, RSTD, PARTIAL_A, PARTIAL_B,  # as in `norm_backward_kernel`
     stride_dy, stride_x, rows_per_group, columns, programs,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -132,7 +130,7 @@ def norm_partials_kernel(
         offs_m, mask_m = group * rows_per_group + row, row < rows_per_group
         mask = mask_m[:, None] & mask_n[None, :]
         x_hat, _ = load_normalised(X, MEAN, RSTD, offs_m, offs_n, mask_m, mask, stride_x)
-        dy = load_tile(DY, offs_m, offs_n, mask, stride_dy)
+        dy = load_rows(DY, offs_m, offs_n, mask, stride_dy)
         partial_a += dy * x_hat
         partial_b += dy
     offs_partial = tl.program_id(0).to(tl.int64) * columns + offs_n
@@ -142,7 +140,9 @@ def norm_partials_kernel(
 
 @triton.jit(do_not_specialize=["programs"])
 def norm_reduce_kernel(
-    PARTIAL_A, PARTIAL_B, A, B, columns, programs, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    PARTIAL_A, PARTIAL_B,  # fp32 (groups · programs, columns)
+    A, B,  # (groups, columns), contiguous
+    columns, programs, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A and B of one group (program axis 1) and block of columns: the sum of its programs' partials, in order."""
     group = tl.program_id(1).to(tl.int64)
@@ -152,8 +152,8 @@ def norm_reduce_kernel(
     for start in range(0, programs, ROWS):
         row = start + tl.arange(0, ROWS)
         mask = (row < programs)[:, None] & mask_n[None, :]
-        a += load_tile(PARTIAL_A, group * programs + row, offs_n, mask, columns)
-        b += load_tile(PARTIAL_B, group * programs + row, offs_n, mask, columns)
+        a += load_rows(PARTIAL_A, group * programs + row, offs_n, mask, columns)
+        b += load_rows(PARTIAL_B, group * programs + row, offs_n, mask, columns)
     tl.store(A + group * columns + offs_n, tl.sum(a, 0).to(A.dtype.element_ty), mask=mask_n)
     tl.store(B + group * columns + offs_n, tl.sum(b, 0).to(B.dtype.element_ty), mask=mask_n)
 
@@ -178,7 +178,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dh, dx where it differs from dh, A, B), as `fastattn.ops.normalization` describes them."""
     dy, h = as_rows(grad_output, rows, columns), as_rows(hidden, rows, columns)
-    dy_hidden = None if grad_hidden is None else grad_hidden.contiguous()
+    dy_hidden = contiguous(grad_hidden)
     separate = seed is not None or input_dtype != hidden.dtype
     grad = hidden.new_empty(hidden.shape if has_residual or not separate else 0)
     grad_input = hidden.new_empty(hidden.shape if separate else 0, dtype=input_dtype)
@@ -192,47 +192,37 @@ def backward(
     partial_a, partial_b = (None, None) if partials is None else (partials[0], partials[1])
     statistics = (mean if mean.numel() else None, rstd)
     arguments = (
-        *(dy, dy_hidden, h, seed, parameter(weight), scale, *statistics),
-        *(grad if grad.numel() else None, grad_input if grad_input.numel() else None),
-    )
+        dy, dy_hidden, h, seed, contiguous(weight), scale, *statistics,
+        grad if grad.numel() else None, grad_input if grad_input.numel() else None,
+    )  # fmt: skip
     constants = (weight_offset, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p))
     if config.wide:
         launch(
-            norm_backward_wide_kernel,
-            (rows if columns else 0,),
+            norm_backward_wide_kernel, (rows if columns else 0,),
             *arguments,
-            *(dy.stride(0), h.stride(0), columns, rows_per_group, columns, *constants),
-            COLUMNS=config.columns,
-            num_warps=config.num_warps,
-        )
+            dy.stride(0), h.stride(0), columns, rows_per_group, columns, *constants,
+            COLUMNS=config.columns, num_warps=config.num_warps,
+        )  # fmt: skip
         if partials is not None:
             launch(
-                norm_partials_kernel,
-                (groups * programs, triton.cdiv(columns, config.partial_columns)),
-                *(dy, h, *statistics, partial_a, partial_b),
-                *(dy.stride(0), h.stride(0), rows_per_group, columns, programs),
-                ROWS=config.rows,
-                COLUMNS=config.partial_columns,
-            )
+                norm_partials_kernel, (groups * programs, triton.cdiv(columns, config.partial_columns)),
+                dy, h, *statistics, partial_a, partial_b,
+                dy.stride(0), h.stride(0), rows_per_group, columns, programs,
+                ROWS=config.rows, COLUMNS=config.partial_columns,
+            )  # fmt: skip
     else:
         launch(
-            norm_backward_kernel,
-            (groups * programs if columns else 0,),
-            *(*arguments, partial_a, partial_b),
-            *(dy.stride(0), h.stride(0), columns, rows_per_group, columns, programs, *constants),
-            ROWS=config.rows,
-            COLUMNS=config.columns,
-            num_warps=config.num_warps,
-            max_registers=config.max_registers,
-        )
+            norm_backward_kernel, (groups * programs if columns else 0,),
+            *arguments, partial_a, partial_b,
+            dy.stride(0), h.stride(0), columns, rows_per_group, columns, programs, *constants,
+            ROWS=config.rows, COLUMNS=config.columns, num_warps=config.num_warps, max_registers=config.max_registers,
+        )  # fmt: skip
     if partials is None:
         return grad, grad_input, hidden.new_empty(0), hidden.new_empty(0)
     sum_a, sum_b = (hidden.new_empty(groups, columns, dtype=sums_dtype) for _ in range(2))
     launch(
-        norm_reduce_kernel,
-        (triton.cdiv(columns, REDUCE_COLUMNS), groups),
-        *(partial_a, partial_b, sum_a, sum_b, columns, programs),
-        ROWS=REDUCE_ROWS,
-        COLUMNS=REDUCE_COLUMNS,
-    )
+        norm_reduce_kernel, (triton.cdiv(columns, REDUCE_COLUMNS), groups),
+        partial_a, partial_b, sum_a, sum_b, columns, programs,
+        ROWS=REDUCE_ROWS, COLUMNS=REDUCE_COLUMNS,
+    )  # fmt: skip
     return grad, grad_input, sum_a, sum_b

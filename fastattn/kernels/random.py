@@ -55,7 +55,7 @@ def keep_tile(
 
     Args:
         first_row, first_column: of the tile; ROWS and COLUMNS divide them, and 16 divides both.
-        threshold: see `fastattn.eager.random.dropout_threshold`.
+        threshold: see `fastattn.dropout.dropout_threshold`.
 
     Returns:
         bool (ROWS, COLUMNS), or (COLUMNS, ROWS) if COLUMNS_FIRST.

@@ -64,7 +64,10 @@ def rotate_head(
 
 @triton.jit(do_not_specialize=["offset", "query_heads", "key_heads", "num_tokens", "table_rows", "tiles", "splits"])
 def rotary_kernel(
-    Q, K, COS, SIN, POSITIONS, OUT_Q, OUT_K,
+    Q, K,  # (B, Hq, N, D) and (B, Hkv, N, D), unit stride along D; K may be None
+    COS, SIN,  # (B or 1, table_rows, HALF), unit stride along HALF
+    POSITIONS,  # integers (B or 1, N), or None: offset, offset + 1, ...
+    OUT_Q, OUT_K,  # as Q and K, which they may be
     q_strides, k_strides, cos_strides, sin_strides, position_strides, out_q_strides, out_k_strides,
     offset, query_heads, key_heads, num_tokens, table_rows, tiles, splits,
     HALF: tl.constexpr, TAIL: tl.constexpr, INTERLEAVED: tl.constexpr, CONJUGATE: tl.constexpr,
@@ -121,21 +124,14 @@ def rotate(
     tiles = batch * triton.cdiv(tokens, block_n)
     splits = head_splits(current_target(), tiles, max(heads, key_heads))
     launch(
-        rotary_kernel,
-        (tiles, splits),
-        *(query, key, cos, sin, positions, out_query, out_key),
-        *(strides(query), strides(key), pair_strides(cos), pair_strides(sin), pair_strides(positions)),
-        *(strides(out_query), strides(out_key)),
-        *(offset, heads, key_heads, tokens, cos.shape[1], max(1, tiles // max(batch, 1)), splits),
-        HALF=half,
-        TAIL=tail,
-        INTERLEAVED=interleaved,
-        CONJUGATE=conjugate,
-        BLOCK_N=block_n,
-        BLOCK_HALF=block_half,
-        BLOCK_TAIL=block_tail,
-        num_warps=num_warps,
-    )
+        rotary_kernel, (tiles, splits),
+        query, key, cos, sin, positions, out_query, out_key,
+        strides(query), strides(key), pair_strides(cos), pair_strides(sin), pair_strides(positions),
+        strides(out_query), strides(out_key),
+        offset, heads, key_heads, tokens, cos.shape[1], max(1, tiles // max(batch, 1)), splits,
+        HALF=half, TAIL=tail, INTERLEAVED=interleaved, CONJUGATE=conjugate, BLOCK_N=block_n, BLOCK_HALF=block_half,
+        BLOCK_TAIL=block_tail, num_warps=num_warps,
+    )  # fmt: skip
     return out_query, out_key
 
 

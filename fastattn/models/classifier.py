@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastattn.loss_rules import IGNORE_INDEX
 from fastattn.models.layers import Block, SelfAttention
 from fastattn.models.ngrams import NgramVotes
 from fastattn.models.pretrained import Pretrained, check_indices, check_sizes
@@ -22,7 +23,6 @@ from fastattn.nn import FeedForward, LayerNorm
 from fastattn.ops.feed_forward import ACTIVATIONS
 
 POSITIONS = ("learned", "sinusoidal")
-IGNORE_INDEX = -100  # the default of torch.nn.functional.cross_entropy
 POOLING = ("mean", "cls", "attention")
 
 
@@ -47,6 +47,7 @@ class ClassifierConfig:
         vote_share: their share of the logits, in [0, 1].
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: a value out of its range, naming it.
     """
 

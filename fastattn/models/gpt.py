@@ -15,12 +15,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastattn.checks import check_integer
 from fastattn.eager.products import product
 from fastattn.layout import Packing
+from fastattn.loss_rules import IGNORE_INDEX
 from fastattn.models import hub
 from fastattn.models.decoding import TokenReader, can_read_tokens
 from fastattn.models.layers import NORMS, Block, KVCache, SelfAttention, make_norm
-from fastattn.models.pretrained import Pretrained, check_indices, check_integers, check_sizes
+from fastattn.models.pretrained import Pretrained, check_indices, check_sizes
 from fastattn.models.sampling import penalise_repetition, sample
 from fastattn.nn import FeedForward, GatedFeedForward, RotaryEmbedding
 from fastattn.nn.modes import evaluating
@@ -32,7 +34,6 @@ from fastattn.ops.loss import cross_entropy
 
 POSITIONS = ("learned", "rotary")
 MANY_TOKENS = 32  # to generate: from here on a copy of the weights in another order pays
-IGNORE_INDEX = -100  # the default of torch.nn.functional.cross_entropy
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class GPTConfig:
             saves a CPU one pass over each block's hidden layer, but keeps that layer in memory.
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: a number out of its range, naming it.
     """
 
@@ -205,8 +207,10 @@ class GPT(Pretrained):
             cu_seqlens: as in `forward`; not together with a cache.
 
         Raises:
-            ValueError: more tokens than fit into the context.
+            ValueError: more tokens than fit into the context, or a cache together with cu_seqlens.
         """
+        if cache is not None and cu_seqlens is not None:
+            raise ValueError("only one of cache and cu_seqlens can be given")
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         positions = packing = None
@@ -256,9 +260,9 @@ class GPT(Pretrained):
 
         Args:
             tokens: (B, T) int64, T at most context_length.
+            targets: (B, T) int64, the token that follows each; IGNORE_INDEX, -100, leaves a position out of the loss.
             cu_seqlens: int32 (sequences + 1,), rising from 0 to T: tokens (1, T) holds that many sequences one after the
                 other, without padding, each at most context_length long and seeing itself alone; T may be any length.
-            targets: (B, T) int64, the token that follows each; IGNORE_INDEX, -100, leaves a position out of the loss.
             return_logits: None returns logits exactly when there are no targets: the loss alone is computed in chunks,
                 which is faster and needs far less memory.
 
@@ -341,17 +345,13 @@ class GPT(Pretrained):
     ) -> Iterator[Tensor]:
         """Like `generate`, but yields each new token, (B,) int64, as soon as it is known."""
         check_indices("tokens", tokens, ("batch", "length"), vocab_size=self.config.vocab_size)
-        check_integers(
-            max_new_tokens=max_new_tokens, top_k=1 if top_k is None else top_k, seed=0 if seed is None else seed
-        )
+        max_new_tokens = check_integer("max_new_tokens", max_new_tokens)
+        top_k = None if top_k is None else check_integer("top_k", top_k, least=1)
+        seed = None if seed is None else check_integer("seed", seed, least=None)
         if tokens.shape[1] == 0:
             raise ValueError("tokens must hold at least one token to continue from, got length 0")
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
         if temperature < 0 or not math.isfinite(temperature):
             raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
         if top_p is not None and not 0.0 < top_p <= 1.0:
             raise ValueError(f"top_p must be in (0, 1], got {top_p}")
         if not 0.0 < repetition_penalty < math.inf:

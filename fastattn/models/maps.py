@@ -10,6 +10,7 @@ from torch import Tensor
 from fastattn.models.classifier import Classifier
 from fastattn.models.gpt import GPT
 from fastattn.models.layers import SelfAttention
+from fastattn.models.pretrained import check_indices
 from fastattn.nn.modes import evaluating
 from fastattn.ops.attention_maps import attention_column_sums, attention_weights
 
@@ -36,7 +37,8 @@ def attention_maps(model: GPT | Classifier, tokens: Tensor) -> AttentionMaps:
         tokens: int64 (T,), T at most the model's context_length. With "cls" pooling the maps leave out the token in front.
 
     Raises:
-        ValueError: tokens of another shape, none at all, or too many.
+        TypeError: tokens that are no int64 tensor.
+        ValueError: tokens of another shape, none at all, too many, or (on the CPU) one outside [0, vocab_size).
 
     Example:
         >>> from fastattn.models import GPT, GPTConfig, attention_maps
@@ -44,8 +46,9 @@ def attention_maps(model: GPT | Classifier, tokens: Tensor) -> AttentionMaps:
         >>> attention_maps(model, torch.randint(100, (50,))).received.shape
         torch.Size([2, 4, 50])
     """
-    if tokens.dim() != 1 or not len(tokens):
-        raise ValueError(f"tokens must have shape (T,) with T at least 1, got {tuple(tokens.shape)}")
+    check_indices("tokens", tokens, ("length",), vocab_size=model.config.vocab_size)
+    if not len(tokens):
+        raise ValueError("tokens must hold at least one token, got length 0")
     first = int(isinstance(model, Classifier) and model.config.pooling == "cls")
     row = len(tokens) - 1 if isinstance(model, GPT) else 0 if first else None
     received, last = [], []

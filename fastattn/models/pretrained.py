@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastattn.checks import check_integer
 from fastattn.ops.library import readable
 
 Model = TypeVar("Model", bound="Pretrained")
@@ -58,11 +59,9 @@ def _safetensors() -> ModuleType:
 
 
 def check_sizes(config: Any, *names: str) -> None:
-    """ValueError unless the fields `names` are positive integers, the heads divide d_model and dropouts are in [0, 1)."""
+    """An error unless the fields `names` are positive integers, the heads divide d_model and dropouts are in [0, 1)."""
     for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        object.__setattr__(config, name, check_integer(name, getattr(config, name), least=1))
     head_dim = getattr(config, "head_dim", None)
     if head_dim is None and config.d_model % config.num_heads:
         raise ValueError(f"d_model must be a multiple of num_heads, got {config.d_model} and {config.num_heads}")
@@ -73,13 +72,6 @@ def check_sizes(config: Any, *names: str) -> None:
     for name in ("dropout", "attention_dropout"):
         if not 0.0 <= getattr(config, name) < 1.0:
             raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)!r}")
-
-
-def check_integers(**values: Any) -> None:
-    """TypeError unless the values are integers."""
-    for name, value in values.items():
-        if not hasattr(value, "__index__"):
-            raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
 
 
 def check_indices(name: str, tensor: Tensor, axes: tuple[str, ...], ignored: int | None = None, **size: int) -> None:

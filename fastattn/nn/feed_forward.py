@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fastattn.checks import check_integer
 from fastattn.nn.plain import activation_name, is_plain_linear, is_unhooked, weight_of
 from fastattn.ops.feed_forward import ACTIVATIONS, RECOMPUTE, feed_forward, linear
 
@@ -29,12 +30,10 @@ def two_layers(
     plain1, plain2 = is_plain_linear(linear1, *([] if gate is None else [gate])), is_plain_linear(linear2)
     if name is not None and plain1 and plain2 and not _acts(dropout):
         return feed_forward(
-            *(input, weight_of(linear1), linear1.bias, weight_of(linear2), linear2.bias),
-            activation=name,
-            gate_weight=None if gate is None else weight_of(gate),
-            gate_bias=None if gate is None else gate.bias,
-            recompute=recompute,
-        )
+            input, weight_of(linear1), linear1.bias, weight_of(linear2), linear2.bias,
+            activation=name, gate_weight=None if gate is None else weight_of(gate),
+            gate_bias=None if gate is None else gate.bias, recompute=recompute,
+        )  # fmt: skip
     act = ACTIVATIONS[activation] if isinstance(activation, str) else activation
     if gate is not None:
         hidden = act(gate(input)) * linear1(input)
@@ -89,11 +88,8 @@ class FeedForward(nn.Module):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        for name, size in (("d_model", d_model), ("d_hidden", d_hidden)):
-            if not hasattr(size, "__index__"):
-                raise TypeError(f"{name} must be an integer, got {type(size).__name__}")
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        d_model = check_integer("d_model", d_model, least=1)
+        d_hidden = check_integer("d_hidden", d_hidden, least=1)
         self.activation, self.recompute = activation, recompute
         self.linear1 = nn.Linear(d_model, d_hidden, bias=bias, device=device, dtype=dtype)
         self.linear2 = nn.Linear(d_hidden, d_model, bias=bias, device=device, dtype=dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastattn.loss_rules import IGNORE_INDEX
 from fastattn.ops.linear_loss import linear_cross_entropy
 from fastattn.ops.loss import REDUCTIONS, cross_entropy
 
@@ -31,7 +32,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self,
         weight: Tensor | None = None,
         *,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORE_INDEX,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
@@ -103,7 +104,7 @@ class LinearCrossEntropyLoss(nn.Module):
             raise ValueError(f"weight must have shape ({num_classes},) (num_classes), got {tuple(weight.shape)}")
         self.register_buffer("weight", weight)
         self.reduction, self.label_smoothing = reduction, label_smoothing
-        self.ignore_index = -100 if ignore_index is None else ignore_index
+        self.ignore_index = IGNORE_INDEX if ignore_index is None else ignore_index
         self.z_loss, self.softcap = z_loss, softcap
         self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastattn.checks import check_integer
 from fastattn.ops.rotary import rotary
 from fastattn.rotary_frequencies import rotary_tables
 
@@ -59,8 +60,10 @@ class RotaryEmbedding(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, Hq, N, D), (B, Hkv, N, D) or None → the same, rotated; the arguments of `fastattn.rotary`."""
         cos, sin = self.cos, self.sin
-        if positions is None and not isinstance(offset, (Tensor, float)) and offset + query.shape[2] > cos.shape[0]:
-            cos, sin = self._make_tables(1 << (offset + query.shape[2] - 1).bit_length(), cos.device)
+        if not isinstance(offset, Tensor):
+            offset = check_integer("offset", offset)
+            if positions is None and offset + query.shape[2] > cos.shape[0]:
+                cos, sin = self._make_tables(1 << (offset + query.shape[2] - 1).bit_length(), cos.device)
         if cos.is_meta and not query.is_meta:  # built on meta, and its model's parameters were assigned since
             cos, sin = self._make_tables(cos.shape[0], query.device)
         return rotary(

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from fastattn import backend
 from fastattn.block_mask import BlockMask, Blocks
-from fastattn.eager import attention as eager
-from fastattn.layout import new_gradient, new_output
-from fastattn.ops.checks import (
+from fastattn.checks import (
     as_int,
     autocast,
     check_probability,
@@ -27,6 +25,9 @@ from fastattn.ops.checks import (
     is_integer,
     name_of,
 )
+from fastattn.dropout import draw_seed
+from fastattn.eager import attention as eager
+from fastattn.layout import new_gradient, new_output
 from fastattn.ops.leading_dims import four_dims
 from fastattn.ops.library import call, define, differentiate, listening, needs_composite
 
@@ -248,7 +249,7 @@ def canonical(
         scale = query.shape[3] ** -0.5
     seed = None
     if dropout_p > 0.0:
-        seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=query.device)
+        seed = draw_seed(query.device)
     return (
         row_contiguous(query), row_contiguous(key), row_contiguous(value), mask if blocks is None else blocks, bias, slopes, sinks, seed,
         float(scale), left, right, float(softcap or 0.0), float(dropout_p),

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastattn.block_mask import BlockMask
+from fastattn.checks import is_integer
 from fastattn.eager import attention_maps
 from fastattn.ops.attention import canonical, check_window
-from fastattn.ops.checks import is_integer
 
 
 def _rules(query: Tensor, key: Tensor, causal: bool, window: Any, softcap: float | None, **options: Any) -> Any:

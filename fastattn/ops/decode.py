@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from fastattn import backend
-from fastattn.eager.attention import fused_forward
-from fastattn.layout import new_output
-from fastattn.ops.attention import MAX_HEAD_DIM, check_sinks, check_slopes, check_window, row_contiguous
-from fastattn.ops.checks import (
+from fastattn.checks import (
     FLOAT_DTYPES,
+    check_integer,
     check_rank,
     check_same_device,
     check_scale,
@@ -24,6 +22,9 @@ from fastattn.ops.checks import (
     check_tensor,
     name_of,
 )
+from fastattn.eager.attention import fused_forward
+from fastattn.layout import new_output
+from fastattn.ops.attention import MAX_HEAD_DIM, check_sinks, check_slopes, check_window, row_contiguous
 from fastattn.ops.library import call, define, listening, readable
 from fastattn.ops.rotary import rotary
 
@@ -107,10 +108,8 @@ def _check_lengths(lengths: Tensor | int, batch: int, new: int, capacity: int) -
             return
         values = lengths.tolist()
         shortest, longest = min(values), max(values)
-    elif isinstance(lengths, (int, torch.SymInt)) and not isinstance(lengths, bool):
-        shortest = longest = lengths
     else:
-        raise TypeError(f"cache_seqlens must be an int or a tensor of one per sequence, got {type(lengths).__name__}")
+        shortest = longest = lengths
     if shortest < 0 or longest + new > capacity:
         room = f"{capacity} fit" + (f" and {new} are new" if new else "")
         raise ValueError(f"cache_seqlens must be at least 0 and fit into the cache ({room}), got {lengths}")
@@ -307,6 +306,8 @@ def attention_with_kv_cache(
         capacity = capacity * block_table.shape[1]
     elif key_cache.shape[0] < batch:
         raise ValueError(f"key_cache has room for {key_cache.shape[0]} sequences, but query has {batch}")
+    if not isinstance(cache_seqlens, Tensor):
+        cache_seqlens = check_integer("cache_seqlens", cache_seqlens)
     _check_lengths(cache_seqlens, batch, new, capacity)
     # (kernels know no stride of the lengths)
     lengths, length = (cache_seqlens.contiguous(), 0) if isinstance(cache_seqlens, Tensor) else (None, cache_seqlens)

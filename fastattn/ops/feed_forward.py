@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn import checks
 from fastattn.backend import device_guard, implementation, input_precision
+from fastattn.dropout import draw_seed
 from fastattn.eager.activations import ACTIVATIONS
 from fastattn.eager.feed_forward import definition
 from fastattn.eager.products import product_over_rows
 from fastattn.eager.random import drop
-from fastattn.ops import checks
-from fastattn.ops.library import call, define, differentiate, needs_composite
+from fastattn.ops.library import call, define, differentiate, needs_composite, tensors_only
 from fastattn.replay import replay
 
 RECOMPUTE = ("none", "activation", "hidden")
@@ -113,7 +114,7 @@ def feed_forward(
     given = input, weight1, bias1, gate_weight, gate_bias, weight2, bias2, residual
     tensors: Any = checks.autocast(*given)
     _check_feed_forward(*tensors)
-    seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=input.device) if dropout_p else None
+    seed = draw_seed(input.device) if dropout_p else None
     if needs_composite(*tensors):
         return _definition(tensors, seed, activation, dropout_p)
     keep = _differentiable(*tensors) and recompute != "hidden"
@@ -187,25 +188,17 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
-def _bias_gradient(dz: Tensor) -> Tensor:
-    """db = Σ dz over the rows; torch accumulates in fp32."""
-    return dz.sum(0)
-
-
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep: bool) -> tuple[Tensor, Tensor]:
     with device_guard(input.device):
         launcher = implementation("feed_forward", input.device)
         out, z, _ = launcher.forward(
-            *(_rows(input), weight, bias, None, None, None, None, activation, 0.0, keep),
-            input_precision(input.dtype),
+            _rows(input), weight, bias, None, None, None, None, activation, 0.0, keep, input_precision(input.dtype)
         )
     return out.view(*input.shape[:-1], weight.shape[0]), z
 
 
-def _linear_fake(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep: bool
-) -> tuple[Tensor, Tensor]:
-    rows, columns = math.prod(input.shape[:-1]), weight.shape[0]
+def _linear_fake(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    rows, columns, keep = math.prod(input.shape[:-1]), weight.shape[0], rest[-1]
     return input.new_empty((*input.shape[:-1], columns)), input.new_empty((rows, columns) if keep else (0,))
 
 
@@ -220,9 +213,9 @@ def _linear_gradient(
     needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
     if grad_outputs[0] is None:
-        return [None] * 5
+        return []
     grads = call(LINEAR_BACKWARD, grad_outputs[0], *arguments[:3], outputs[1], arguments[3], list(needs[:3]))
-    return [g if need else None for g, need in zip(grads, needs)] + [None] * 2
+    return [g if need else None for g, need in zip(grads, needs)]
 
 
 def _linear_backward(
@@ -233,7 +226,7 @@ def _linear_backward(
     z: Tensor,
     activation: str,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     dz, x, precision = _rows(grad_output), _rows(input), input_precision(input.dtype)
     with device_guard(input.device):
         launcher = implementation("feed_forward", input.device)
@@ -243,28 +236,21 @@ def _linear_backward(
             dz = launcher.activation_backward(dz, z, activation)
         dx = launcher.input_backward(dz, weight, None, None, precision).view(input.shape) if needs[0] else None
         dw = product_over_rows(dz, x) if needs[1] else None
-        db = _bias_gradient(dz) if needs[2] else None
-    return tuple(input.new_empty(0) if g is None else g for g in (dx, dw, db))  # type: ignore[return-value]
+        db = dz.sum(0) if needs[2] else None  # (torch accumulates in fp32)
+    return tensors_only(input, dx, dw, db)
 
 
-def _linear_backward_fake(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    z: Tensor,
-    activation: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    tensors = (input, weight, bias)
-    return tuple(input.new_empty(t.shape if t is not None and n else 0) for t, n in zip(tensors, needs))
+def _backward_fake(grad_output: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Of both backward ops: after grad_output come the tensors that `needs`, the last argument, tells of."""
+    input, needs = rest[0], rest[-1]
+    return tuple(input.new_empty(t.shape if t is not None and n else 0) for t, n in zip(rest, needs))
 
 
 LINEAR_BACKWARD = define(
     "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, Tensor z, str activation, "
     "bool[] needs) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
     _linear_backward,
-    _linear_backward_fake,
+    _backward_fake,
 )
 
 
@@ -275,7 +261,7 @@ def _linear_second_gradient(
     of_grads, of_tensors = replay(
         lambda x, w, b: (definition(x, w, b, None, None, activation),), taken, (grad_output,), tensors, grad_outputs
     )
-    return [*of_grads, *of_tensors, None, None, None]
+    return [*of_grads, *of_tensors]
 
 
 differentiate(LINEAR, _linear_gradient, keep_outputs=(1,))
@@ -319,21 +305,10 @@ def _feed_forward(
 
 
 def _feed_forward_fake(
-    input: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    activation: str,
-    dropout_p: float,
-    keep: bool,
-    keep_hidden: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden = (math.prod(input.shape[:-1]), weight1.shape[0])
+    input: Tensor, weight1: Tensor, bias1: Tensor | None, gate_weight: Tensor | None, gate_bias: Tensor | None,
+    weight2: Tensor, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden, (keep, keep_hidden) = (math.prod(input.shape[:-1]), weight1.shape[0]), rest[-2:]
     return (
         input.new_empty((*input.shape[:-1], weight2.shape[0])),
         input.new_empty(hidden if keep else (0,)),
@@ -355,12 +330,12 @@ def _gradient(
     needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
     if grad_outputs[0] is None:
-        return [None] * 13
+        return []
     tensors, (_, seed, activation, dropout_p) = arguments[:7], arguments[7:11]
     grads = call(
         FEED_FORWARD_BACKWARD, grad_outputs[0], *tensors, seed, *outputs[1:], activation, dropout_p, list(needs[:7])
     )
-    return [g if need else None for g, need in zip((*grads, grad_outputs[0]), needs)] + [None] * 5
+    return [g if need else None for g, need in zip((*grads, grad_outputs[0]), needs)]
 
 
 def _backward(
@@ -398,33 +373,12 @@ def _backward(
                 grads[0] = launcher.input_backward(dz, weight1, *gate, precision).view(input.shape)
             for i, d in ((1, dz), (3, dg)):
                 grads[i] = product_over_rows(d, x) if needs[i] else None
-                grads[i + 1] = _bias_gradient(d) if needs[i + 1] else None
+                grads[i + 1] = d.sum(0) if needs[i + 1] else None
         elif needs[5] and hidden.dim() == 1:
             hidden = launcher.forward(*first, False, precision)[0]
         grads[5] = product_over_rows(dy, hidden) if needs[5] else None
-        grads[6] = _bias_gradient(dy) if needs[6] else None
-    return tuple(input.new_empty(0) if grad is None else grad for grad in grads)
-
-
-def _backward_fake(
-    grad_output: Tensor,
-    input: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    seed: Tensor | None,
-    z: Tensor,
-    g: Tensor,
-    hidden: Tensor,
-    activation: str,
-    dropout_p: float,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    tensors = (input, weight1, bias1, gate_weight, gate_bias, weight2, bias2)
-    return tuple(input.new_empty(t.shape if t is not None and n else 0) for t, n in zip(tensors, needs))
+        grads[6] = dy.sum(0) if needs[6] else None
+    return tensors_only(input, *grads)
 
 
 FEED_FORWARD_BACKWARD = define(
@@ -444,9 +398,9 @@ def _second_gradient(
     tensors, seed, (activation, dropout_p, taken) = rest[:7], rest[7], rest[11:]
     of_grads, of_tensors = replay(
         lambda *xs: (_definition((*xs, None), seed, activation, dropout_p),),
-        *(taken, (grad_output,), tensors, grad_outputs),
-    )
-    return [*of_grads, *of_tensors, *[None] * 7]
+        taken, (grad_output,), tensors, grad_outputs,
+    )  # fmt: skip
+    return [*of_grads, *of_tensors]
 
 
 differentiate(FEED_FORWARD, _gradient, keep_outputs=(1, 2, 3))
@@ -456,9 +410,12 @@ differentiate(FEED_FORWARD_BACKWARD, _second_gradient)
 def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[str]:
     """What `fastattn.explain` says of a call of this module's functions."""
     given = inspect.signature(function).bind(*args, **options).arguments
-    weights = {name: given[name] for name in ("weight", "weight1", "weight2") if name in given}
-    gated = given.get("gate_weight") is not None
     launchers = implementation("feed_forward", given["input"].device)
-    return [
-        f"{name}: {launchers.explain(*weight.shape, weight.element_size(), gated)}" for name, weight in weights.items()
-    ]
+
+    def tiles(name: str, gated: bool) -> str:
+        weight = given[name]
+        return f"{name}: {launchers.explain(*weight.shape, weight.element_size(), gated)}"
+
+    if function is linear:
+        return [tiles("weight", False)]
+    return [tiles("weight1", given.get("gate_weight") is not None), tiles("weight2", False)]

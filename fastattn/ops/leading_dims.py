@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastattn.ops.checks import FLOAT_DTYPES, check_same_device, check_tensor
+from fastattn.checks import FLOAT_DTYPES, check_same_device, check_tensor
 
 
 def four_dims(

@@ -65,6 +65,11 @@ def readable(tensor: Tensor) -> bool:
     return tensor.is_cpu and not tracing() and not isinstance(tensor, FakeTensor)
 
 
+def tensors_only(like: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
+    """What an op returns: it cannot return None, and a tensor without numbers stands for it."""
+    return tuple([like.new_empty(0) if result is None else result for result in results])
+
+
 def differentiate(
     op: torch._ops.OpOverload, gradient: Gradient, keep_outputs: Sequence[int] = (), drop_arguments: Sequence[int] = ()
 ) -> None:
@@ -72,8 +77,8 @@ def differentiate(
 
     `gradient(needs, grad_outputs, arguments, outputs)` gets which arguments need a gradient, one gradient or None per
     output, the op's arguments (None where a tensor's index is in `drop_arguments`) and its outputs (None where the index
-    is not in `keep_outputs`): what is not kept is not held in memory. It returns one gradient or None per argument, and
-    may itself be differentiated.
+    is not in `keep_outputs`): what is not kept is not held in memory. It returns one gradient or None per argument, where
+    Nones at the end may be left out, and may itself be differentiated.
     """
     defaults = [argument.default_value for argument in op._schema.arguments]
     implementation = _DIRECT[op]
@@ -98,11 +103,11 @@ def differentiate(
             saved, n = ctx.saved_tensors, len(ctx.constants)
             arguments = [c if t is None else t for t, c in zip(saved[:n], ctx.constants)]
 
-            if in_batch():
-                return None, *one_by_one(
-                    lambda grads: gradient(ctx.needs_input_grad[1:], grads, arguments, saved[n:]), grad_outputs
-                )
-            return None, *gradient(ctx.needs_input_grad[1:], grad_outputs, arguments, saved[n:])
+            def gradients_of(grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+                return gradient(ctx.needs_input_grad[1:], grads, arguments, saved[n:])
+
+            found = one_by_one(gradients_of, grad_outputs) if in_batch() else gradients_of(grad_outputs)
+            return None, *found, *[None] * (n - len(found))
 
     def autograd(keyset: Any, *arguments: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):

@@ -11,12 +11,13 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from fastattn import checks
 from fastattn.backend import device_guard, implementation
 from fastattn.eager.loss import definition
 from fastattn.eager.products import fuses, product
-from fastattn.ops import checks
+from fastattn.loss_rules import IGNORE_INDEX, LossRules
 from fastattn.ops.library import call, define, differentiate, in_batch, needs_composite, observed
-from fastattn.ops.loss import check_options, check_target_range, check_targets, contiguous, counted
+from fastattn.ops.loss import check_options, check_target_range, check_targets, counted
 from fastattn.replay import replay
 
 ROW_MULTIPLE = 64  # rows of logits start at whole cache lines, which matrix products and kernels read faster
@@ -41,7 +42,7 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     class_weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -69,7 +70,7 @@ def linear_cross_entropy(
         fp32: a scalar, or with "none" the shape of `target`; with `return_predictions`, (that, predictions).
 
     Raises:
-        TypeError: dtypes that are not supported or differ.
+        TypeError: dtypes that are not supported or differ, an option that is no number.
         ValueError: shapes that do not match, options out of range, targets out of range (CPU).
 
     Example:
@@ -77,26 +78,25 @@ def linear_cross_entropy(
         tensor(2.3026)
     """
     _check(input, weight, target, bias)
-    check_options(class_weight, weight.shape[0], label_smoothing, z_loss, softcap, reduction)
+    rules = check_options(weight.shape[0], reduction, class_weight, ignore_index, label_smoothing, z_loss, softcap)
     checks.check_same_device(input=input, weight=weight, target=target, bias=bias, class_weight=class_weight)
     x, labels = input.reshape(math.prod(target.shape), weight.shape[1]), target.reshape(-1)
     token_weight = (labels != ignore_index).float()
     if reduction == "mean":
-        count = counted(labels, class_weight, ignore_index)
+        count = counted(labels, rules)
         token_weight = token_weight / torch.where(count != 0, count, 1.0)
-    constants = (labels, class_weight, ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0))
     kind = input.device.type
     dtype = torch.get_autocast_dtype(kind) if _autocast(input) else input.dtype
     if needs_composite(x, weight, bias, labels):
         logits = _logits(x, weight, bias, dtype)
-        losses, predictions = definition(logits, *constants), logits.argmax(1)
+        losses, predictions = definition(logits, labels, rules), logits.argmax(1)
         total = (losses * token_weight).sum()
     else:
         now = torch.is_grad_enabled() and reduction != "none"
         needs = [now and t is not None and t.requires_grad for t in (x, weight, bias)]
         tensors = (x, weight, bias, token_weight)
         total, losses, predictions, *_ = call(
-            LINEAR_CROSS_ENTROPY, *tensors, *constants, dtype, return_predictions, needs
+            LINEAR_CROSS_ENTROPY, *tensors, labels, *rules, dtype, return_predictions, needs
         )
     loss = losses.view(target.shape) if reduction == "none" else total
     loss = torch.where(count != 0, loss, torch.nan) if reduction == "mean" else loss
@@ -145,29 +145,22 @@ def _forward(
     bias: Tensor | None,
     token_weight: Tensor,
     target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    dtype: torch.dtype,
-    predict: bool,
-    needs: Sequence[bool],
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(Σ token_weight · ℓ, ℓ, predictions, and of the first by input, weight and bias where `needs` says so).
 
     16-bit products are of gradients relative to the largest token weight, which the fp32 sums are multiplied with before they are
     rounded. In fp16, where a chunk's sum over its rows may overflow, it is their mean.
     """
+    rules, (dtype, predict, needs) = LossRules(*rest[:5]), rest[5:]
     rows, classes = input.shape[0], weight.shape[0]
-    check_target_range(target, ignore_index, classes)
+    check_target_range(target, rules.ignore_index, classes)
     losses = input.new_empty(rows, dtype=torch.float32)
     predictions = input.new_empty(rows if predict else 0, dtype=torch.int64)
     grad_input = input.new_empty(input.shape if needs[0] else 0)
     new = weight.new_empty if rows else weight.new_zeros  # the first chunk overwrites
     grad_weight = new(weight.shape if needs[1] else 0, dtype=torch.float32)
     grad_bias = weight.new_zeros(classes if needs[2] else 0, dtype=torch.float32)
-    options = (contiguous(class_weight), ignore_index, label_smoothing, z_loss, softcap, predict)
     x, w, b = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     unit = _largest(token_weight) if dtype != torch.float32 and rows and any(needs) else None
     relative = token_weight if unit is None else token_weight / unit
@@ -182,7 +175,7 @@ def _forward(
             chunk = slice(start, min(start + step, rows))
             logits = _chunk(x[chunk], w, b, buffer[: chunk.stop - start, :classes])
             scale = relative[chunk] if any(needs) else None
-            losses[chunk], best = launcher.losses_and_gradient(logits, target[chunk], scale, *options)
+            losses[chunk], best = launcher.losses_and_gradient(logits, target[chunk], scale, rules, predict)
             if predict:
                 predictions[chunk] = best
             if needs[0]:
@@ -210,22 +203,8 @@ def _largest(token_weight: Tensor) -> Tensor:
     return torch.where(most > 0, most, 1.0)
 
 
-def _fake(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_weight: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    dtype: torch.dtype,
-    predict: bool,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = input.shape[0]
+def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    rows, (predict, needs) = input.shape[0], rest[-2:]
     return (
         input.new_empty((), dtype=torch.float32),
         input.new_empty(rows, dtype=torch.float32),
@@ -251,11 +230,8 @@ def _gradient(
 ) -> Sequence[Tensor | None]:
     """Of the total by the gradients that the op returned; of the losses by the op itself, with other weights."""
     of_total, of_losses, _, *of_gradients = grad_outputs
-    *tensors, token_weight, target, class_weight, ignore_index, smoothing, z_loss, softcap, dtype, _, computed = (
-        arguments
-    )
+    tensors, (token_weight, target, *rules, dtype, _, computed) = arguments[:3], arguments[3:]
     _, losses, _, *gradients = outputs
-    constants = (target, class_weight, ignore_index, smoothing, z_loss, softcap)
     wanted = list(needs[:3])
     grads: list[Tensor | None] = [None] * 4
     if of_total is not None and all(have or not want for have, want in zip(computed, wanted)):
@@ -265,17 +241,17 @@ def _gradient(
     if of_total is not None and needs[3]:
         grads[3] = of_total * losses
     if of_losses is not None:
-        _, _, _, *again = call(LINEAR_CROSS_ENTROPY, *tensors, of_losses, *constants, dtype, False, wanted)
+        _, _, _, *again = call(LINEAR_CROSS_ENTROPY, *tensors, of_losses, target, *rules, dtype, False, wanted)
         grads[:3] = [_sum(g, a if want else None) for g, a, want in zip(grads, again, wanted)]
     if any(g is not None for g in of_gradients):
 
         def total(x: Tensor, w: Tensor, b: Tensor | None, t: Tensor) -> tuple[Tensor]:
-            return ((definition(_logits(x, w, b, dtype), *constants) * t).sum(),)
+            return ((definition(_logits(x, w, b, dtype), target, LossRules(*rules)) * t).sum(),)
 
         one = losses.new_ones(())
         _, second = replay(total, [*computed, False], [one], [*tensors, token_weight], [*of_gradients, None])
         grads = [_sum(g, s) for g, s in zip(grads, second)]
-    return [g if need else None for g, need in zip(grads, needs)] + [None] * 9
+    return [g if need else None for g, need in zip(grads, needs)]
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:

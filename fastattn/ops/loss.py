@@ -10,9 +10,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from fastattn import checks
 from fastattn.backend import device_guard, implementation
 from fastattn.eager.loss import definition
-from fastattn.ops import checks
+from fastattn.loss_rules import IGNORE_INDEX, LossRules
 from fastattn.ops.library import call, define, differentiate, in_batch, needs_composite, observed
 from fastattn.replay import replay
 
@@ -36,7 +37,7 @@ def cross_entropy(
     target: Tensor,
     *,
     class_weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -72,7 +73,7 @@ def cross_entropy(
         fp32: a scalar, or with "none" the shape of `target`; with `return_predictions`, (that, predictions).
 
     Raises:
-        TypeError: dtypes that are not supported.
+        TypeError: dtypes that are not supported, an option that is no number (a tensor would get no gradient).
         ValueError: shapes that do not match, options out of range, targets out of range (CPU).
 
     Example:
@@ -83,18 +84,17 @@ def cross_entropy(
     if input.dim() == 0 or input.shape[-1] == 0:
         raise ValueError(f"input must have shape (..., classes) with at least 1 class, got {tuple(input.shape)}")
     check_targets(target, tuple(input.shape[:-1]), "input without its last dimension")
-    check_options(class_weight, input.shape[-1], label_smoothing, z_loss, softcap, reduction)
+    rules = check_options(input.shape[-1], reduction, class_weight, ignore_index, label_smoothing, z_loss, softcap)
     checks.check_same_device(input=input, target=target, class_weight=class_weight)
     base = input if input._base is None else input._base
     if inplace and base.requires_grad and base.is_leaf:
         raise ValueError("inplace must be False: input is a leaf that needs a gradient, or a view of one")
     logits, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1)
-    constants = (labels, class_weight, ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0))
     if needs_composite(logits, labels):
-        losses, predictions = definition(logits, *constants), logits.argmax(1)
+        losses, predictions = definition(logits, labels, rules), logits.argmax(1)
     else:
-        losses, _, predictions = call(CROSS_ENTROPY, logits, *constants, return_predictions, inplace)
-    loss = reduce(losses.sum() if reduction != "none" else losses, labels, class_weight, ignore_index, reduction)
+        losses, _, predictions = call(CROSS_ENTROPY, logits, labels, *rules, return_predictions, inplace)
+    loss = reduce(losses.sum() if reduction != "none" else losses, labels, rules, reduction)
     loss = loss.view(target.shape) if reduction == "none" else loss
     return (loss, predictions.view(target.shape)) if return_predictions else loss
 
@@ -105,26 +105,29 @@ def check_targets(target: Tensor, shape: tuple[int, ...], meaning: str) -> None:
 
 
 def check_options(
-    class_weight: Tensor | None,
     classes: int,
+    reduction: str,
+    class_weight: Tensor | None,
+    ignore_index: int,
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
-    reduction: str,
-) -> None:
+) -> LossRules:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    checks.check_number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    checks.check_number("z_loss", z_loss)
     if not 0.0 <= z_loss < math.inf:
-        raise ValueError(f"z_loss must be at least 0, got {z_loss}")
-    if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ValueError(f"softcap must be None or > 0, got {softcap}")
+        raise ValueError(f"z_loss must be at least 0 and finite, got {z_loss}")
+    checks.check_softcap(softcap)
     if class_weight is not None:
         checks.check_tensor("class_weight", class_weight)
         checks.check_shape("class_weight", class_weight, (classes,), "classes")
         if class_weight.requires_grad:
             raise ValueError("class_weight must not need a gradient: it is a constant")
+    return LossRules(class_weight, ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0))
 
 
 def check_target_range(target: Tensor, ignore_index: int, classes: int) -> None:
@@ -139,62 +142,31 @@ def check_target_range(target: Tensor, ignore_index: int, classes: int) -> None:
         raise ValueError(f"target must be in [0, {classes}) or ignore_index = {ignore_index}, got {wrong[0].item()}")
 
 
-def reduce(value: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int, reduction: str) -> Tensor:
+def reduce(value: Tensor, target: Tensor, rules: LossRules, reduction: str) -> Tensor:
     """The losses themselves, their sum, or from that their mean, Σ ℓ / Σ w_y; NaN where no token counts, as in PyTorch."""
     if reduction != "mean":
         return value
-    total = counted(target, class_weight, ignore_index)
+    total = counted(target, rules)
     return torch.where(total != 0, value / torch.where(total != 0, total, 1.0), torch.nan)
 
 
-def counted(target: Tensor, class_weight: Tensor | None, ignore_index: int) -> Tensor:
+def counted(target: Tensor, rules: LossRules) -> Tensor:
     """Σ w_y over the tokens that are not ignored, or their number."""
-    valid = target != ignore_index
-    if class_weight is None:
+    valid, weight = target != rules.ignore_index, rules.class_weight
+    if weight is None:
         return valid.sum(dtype=torch.float32)
-    index = target.clamp(0, class_weight.shape[0] - 1)
-    return torch.where(valid, class_weight.float()[index], 0.0).sum()
+    return torch.where(valid, weight.float()[target.clamp(0, weight.shape[0] - 1)], 0.0).sum()
 
 
-def _forward(
-    input: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    predict: bool,
-    inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_target_range(target, ignore_index, input.shape[1])
+def _forward(input: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rules, predict = LossRules(*rest[:5]), rest[5]
+    check_target_range(target, rules.ignore_index, input.shape[1])
     with device_guard(input.device):
-        return implementation("loss", input.device).forward(
-            *(
-                input.contiguous(),
-                target,
-                contiguous(class_weight),
-                ignore_index,
-                label_smoothing,
-                z_loss,
-                softcap,
-                predict,
-            )
-        )
+        return implementation("loss", input.device).forward(input.contiguous(), target, rules, predict)
 
 
-def _forward_fake(
-    input: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    predict: bool,
-    inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = input.shape[0]
+def _forward_fake(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows, predict = input.shape[0], rest[-2]
     losses, lse = (input.new_empty(rows, dtype=torch.float32) for _ in range(2))
     return losses, lse, input.new_empty(rows if predict else 0, dtype=torch.int64)
 
@@ -210,38 +182,26 @@ CROSS_ENTROPY = define(
 def _gradient(
     needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
-    input, *constants, _, inplace = arguments
+    input, target, *rules, _, inplace = arguments
     if grad_outputs[0] is None or not needs[0]:
-        return [None] * 9
+        return []
     tensors = (grad_outputs[0], input, outputs[1])
     if inplace and not torch.is_grad_enabled() and not observed((input,)) and not in_batch():
-        overwritten = (*tensors, *constants, True)
-        gradient = _backward(*overwritten)
+        gradient = _backward(*tensors, target, *rules, inplace=True)
         torch.autograd.graph.increment_version(input)  # a kernel's writes are invisible to autograd
-        return [gradient.detach()] + [None] * 8
-    return [call(CROSS_ENTROPY_BACKWARD, *tensors, *constants), *[None] * 8]
+        return [gradient.detach()]
+    return [call(CROSS_ENTROPY_BACKWARD, *tensors, target, *rules)]
 
 
 def _backward(
-    grad_losses: Tensor,
-    input: Tensor,
-    lse: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    inplace: bool = False,
+    grad_losses: Tensor, input: Tensor, lse: Tensor, target: Tensor, *rules: Any, inplace: bool = False
 ) -> Tensor:
     with device_guard(input.device):
-        return implementation("loss", input.device).backward(
-            *(grad_losses, input.contiguous(), lse, target, contiguous(class_weight)),
-            *(ignore_index, label_smoothing, z_loss, softcap, inplace),
-        )
+        launcher = implementation("loss", input.device)
+        return launcher.backward(grad_losses, input.contiguous(), lse, target, LossRules(*rules), inplace)
 
 
-def _backward_fake(grad_losses: Tensor, input: Tensor, *constants: Any) -> Tensor:
+def _backward_fake(grad_losses: Tensor, input: Tensor, *rest: Any) -> Tensor:
     return input.new_empty(input.shape)
 
 
@@ -256,21 +216,17 @@ CROSS_ENTROPY_BACKWARD = define(
 def _second_gradient(
     needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
-    grad_losses, input, _, *constants = arguments
+    grad_losses, input, _, target, *rules = arguments
 
     def losses(x: Tensor) -> tuple[Tensor]:
-        return (definition(x, *constants),)
+        return (definition(x, target, LossRules(*rules)),)
 
     of_grads, of_input = replay(losses, [True], [grad_losses], [input], [grad_outputs[0]])
-    return [*of_grads, *of_input, *[None] * 7]
+    return [*of_grads, *of_input]
 
 
 differentiate(CROSS_ENTROPY, _gradient, keep_outputs=(1,))
 differentiate(CROSS_ENTROPY_BACKWARD, _second_gradient)
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[str]:

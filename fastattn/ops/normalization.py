@@ -5,17 +5,18 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from operator import index
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from fastattn.backend import device_guard, eager_on_cpu, implementation
-from fastattn.eager.normalization import modulate, normalise, sums_over_rows
+from fastattn import checks
+from fastattn.backend import device_guard, implementation
+from fastattn.dropout import draw_seed
+from fastattn.eager.normalization import modulate, normalise
 from fastattn.eager.random import drop
-from fastattn.ops import checks
-from fastattn.ops.library import call, define, differentiate, needs_composite, observed
+from fastattn.ops.library import call, define, differentiate, needs_composite, tensors_only
+from fastattn.ops.normalization_cpu import layer_norm_by_torch
 from fastattn.replay import replay
 
 # Devices whose autocast runs torch's layer norm in fp32; on the others it runs in the input's dtype.
@@ -73,38 +74,28 @@ def layer_norm(
         dropout_p: probability in [0, 1) of dropping a number of `input`, before the residual is added. The seed comes from
             torch's generator; the choice depends on (seed, row, column) alone and is the same on every backend; it takes
             16 random bits, so that the share is p to the nearest 2⁻¹⁶.
-        weight_offset: added to the weight: 1 for weights that are stored minus one.
+        weight_offset: added to the weight, without which it cannot be given: 1 for weights that are stored minus one.
 
     Returns:
         y in the input's dtype (fp32 under autocast on devices where torch does so); with `residual`, (y, h).
 
     Raises:
-        TypeError: an argument that is not a dense floating-point tensor of the dtypes above.
-        ValueError: shapes that do not match, tensors on different devices.
+        TypeError: an argument that is not a dense floating-point tensor of the dtypes above, a number that is none.
+        ValueError: shapes that do not match, tensors on different devices, `weight_offset` without `weight`.
 
     Example:
         >>> layer_norm(torch.tensor([[1.0, 3.0]]), 2, eps=0.0)
         tensor([[-1.,  1.]])
     """
-    plain = residual is residual_dtype is scale is shift is None and not (dropout_p or weight_offset)
-    if plain and isinstance(eps, float) and eps >= 0.0:
-        output = _by_torch(input, normalized_shape, weight, bias, eps)
+    plain = residual is residual_dtype is scale is shift is None and isinstance(weight_offset, float)
+    if plain and not (dropout_p or weight_offset) and isinstance(eps, float) and eps >= 0.0:
+        output = layer_norm_by_torch(input, normalized_shape, weight, bias, eps)
         if output is not None:
             return output
     return _norm(
-        input,
-        normalized_shape,
-        weight,
-        bias,
-        eps,
-        True,
-        residual,
-        residual_dtype,
-        scale,
-        shift,
-        dropout_p,
-        weight_offset,
-    )
+        input, normalized_shape, weight, bias, eps, centered=True, residual=residual, residual_dtype=residual_dtype,
+        scale=scale, shift=shift, dropout_p=dropout_p, weight_offset=weight_offset,
+    )  # fmt: skip
 
 
 @overload
@@ -150,99 +141,9 @@ def rms_norm(
     """
     eps = torch.finfo(torch.float32).eps if eps is None else eps
     return _norm(
-        input,
-        normalized_shape,
-        weight,
-        bias,
-        eps,
-        False,
-        residual,
-        residual_dtype,
-        scale,
-        shift,
-        dropout_p,
-        weight_offset,
-    )
-
-
-def _by_torch(
-    input: Tensor, normalized_shape: int | Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor | None:
-    """Plain layer norm on the CPU, which is one call of PyTorch's; None where it is not, or where the arguments are wrong.
-
-    The way through checks and dispatch shows in calls of a few milliseconds, after a kernel that swept the caches.
-    """
-    if torch.compiler.is_compiling() or not isinstance(input, Tensor) or not input.is_cpu:
-        return None
-    dtype = input.dtype
-    if weight is not None and getattr(weight, "dtype", None) is not dtype:
-        return None
-    if bias is not None and getattr(bias, "dtype", None) is not dtype:
-        return None
-    if weight is None and bias is not None:  # PyTorch's gradient cannot be differentiated again
-        return None
-    if not eager_on_cpu():
-        return None
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
-    try:
-        if dtype is torch.float32:
-            return torch.layer_norm(input, shape, weight, bias, eps)
-        if dtype not in checks.FLOAT_DTYPES or observed((input,)):
-            return None
-        if weight is None or not (
-            torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-        ):
-            return torch.layer_norm(input, shape, weight, bias, eps)
-        return None if bias is None else _Rounded.apply(input, shape, weight, bias, eps)
-    except (RuntimeError, TypeError):
-        return None  # the checks of the long way name the argument
-
-
-class _Rounded(torch.autograd.Function):
-    """PyTorch's layer norm of 16-bit rows on the CPU, with the right gradients of weight and bias."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, shape: Sequence[int], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        gain = weight.float()  # fp32 parameters make PyTorch keep fp32 statistics
-        output, mean, rstd = torch.native_layer_norm(input, shape, gain, bias.float(), eps)
-        ctx.save_for_backward(input, weight, bias, mean, rstd)
-        ctx.gain, ctx.eps = gain, eps
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        input, weight, bias, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient is going to be differentiated
-            grad, _, grad_weight, grad_bias, _, _ = call(
-                NORM_BACKWARD,
-                *(
-                    grad_output,
-                    None,
-                    input,
-                    None,
-                    weight,
-                    bias,
-                    None,
-                    None,
-                    mean.view(-1),
-                    rstd.view(-1),
-                    weight.dim(),
-                    ctx.eps,
-                ),
-                *(0.0, 0.0, False, input.dtype, True),
-            )
-            return grad, None, grad_weight, grad_bias, None
-        gain, means, rstds = ctx.gain, mean.view(-1), rstd.view(-1)
-        if input.dim() == 2 and gain.dim() == 1:  # the sums first: the gradient gets the memory that they took
-            a, b = sums_over_rows(grad_output, input, means, rstds)
-        else:
-            rows = len(rstds), gain.numel()
-            sums = sums_over_rows(grad_output.reshape(rows), input.reshape(rows), means, rstds)
-            a, b = (x.view(gain.shape) for x in sums)
-        grad = torch.ops.aten.native_layer_norm_backward.default(
-            grad_output, input, gain.shape, mean, rstd, gain, gain, [True, False, False]
-        )[0]
-        return grad, None, a, b, None  # autograd casts them to the parameters' dtype, without the way through Python
+        input, normalized_shape, weight, bias, eps, centered=False, residual=residual, residual_dtype=residual_dtype,
+        scale=scale, shift=shift, dropout_p=dropout_p, weight_offset=weight_offset,
+    )  # fmt: skip
 
 
 def _norm(
@@ -251,6 +152,7 @@ def _norm(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    *,
     centered: bool,
     residual: Tensor | None,
     residual_dtype: torch.dtype | None,
@@ -260,9 +162,10 @@ def _norm(
     weight_offset: float,
 ) -> Tensor | tuple[Tensor, Tensor]:
     shape = _shape(normalized_shape)
-    _check(input, shape, weight, bias, eps, residual, residual_dtype, scale, shift)
+    _check(input, shape, weight, bias, eps, residual, residual_dtype, scale, shift, weight_offset)
     checks.check_probability("dropout_p", dropout_p)
-    seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=input.device) if dropout_p else None
+    eps, weight_offset = float(eps), float(weight_offset)
+    seed = draw_seed(input.device) if dropout_p else None
     to_fp32 = input.device.type in AUTOCAST_TO_FP32 and torch.is_autocast_enabled(input.device.type)
     output_dtype = torch.float32 if to_fp32 else input.dtype
     hidden_dtype = residual_dtype or (input if residual is None else residual).dtype
@@ -278,14 +181,9 @@ def _norm(
 
 
 def _shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(normalized_shape, (int, torch.SymInt)):
-        return (normalized_shape,)
-    try:
-        return tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (index(normalized_shape),)
-    except TypeError:
-        raise TypeError(
-            f"normalized_shape must be an integer or a sequence of them, got {normalized_shape!r}"
-        ) from None
+    if isinstance(normalized_shape, Sequence):
+        return tuple(normalized_shape)
+    return (checks.check_integer("normalized_shape", normalized_shape),)
 
 
 def _check(
@@ -298,6 +196,7 @@ def _check(
     residual_dtype: torch.dtype | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    weight_offset: float,
 ) -> None:
     named = {"weight": weight, "bias": bias, "residual": residual, "scale": scale, "shift": shift}
     checks.check_tensor("input", input)
@@ -321,8 +220,12 @@ def _check(
             f"residual_dtype must be float32, float16 or bfloat16 and needs residual, got {residual_dtype} "
             f"with residual {'None' if residual is None else 'given'}"
         )
-    if not isinstance(eps, (int, float)) or not eps >= 0.0:
-        raise ValueError(f"eps must be at least 0, got {eps!r}")
+    checks.check_number("eps", eps)
+    if not eps >= 0.0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+    checks.check_number("weight_offset", weight_offset)
+    if weight_offset and weight is None:
+        raise ValueError(f"weight_offset needs weight, got {weight_offset} with weight None")
 
 
 def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
@@ -380,27 +283,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with device_guard(input.device):
         return implementation("normalization", input.device).forward(
-            *(input, residual, seed, weight, bias, scale, shift, *_sizes(input, dims, scale, shift)),
-            *(eps, centered, weight_offset, dropout_p, output_dtype, hidden_dtype),
-        )
+            input, residual, seed, weight, bias, scale, shift, *_sizes(input, dims, scale, shift),
+            eps, centered, weight_offset, dropout_p, output_dtype, hidden_dtype,
+        )  # fmt: skip
 
 
 def _forward_fake(
-    input: Tensor,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    dims: int,
-    eps: float,
-    centered: bool,
-    weight_offset: float,
-    dropout_p: float,
-    output_dtype: torch.dtype,
-    hidden_dtype: torch.dtype,
+    input: Tensor, residual: Tensor | None, seed: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dims, _, centered, *_, output_dtype, hidden_dtype = rest[4:]
     rows = math.prod(input.shape[:-dims])
     return (
         input.new_empty(input.shape, dtype=output_dtype),
@@ -431,13 +322,13 @@ def _gradient(
         grad_output = torch.zeros_like(input, dtype=output_dtype)
     grad, grad_input, *rest = call(
         NORM_BACKWARD,
-        *(grad_output, grad_hidden, hidden, seed, *parameters, mean, rstd, dims, eps, weight_offset, dropout_p),
-        *(residual is not None, input.dtype, any(needs[3:7])),
-    )
+        grad_output, grad_hidden, hidden, seed, *parameters, mean, rstd, dims, eps, weight_offset, dropout_p,
+        residual is not None, input.dtype, any(needs[3:7]),
+    )  # fmt: skip
     separate = seed is not None or input.dtype != hidden.dtype
     grad_residual = None if residual is None else grad.to(residual.dtype)
     grads = [grad_input if separate else grad, grad_residual, None, *rest]
-    return [g if need else None for g, need in zip(grads, needs)] + [None] * 7
+    return [g if need else None for g, need in zip(grads, needs)]
 
 
 def _backward(
@@ -464,9 +355,9 @@ def _backward(
     sums_dtype = (dtypes.pop() if len(dtypes) == 1 else torch.float32) if needs_parameters else None
     with device_guard(hidden.device):
         grad, grad_input, a, b = implementation("normalization", hidden.device).backward(
-            *(grad_output, grad_hidden, hidden, seed, weight, scale, mean, rstd, *_sizes(hidden, dims, scale, shift)),
-            *(weight_offset, dropout_p, has_residual, input_dtype, sums_dtype),
-        )
+            grad_output, grad_hidden, hidden, seed, weight, scale, mean, rstd, *_sizes(hidden, dims, scale, shift),
+            weight_offset, dropout_p, has_residual, input_dtype, sums_dtype,
+        )  # fmt: skip
     grads: list[Tensor | None] = [None] * 4
     if needs_parameters and modulated:  # A and B are (groups, columns)
         factor = 1.0 if scale is None else 1.0 + scale.float()
@@ -476,39 +367,21 @@ def _backward(
     elif needs_parameters:
         grads = [a, b, None, None]
     found = [
-        hidden.new_empty(0) if p is None or g is None else g.view(p.shape).to(p.dtype)
+        None if p is None or g is None else g.view(p.shape).to(p.dtype)
         for p, g in zip((weight, bias, scale, shift), grads)
     ]
-    return grad, grad_input, *found
+    return tensors_only(hidden, grad, grad_input, *found)
 
 
 def _backward_fake(
-    grad_output: Tensor,
-    grad_hidden: Tensor | None,
-    hidden: Tensor,
-    seed: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dims: int,
-    eps: float,
-    weight_offset: float,
-    dropout_p: float,
-    has_residual: bool,
-    input_dtype: torch.dtype,
-    needs_parameters: bool,
+    grad_output: Tensor, grad_hidden: Tensor | None, hidden: Tensor, seed: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
+    parameters, (has_residual, input_dtype, needs_parameters) = rest[:4], rest[-3:]
     separate = seed is not None or input_dtype != hidden.dtype
     return (
         hidden.new_empty(hidden.shape if has_residual or not separate else 0),
         hidden.new_empty(hidden.shape if separate else 0, dtype=input_dtype),
-        *(
-            hidden.new_empty(0) if p is None or not needs_parameters else p.new_empty(p.shape)
-            for p in (weight, bias, scale, shift)
-        ),
+        *(hidden.new_empty(0) if p is None or not needs_parameters else p.new_empty(p.shape) for p in parameters),
     )
 
 
@@ -548,7 +421,7 @@ def _second_gradient(
         definition, taken, (grad_output, grad_hidden), (hidden, *parameters), (of_hidden, *of_parameters)
     )
     of_hidden, *of_parameters = of_tensors
-    return [*of_grads, of_hidden, None, *of_parameters, *[None] * 9]
+    return [*of_grads, of_hidden, None, *of_parameters]
 
 
 differentiate(NORM, _gradient, keep_outputs=(1, 2, 3))
@@ -558,8 +431,7 @@ differentiate(NORM_BACKWARD, _second_gradient)
 def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[str]:
     """What `fastattn.explain` says of a call of this module's functions."""
     given = inspect.signature(function).bind(*args, **options).arguments
-    shape = given["normalized_shape"]
-    columns = shape if isinstance(shape, int) else math.prod(shape)
+    columns = math.prod(_shape(given["normalized_shape"]))
     kind, residual = given["input"].dtype, given.get("residual")
     mixed = residual is not None and (given.get("residual_dtype") or residual.dtype) != kind
     heavy = given.get("dropout_p", 0.0) > 0.0 or given.get("scale") is not None

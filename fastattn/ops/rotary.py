@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn import checks
 from fastattn.backend import device_guard, implementation
 from fastattn.eager.rotary import definition
 from fastattn.layout import new_output
-from fastattn.ops import checks
-from fastattn.ops.library import call, define, differentiate, needs_composite, readable
+from fastattn.ops.library import call, define, differentiate, needs_composite, readable, tensors_only
 
 INTEGERS = (torch.int64, torch.int32)
 
@@ -65,6 +65,8 @@ def rotary(
         >>> q
         tensor([[[[-1.3254,  0.9798,  0.4932,  1.0198]]]])
     """
+    if not isinstance(offset, Tensor):
+        offset = checks.check_integer("offset", offset, least=None)
     _check(query, key, cos, sin, positions, offset)
     if isinstance(offset, Tensor):
         steps = torch.arange(query.shape[2], device=offset.device)
@@ -135,8 +137,6 @@ def _check(
     by_token = cos.dim() == 3
     if by_token and (cos.shape[0] not in (1, batch) or cos.shape[1] != tokens):
         raise ValueError(f"cos must be ({batch} or 1, {tokens}, half), a row for each token, got {tuple(cos.shape)}")
-    if not isinstance(offset, (int, torch.SymInt, Tensor)) and not hasattr(offset, "__index__"):
-        raise TypeError(f"offset must be an int or a torch.Tensor, got {type(offset).__name__}")
     has_offset = isinstance(offset, Tensor) or offset != 0
     if by_token + has_offset + (positions is not None) > 1:
         raise ValueError("only one of positions, offset and tables with a row for each token can be given")
@@ -217,24 +217,14 @@ def _forward(
     offset: int,
     interleaved: bool,
     conjugate: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     query, key = (x if x is None or x.stride(3) == 1 else x.contiguous() for x in (query, key))  # type: ignore[assignment]
-    out, out_key = _launch(query, key, cos, sin, positions, offset, interleaved, conjugate, False)
-    return out, query.new_empty(0) if out_key is None else out_key
+    return tensors_only(query, *_launch(query, key, cos, sin, positions, offset, interleaved, conjugate, False))
 
 
-def _fake(
-    query: Tensor,
-    key: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    offset: int,
-    interleaved: bool,
-    conjugate: bool,
-) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, key: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     query, key = (x if x is None or x.stride(3) == 1 else x.contiguous() for x in (query, key))  # type: ignore[assignment]
-    return new_output(query, query.shape[3]), query.new_empty(0) if key is None else new_output(key, key.shape[3])
+    return tensors_only(query, *(x if x is None else new_output(x, x.shape[3]) for x in (query, key)))
 
 
 ROTARY = define(
@@ -284,7 +274,7 @@ def _gradient(
     *_, cos, sin, positions, offset, interleaved, conjugate = arguments
     wanted = [i for i in (0, 1) if needs[i] and grad_outputs[i] is not None]
     given = [grad_outputs[i] for i in wanted] + [None]
-    grads: list[Tensor | None] = [None] * 8
+    grads: list[Tensor | None] = [None, None]
     if wanted:
         found = call(ROTARY, given[0], given[1], cos, sin, positions, offset, interleaved, not conjugate)
         for i, grad in zip(wanted, found):

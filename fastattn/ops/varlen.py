@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fastattn import backend
+from fastattn.checks import check_integer, check_rank, check_same_device, check_tensor
 from fastattn.eager import varlen as eager
 from fastattn.layout import Packing, new_gradient, new_output
 from fastattn.ops.attention import canonical, check_slopes, check_window, row_contiguous
-from fastattn.ops.checks import as_int, check_rank, check_same_device, check_tensor, is_integer
-from fastattn.ops.library import call, define, differentiate, needs_composite, readable
+from fastattn.ops.library import call, define, differentiate, needs_composite, readable, tensors_only
 
 _RULES = (
     "Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
@@ -39,14 +39,14 @@ def _varlen_fake(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> tupl
     return new_output(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
-def _varlen_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _varlen_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *tensors, need_sinks = rest
     with backend.device_guard(grad_out.device):
         launcher = backend.implementation("varlen", grad_out.device).backward
         dq, dk, dv, dsinks = launcher(
             grad_out, *tensors[:6], *_packed(tensors[6:]), need_sinks, backend.input_precision(grad_out.dtype)
         )
-    return dq, dk, dv, grad_out.new_empty(0) if dsinks is None else dsinks
+    return tensors_only(grad_out, dq, dk, dv, dsinks)
 
 
 def _varlen_backward_fake(
@@ -79,7 +79,7 @@ def _gradient(
         varlen_backward_op, grad_out, grad_lse, *arguments[:3], out, lse, *arguments[3:], needs[4]
     )  # fmt: skip
     qkv = [g if need else None for g, need in zip(grads, needs)]
-    return *qkv, None, dsinks if needs[4] else None, *[None] * (len(arguments) - 5)
+    return *qkv, None, dsinks if needs[4] else None
 
 
 def _double_gradient(
@@ -97,7 +97,7 @@ def _double_gradient(
         value,
         *_packed(rules),
     )
-    return d_out, d_lse, dq, dk, dv, None, None, None, dsinks, *[None] * (len(arguments) - 9)
+    return d_out, d_lse, dq, dk, dv, None, None, None, dsinks
 
 
 differentiate(varlen_op, _gradient, keep_outputs=(0, 1))
@@ -182,17 +182,16 @@ def varlen_attention(
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         lengths = f"{cu_seqlens_q.numel()} and {cu_seqlens_k.numel()}"
         raise ValueError(f"cu_seqlens_q and cu_seqlens_k must have the same length, got {lengths}")
+    max_seqlen_q = check_integer("max_seqlen_q", max_seqlen_q)
+    max_seqlen_k = check_integer("max_seqlen_k", max_seqlen_k)
     for name, longest, cu in (
         ("max_seqlen_q", max_seqlen_q, cu_seqlens_q),
         ("max_seqlen_k", max_seqlen_k, cu_seqlens_k),
     ):
-        if not is_integer(longest) or longest < 0:
-            raise ValueError(f"{name} must be an integer >= 0, got {longest!r}")
         if readable(cu) and cu.numel() > 1 and cu.diff().max() > longest:
             raise ValueError(f"{name} is {longest}, but a sequence has {cu.diff().max().item()} rows")
     check_same_device(query=query, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()  # (kernels know no stride)
-    max_seqlen_q, max_seqlen_k = as_int(max_seqlen_q), as_int(max_seqlen_k)
     left, right = check_window(window, causal)
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
     q, k, v, _, _, _, sinks, seed, scale, left, right, cap, p = canonical(

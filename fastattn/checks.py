@@ -1,9 +1,10 @@
-"""Argument checks shared by the ops: each names the argument, what came, and what is allowed."""
+"""Argument checks shared by ops, modules and models: each names the argument, what came, and what is allowed."""
 
 from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,17 @@ def as_int(value: int) -> int:
     return value if type(value) in (int, torch.SymInt) else int(value)
 
 
+def check_integer(name: str, value: Any, least: int | None = 0) -> int:
+    """`value` as int; TypeError unless it is an integer of any kind, ValueError below `least`."""
+    if type(value) is not int:
+        if not is_integer(value):
+            raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+        value = as_int(value)
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
+
+
 def check_probability(name: str, value: float) -> None:
     if type(value) is not float and not isinstance(value, bool):
         check_number(name, value)
@@ -90,11 +102,14 @@ def check_scale(scale: float | None) -> None:
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast floating tensors to autocast's dtype where autocast is on for their device; leave fp64 alone."""
-    if not torch._C._is_any_autocast_enabled():
+    """Cast floating tensors to autocast's dtype where autocast is on for the first's device; leave fp64 alone.
+
+    What is no tensor is left to the checks that follow, which name the argument.
+    """
+    first = tensors[0]
+    if not (torch._C._is_any_autocast_enabled() and isinstance(first, Tensor)):
         return tensors
-    device_type = next(t for t in tensors if t is not None).device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not torch.is_autocast_enabled(first.device.type):
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t.to(dtype) if t is not None and t.dtype in FLOAT_DTYPES else t for t in tensors)
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in FLOAT_DTYPES else t for t in tensors)
