@@ -31,14 +31,14 @@ def norms(draw: st.DrawFn) -> Op:
         if draw(flags):
             kept = draw(st.integers(0, len(shape) - dims))
             others[name] = (*shape[:kept], *(1,) * (len(shape) - dims - kept), *normalized)
-    rms = draw(flags)
+    rms, weight = draw(flags), draw(flags)
     return norm(
         shape,
         dims,
-        weight=draw(flags),
+        weight=weight,
         bias=draw(flags) and not rms,
         rms=rms,
-        offset=draw(st.sampled_from([0.0, 1.0])),
+        offset=draw(st.sampled_from([0.0, 1.0])) if weight else 0.0,
         dropout_p=draw(st.sampled_from([0.0, 0.3])),
         dtypes={"residual": torch.float32} if "residual" in others and draw(flags) else {},
         **others,
