@@ -50,14 +50,14 @@ KERNELS = {
         Kernel(
             "attention_forward",
             "fastattn.kernels.attention.attention_forward_config",
-            "_attention_forward",
+            "attention_forward",
             rows=(64, 128, 256),
             columns=(32, 64, 128),
         ),
         Kernel(
             "attention_backward_query",
             "fastattn.kernels.attention_backward.attention_backward_query_config",
-            "_attention_backward_query",
+            "attention_backward_query",
             rows=(32, 64, 128),
             columns=(32, 64, 128),
             chunks=(128,),
@@ -65,7 +65,7 @@ KERNELS = {
         Kernel(
             "attention_backward_key",
             "fastattn.kernels.attention_backward.attention_backward_key_config",
-            "_attention_backward_key",
+            "attention_backward_key",
             rows=(16, 32, 64, 128),
             columns=(32, 64, 128),
             chunks=(128,),

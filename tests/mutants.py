@@ -68,9 +68,9 @@ MUTANTS = (
         ATTENTION,
     ),
     Mutant(
-        "a sink is not in the unit of plain scores",
+        "a sink is not in the unit of the running maximum",
         FORWARD,
-        ".to(tl.float32) * (LOG2E / factor)",
+        ".to(tl.float32) / unit",
         ".to(tl.float32)",
         ATTENTION,
     ),
@@ -503,7 +503,7 @@ MUTANTS = (
     ),
     Mutant(
         "dBias takes mixed blocks for full ones",
-        "kernels/attention_bias.py",
+        "kernels/attention_backward_bias.py",
         "mask=(kind >= 0) & rows",
         "mask=(kind >= 9) & rows",
         BLOCK_MASK,

@@ -206,7 +206,7 @@ def test_predicted_time_of_a_launch_by_hand():
     # a causal pass over (1, 132, 1000, 64) on sm_90: 132 SMs · 2048 · 2 FLOP/clock at half of the peak, 1.755 GHz
     shape = {"shape": [1, 132, 1000, 64]}
     row = {
-        "resources": {"kernel": "_attention_forward", "target": "sm_90", "grid": (198, 1, 1)},
+        "resources": {"kernel": "attention_forward", "target": "sm_90", "grid": (198, 1, 1)},
         "occupancy": {"blocks": 1},
         "loops": [{"alternating": 0.5}],
         "arguments": {"q_ptr": shape, "v_ptr": shape, "left": None, "right": 0},
@@ -222,8 +222,8 @@ def test_predicted_time_of_a_launch_by_hand():
 def test_a_training_step_is_recorded_in_launch_order(compile_worker, tmp_path):
     rows = compile_worker.reports("bench.codegen.cases:training_step", "sm_90", batch=1)
     kernels = [row["resources"]["kernel"] for row in rows]
-    assert kernels[:3] == ["norm_forward_kernel", "_attention_forward", "norm_forward_kernel"]
-    assert kernels.count("_attention_backward_key") == 2
+    assert kernels[:3] == ["norm_forward_kernel", "attention_forward", "norm_forward_kernel"]
+    assert kernels.count("attention_backward_key") == 2
     steps = [timeline.predict(row) for row in rows]
     assert all(step["predicted"] > 0 for step in steps)
     assert timeline.plot(steps, tmp_path / "timeline.png").stat().st_size > 0

@@ -51,8 +51,8 @@ def test_a_warm_cache_has_every_kernel_of_a_later_run(saved, tmp_path):
     assert said[-1].endswith(", 0 were there")
     later = json.loads(python(tmp_path, "-c", LATER, saved, "sm_90"))
     kernels = {
-        "_attention_forward",
-        "_attention_backward_key",
+        "attention_forward",
+        "attention_backward_key",
         "_decode",
         "_merge",
         "rotary_kernel",

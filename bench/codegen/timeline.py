@@ -53,9 +53,9 @@ def _product(gate: str | None) -> Callable[[Arguments], int]:
 
 # q kᵀ, p v; q kᵀ, do vᵀ, ds k; k qᵀ, p do, v doᵀ, ds q
 FLOPS: dict[str, Callable[[Arguments], int]] = {
-    "_attention_forward": _attention(1, 1),
-    "_attention_backward_query": _attention(2, 1),
-    "_attention_backward_key": _attention(2, 2),
+    "attention_forward": _attention(1, 1),
+    "attention_backward_query": _attention(2, 1),
+    "attention_backward_key": _attention(2, 2),
     "linear_kernel": _product("GATE_WEIGHT"),
     "hidden_backward_kernel": _product(None),
     "input_backward_kernel": _product("GATE_WEIGHT"),

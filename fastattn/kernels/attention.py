@@ -93,13 +93,15 @@ def add_keys(
         # [BLOCK_M, BLOCK_N]
         attend = load_tile(mask_ptrs, row_limit, in_bounds[None, :] if EDGE else None)
         s = tl.where(attend != 0, s, float("-inf"))
-    factor = scale if PLAIN else LOG2E
-    m_new = tl.maximum(m, tl.max(s, 1))
-    if bias_ptr is None:
-        p = tl.exp2(tl.fma(s, factor, -tl.maximum(m_new * factor, LOWEST)[:, None]))
-    else:  # a bias may be float32's lowest number, and m·log2(e) then -inf
-        p = tl.exp2((s - m_new[:, None]) * factor)
-    rescale = tl.exp2((m - m_new) * factor)
+    if bias_ptr is None:  # m is in base 2, and the factor into it part of one fused multiply-add per element
+        factor = scale if PLAIN else LOG2E
+        m_new = tl.maximum(m, tl.max(s, 1) * factor)
+        p = tl.exp2(tl.fma(s, factor, -m_new[:, None]))
+        rescale = tl.exp2(m - m_new)
+    else:  # m is in base e: a bias may be float32's lowest number, which in base 2 is -inf
+        m_new = tl.maximum(m, tl.max(s, 1))
+        p = tl.exp2((s - m_new[:, None]) * LOG2E)
+        rescale = tl.exp2((m - m_new) * LOG2E)
     l = l * rescale + tl.sum(p, 1)
     if seed is not None:
         p = tl.where(keep_tile(seed, batch, head, first_m, start, threshold, acc.shape[0], BLOCK_N), p, 0.0)
@@ -110,12 +112,13 @@ def add_keys(
 
 
 @triton.jit
-def finish(acc, l, m, factor, keep_scale):
-    """(out, natural log-sum-exp) of the running sums; factor · m is in base 2. A row that sees nothing has l = 0: out 0, log-sum-exp -inf."""
+def finish(acc, l, m, unit, keep_scale):
+    """(out, natural log-sum-exp) of the running sums. A row that sees nothing has l = 0: out 0, log-sum-exp -inf.
+
+    unit: a 1 of m in base e.
+    """
     l_safe = tl.where(l > 0, l, 1.0)
-    return acc * (keep_scale / l_safe)[:, None], tl.where(
-        l > 0, m * (factor * LN2) + tl.log2(l_safe) * LN2, float("-inf")
-    )
+    return acc * (keep_scale / l_safe)[:, None], tl.where(l > 0, m * unit + tl.log2(l_safe) * LN2, float("-inf"))
 
 
 @triton.jit
@@ -152,7 +155,7 @@ def _walk_keys(
 @triton.jit(
     do_not_specialize=["together", "num_heads", "group", "num_queries", "num_keys", "left", "right", "threshold"]
 )
-def _attention_forward(
+def attention_forward(
     q_ptr, q_strides,  # (B, Hq, Nq, D)
     k_ptr, k_strides,  # (B, Hkv, Nk, D)
     v_ptr, v_strides,  # (B, Hkv, Nk, DV)
@@ -209,14 +212,14 @@ def _attention_forward(
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 
-    factor = scale if PLAIN else LOG2E
+    unit = LN2 if bias_ptr is None else 1.0  # a 1 of m in base e
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if sinks_ptr is not None:  # a sink is a first key with value 0
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * (LOG2E / factor)
+        sink = tl.load(sinks_ptr + head).to(tl.float32) / unit
         m = tl.maximum(m, sink)
-        l = tl.exp2((sink - m) * factor)
+        l = tl.exp2((sink - m) * (unit * LOG2E))
 
     columns_qk = None if D == BLOCK_D else (offs_d < D)[:, None]
     columns_v = None if DV == BLOCK_DV else (offs_dv < DV)[None, :]
@@ -243,7 +246,7 @@ def _attention_forward(
         threshold, columns_qk, columns_v, BLOCK_D, BLOCK_DV, EDGE_N, PLAIN, True, PRECISION, HOIST,
     )  # fmt: skip
 
-    out, lse = finish(acc, l, m, factor, keep_scale)
+    out, lse = finish(acc, l, m, unit, keep_scale)
     out_ptrs = out_ptr + local * out_strides[2] + offs_dv[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=rows & (offs_dv < DV)[None, :])
     tl.store(lse_ptr + tl.arange(0, BLOCK_M), lse, mask=offs_m < num_queries)
@@ -284,7 +287,7 @@ def forward(
         together, heads, heads // key.shape[1], num_queries, num_keys, window_left, window_right,
     )  # fmt: skip
     launch(
-        _attention_forward, (batch * heads * triton.cdiv(num_queries, config.block_m),), *arguments,
+        attention_forward, (batch * heads * triton.cdiv(num_queries, config.block_m),), *arguments,
         D=head_dim, DV=value_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         PLAIN=plain, PRECISION=precision, HOIST=config.hoist, num_warps=config.num_warps, num_stages=config.num_stages, max_registers=config.max_registers,
     )  # fmt: skip

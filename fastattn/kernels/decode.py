@@ -19,7 +19,7 @@ import triton.language as tl
 from fastattn.kernels.attention import add_keys, finish
 from fastattn.kernels.config import MERGE_SPLITS, decode_config, decode_splits
 from fastattn.kernels.launch import current_target, launch
-from fastattn.kernels.masks import LOG2E, LOWEST, load_slope, load_tile, visible_range
+from fastattn.kernels.masks import LN2, LOG2E, LOWEST, load_slope, load_tile, visible_range
 from fastattn.kernels.tiles import head_block, score_class, strides
 from fastattn.layout import new_output
 
@@ -97,15 +97,13 @@ def _decode(
             :, None
         ]
 
-    factor = scale if PLAIN else LOG2E
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if sinks_ptr is not None:  # a sink is a first key with value 0, and the first split has it
-        sink = tl.load(sinks_ptr + heads, mask=in_rows & (split == 0), other=float("-inf")).to(tl.float32)
-        sink *= LOG2E / factor
+        sink = tl.load(sinks_ptr + heads, mask=in_rows & (split == 0), other=float("-inf")).to(tl.float32) * LOG2E
         m = tl.maximum(m, sink)
-        l = tl.exp2((sink - m) * factor)
+        l = tl.exp2(sink - m)
 
     # the blocks that the rows see, divided evenly among the splits
     low, _full_low, _full_high, high = visible_range(
@@ -125,7 +123,7 @@ def _decode(
             slope, None, start, in_bounds, batch, 0, 0, offs_m, rows, num_keys, shift, left, right, scale, softcap, 0,
             columns_qk, columns_v, BLOCK_N, PLAIN, True, PRECISION,
         )  # fmt: skip
-    out, lse = finish(acc, l, m, factor, 1.0)
+    out, lse = finish(acc, l, m, LN2, 1.0)
     out_rows = out_ptr + b * out_strides[0] + heads * out_strides[1] + offs_m.to(tl.int64) * out_strides[2]
     out_ptrs = out_rows[:, None] + split.to(tl.int64) * out_split + offs_dv[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=rows & (offs_dv < DV)[None, :])
@@ -162,7 +160,7 @@ def _merge(
         l = l * rescale + tl.sum(weight, 0)
         acc = acc * rescale[:, None] + tl.sum(part * weight[:, None], 0)[None, :]
         m = m_new
-    out, lse = finish(acc, l, m, 1.0, 1.0)
+    out, lse = finish(acc, l, m, LN2, 1.0)
     batch_head = row // num_queries
     out_ptr += batch_head // heads * out_strides[0] + batch_head % heads * out_strides[1]
     out_ptr += row % num_queries * out_strides[2]

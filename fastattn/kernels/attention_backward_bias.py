@@ -22,8 +22,16 @@ from fastattn.kernels.recompute import load_pair, probability, row_statistics, s
     "bias_heads", "batches", "heads", "row_blocks", "column_blocks",
 ])  # fmt: skip
 def attention_backward_bias(
-    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, mask_ptr, mask_strides, mask_blocks, bias_ptr, bias_strides,
-    slopes_ptr, slopes_strides, seed_ptr, do_ptr, do_strides, statistics_ptr,  # as above
+    q_ptr, q_strides,  # (B, Hq, Nq, D)
+    k_ptr, k_strides,  # (B, Hkv, Nk, D)
+    v_ptr, v_strides,  # (B, Hkv, Nk, DV)
+    mask_ptr, mask_strides,  # bool (B, Hq, Nq, Nk), stride 0 where broadcast, or None
+    mask_blocks,  # a block mask instead, see `block_kinds`; or None
+    bias_ptr, bias_strides,  # (B, Hq, Nq, Nk), stride 0 where broadcast
+    slopes_ptr, slopes_strides,  # fp32 (B, Hq), or None
+    seed_ptr,  # int64 (1,), or None
+    do_ptr, do_strides,  # (B, Hq, Nq, DV)
+    statistics_ptr,  # fp32 (B, Hq, 2, Nq padded): minus the LSE, and minus delta
     dbias_ptr, dbias_strides,  # the shape of the bias; stride 0 where it broadcasts
     score_scale, scale, softcap, threshold, keep_scale, num_heads, group, num_queries, num_keys, left, right,
     bias_heads, batches, heads, row_blocks, column_blocks,  # heads of the bias; what one program sums over
@@ -67,13 +75,17 @@ def attention_backward_bias(
             keys_ok = (offs_n < num_keys)[:, None]
             m64 = offs_m.to(tl.int64)[:, None]
             n64 = offs_n.to(tl.int64)[:, None]
+            # [BLOCK_M, D]
             q = load_tile(q_ptr + b * q_strides[0] + h * q_strides[1] + m64 * q_strides[2] + offs_d, rows, columns_qk)
+            # [BLOCK_M, DV]
             do = load_tile(
                 do_ptr + b * do_strides[0] + h * do_strides[1] + m64 * do_strides[2] + offs_dv, rows, columns_v
             )
+            # [BLOCK_N, D]
             k = load_tile(
                 k_ptr + b * k_strides[0] + kv_h * k_strides[1] + n64 * k_strides[2] + offs_d, keys_ok, columns_qk
             )
+            # [BLOCK_N, DV]
             v = load_tile(
                 v_ptr + b * v_strides[0] + kv_h * v_strides[1] + n64 * v_strides[2] + offs_dv, keys_ok, columns_v
             )
