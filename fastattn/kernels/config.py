@@ -179,7 +179,7 @@ _BACKWARD_KEY_LOADED: dict[str, _Table] = {
     "small": {64: (32, 64, 4, 1), 256: _BACKWARD_KEY_HEAVY[256]},
 }
 
-# ALiBi is two additions a score: the tiles of plain scores, but for these, where they spill 8 to 184 bytes.
+# ALiBi is three instructions a score: the tiles of plain scores, but for these, where they spill 8 to 184 bytes.
 _FORWARD_ALIBI: dict[str, _Table] = {"sm_90": {128: (128, 64, 8, 2)}, "sm_100": {64: (128, 64, 4, 1)}}
 _FORWARD_ALIBI_PACKED: dict[str, _Table] = {
     "sm_90": {256: (128, 32, 8, 2, False)},
