@@ -145,7 +145,7 @@ _FORWARD_PACKED: dict[str, _Table] = {"sm_90": {128: (128, 64, 8, 2)}, "sm_100":
 
 # A softcap takes registers, but no addresses, and a mask or a bias alone not many: but for the small tiles of AMD, they take
 # those of plain scores, which make 1.1 to 6 times the predicted share of the small ones. But for these, where those spill 8 to 592
-# bytes, with both of the first two, with one key head or packed, or need more memory than there is.
+# bytes, with ALiBi and a softcap, with one key head or packed, or need more memory than there is.
 _FORWARD_CAPPED: dict[str, _Table] = {
     "sm_80": {64: (128, 64, 4, 3, True, MAX_HEAD, 255), 128: (128, 64, 8, 1, False)},
     "small": {128: (128, 32, 8, 1)},

@@ -93,9 +93,8 @@ def _decode(
         table_ptr += b * table_stride
     slope = None
     if slopes_ptr is not None:
-        slope = load_slope(slopes_ptr + b * slopes_strides[0] + heads * slopes_strides[1], in_rows, scale, PLAIN)[
-            :, None
-        ]
+        slopes_ptr += b * slopes_strides[0] + heads * slopes_strides[1]
+        slope = load_slope(slopes_ptr, in_rows, scale, PLAIN)[:, None]
 
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)

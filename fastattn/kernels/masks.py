@@ -18,9 +18,8 @@ from fastattn.kernels.activations import tanh
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(
-    -3.4028234663852886e38
-)  # start of a running maximum: finite, so that exp2(-inf - LOWEST) is 0 and never NaN
+# Start of a running maximum, and fp32's lowest number: finite, so that exp2(-inf - LOWEST) is 0 and never NaN
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit

@@ -97,12 +97,7 @@ def norm_forward_kernel(
 
 @triton.jit(do_not_specialize=["rows_per_group", "tiles", "threshold"])
 def norm_forward_wide_kernel(
-    X, RESIDUAL,  # (rows, columns), unit stride along a row; RESIDUAL may be None
-    SEED,  # int64 (1,), or None: no dropout
-    WEIGHT, BIAS,  # (columns,), or None
-    SCALE, SHIFT,  # (groups, columns), or None
-    Y, HIDDEN,  # (rows, columns), contiguous; HIDDEN is None where it is X
-    MEAN, RSTD,  # fp32 (rows,); MEAN is None for RMS norm
+    X, RESIDUAL, SEED, WEIGHT, BIAS, SCALE, SHIFT, Y, HIDDEN, MEAN, RSTD,  # as in `norm_forward_kernel`
     stride_x, stride_residual, stride_scale,
     rows_per_group, columns, tiles, eps, weight_offset, threshold, keep_scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,

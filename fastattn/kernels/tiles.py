@@ -69,7 +69,7 @@ def score_class(
 ) -> tuple[bool, Scores]:  # fmt: skip
     """(plain, scores): whether a score is just q·k times a positive scale, perhaps with ALiBi, and the class of scores that chooses the
     tiles."""
-    capped = softcap != 0.0 or scale <= 1e-20  # plain scores divide by the scale: log-sum-exps, slopes and sinks
+    capped = softcap != 0.0 or scale <= 1e-20  # plain scores divide by the scale: log-sum-exps and slopes
     computed = capped or alibi_slopes is not None
     listed = mask is not None and is_listed(mask)
     read = ([] if listed or not isinstance(mask, Tensor) else [mask]) + ([] if bias is None else [bias])

@@ -375,7 +375,9 @@ class GPT(Pretrained):
             batch = len(tokens) if max_new_tokens >= MANY_TOKENS else 0
             own = type(self).hidden is GPT.hidden and "hidden" not in vars(self)
             read_token = TokenReader(self, batch) if max_new_tokens > 1 and own and can_read_tokens(self) else None
-            plain = self._has_plain_output()
+            output_weight = None
+            if self._has_plain_output():
+                output_weight = self.output_weight if read_token is None else read_token.output_weight
             window, unread, cache = tokens[:, -context:], tokens[:, -context:], KVCache(context)
             for _ in range(max_new_tokens):
                 with torch.inference_mode():
@@ -386,10 +388,7 @@ class GPT(Pretrained):
                         last = read_token(unread[:, 0], cache)
                     else:
                         last = self.hidden(unread, cache)[:, -1]
-                    if read_token is not None:
-                        logits = product(last, read_token.output_weight, None)
-                    else:
-                        logits = product(last, self.output_weight, None) if plain else self.output(last)
+                    logits = self.output(last) if output_weight is None else product(last, output_weight, None)
                     if repetition_penalty != 1.0:
                         logits = penalise_repetition(logits, window, repetition_penalty)
                     token = sample(logits, temperature, top_k, top_p, generator)

@@ -29,7 +29,7 @@ from fastattn.dropout import draw_seed
 from fastattn.eager import attention as eager
 from fastattn.layout import new_gradient, new_output
 from fastattn.ops.leading_dims import four_dims
-from fastattn.ops.library import call, define, differentiate, listening, needs_composite
+from fastattn.ops.library import call, define, differentiate, listening, needs_composite, tensors_only
 
 MAX_HEAD_DIM = 256
 FARTHEST = 1 << 30  # of a window's side: kernels add positions to it in 32 bits, and no sequence is longer
@@ -62,20 +62,12 @@ def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> t
     return out, query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
-def _attention_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _attention_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *tensors, mask, blocks = rest[:8]  # grad_lse, query, key, value, out, lse, mask, blocks
     with backend.device_guard(grad_out.device):
         launcher = backend.implementation("attention", grad_out.device).backward
         precision = backend.input_precision(grad_out.dtype)
-        dq, dk, dv, dbias, dsinks = launcher(grad_out, *tensors, _joined(mask, blocks), *rest[8:], precision)
-    # an op cannot return None
-    return (
-        dq,
-        dk,
-        dv,
-        grad_out.new_empty(0) if dbias is None else dbias,
-        grad_out.new_empty(0) if dsinks is None else dsinks,
-    )
+        return tensors_only(grad_out, *launcher(grad_out, *tensors, _joined(mask, blocks), *rest[8:], precision))
 
 
 def _attention_backward_fake(
@@ -119,7 +111,7 @@ def _gradient(
     )  # fmt: skip
     return (
         dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None, None, None,
-        dbias if need_bias else None, None, dsinks if need_sinks else None, *[None] * len(rest),
+        dbias if need_bias else None, None, dsinks if need_sinks else None,
     )  # fmt: skip
 
 
@@ -133,7 +125,7 @@ def _double_gradient(
         [g if t else None for g, t in zip(grad_grads, taken)], taken, grad_out, grad_lse, query, key, value,
         _joined(mask, blocks), bias, slopes, sinks, *rules,
     )  # fmt: skip
-    return d_out, d_lse, dq, dk, dv, None, None, None, None, dbias, None, dsinks, *[None] * len(rest)
+    return d_out, d_lse, dq, dk, dv, None, None, None, None, dbias, None, dsinks
 
 
 differentiate(attention_op, _gradient, keep_outputs=(0, 1))
