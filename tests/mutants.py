@@ -129,7 +129,7 @@ MUTANTS = (
     ),
     Mutant(
         "a dense mask's rows begin one block late",
-        "eager/attention.py",
+        "eager/row_block.py",
         "self.hulls[rows.start // BLOCK :",
         "self.hulls[rows.start // BLOCK + 1 :",
         MASK_BLOCKS,
@@ -250,14 +250,14 @@ MUTANTS = (
     ),
     Mutant(
         "eager: far keys under ALiBi are dropped whatever their scores",
-        "eager/attention.py",
+        "eager/attention_fused.py",
         "-2.0 * abs(block.scale) * float(q * k) - 40.0",
         "-40.0",
         ("tests/test_attention.py", "-k", "far_keys"),
     ),
     Mutant(
         "eager: window is one too wide",
-        "eager/attention.py",
+        "eager/row_block.py",
         "before = j < i - self.window_left",
         "before = j < i - self.window_left - 1",
         EAGER_ATTENTION,
@@ -321,14 +321,14 @@ MUTANTS = (
     ),
     Mutant(
         "a row of bf16 on its own forgets the mask",
-        "eager/attention.py",
+        "eager/attention_fused.py",
         "attn_mask=twice",
         "attn_mask=None",
         CPU_PRODUCTS,
     ),
     Mutant(
         "the backward in fp32 for bf16 forgets the mask",
-        "eager/attention.py",
+        "eager/attention_fused.py",
         "mask = None if additive is None else additive.float()",
         "mask = None",
         CPU_PRODUCTS,
@@ -336,8 +336,8 @@ MUTANTS = (
     Mutant(
         "fp16 in fp32 forgets the bias",
         "eager/attention.py",
-        "query.float(), key.float(), value.float(), mask, bias, alibi_slopes, sinks, seed, scale, window_left,",
-        "query.float(), key.float(), value.float(), mask, None, alibi_slopes, sinks, seed, scale, window_left,",
+        "forward(query.float(), key.float(), value.float(), rules, precision",
+        "forward(query.float(), key.float(), value.float(), rules._replace(bias=None), precision",
         CPU_PRODUCTS,
     ),
     Mutant(

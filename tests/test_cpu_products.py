@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
-from fastattn.eager import attention, attention_products, products
+from fastattn.eager import attention_fused, attention_products, products
 from fastattn.nn import plain
 from tests import reference
 from tests.compare import assert_close
@@ -19,7 +19,7 @@ CPUS = {"amd": (False, True), "tiles": (True, False), "neither": (False, False)}
 def cpu(request, monkeypatch):
     """What the ways are chosen by; `onednn_takes` of 16 bits stays, since it says what this CPU can do."""
     tiles, onednn = CPUS[request.param]
-    for module in (products, attention, attention_products):
+    for module in (products, attention_fused, attention_products):
         monkeypatch.setattr(module, "has_tiles", lambda: tiles)
     for module in (products, plain):
         monkeypatch.setattr(module, "fp32_by_onednn", lambda: onednn and ONEDNN)

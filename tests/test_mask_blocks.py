@@ -78,8 +78,8 @@ def test_small_and_uniform_masks_are_read_as_they_are():
 def smaller(monkeypatch):
     """The interpreter takes its time."""
     monkeypatch.setattr(mask_blocks, "_LEAST", 128)
-    monkeypatch.setattr("fastattn.eager.attention._MANY_ROWS", 128)
-    monkeypatch.setattr("fastattn.eager.attention._FEW_ROWS", 64)
+    monkeypatch.setattr("fastattn.eager.attention_fused._MANY_ROWS", 128)
+    monkeypatch.setattr("fastattn.eager.attention_fused._FEW_ROWS", 64)
 
 
 def case(backend: str, dtype: torch.dtype, mask: torch.Tensor, **options):

@@ -10,6 +10,7 @@ from fastattn.kernels.config import (
 )
 from fastattn.kernels.launch import Target
 from fastattn.kernels.tiles import score_class
+from fastattn.score_rules import ScoreRules
 
 ROWS, KEYS = 32, 48
 MASK, BIAS, SLOPES = torch.ones(1, 1, ROWS, KEYS, dtype=torch.bool), torch.zeros(1, 2, ROWS, KEYS), torch.ones(2)
@@ -21,7 +22,7 @@ SHIFTED = torch.zeros(1, 2, ROWS, KEYS + 16)[..., 1 : KEYS + 1]
 
 
 def scores_of(mask=None, bias=None, alibi=None, seed=None, scale=0.1, softcap=0.0, left=None):
-    return score_class(mask, bias, alibi, seed, scale, softcap, left)[1]
+    return score_class(ScoreRules(mask, bias, alibi, None, seed, scale, left, None, softcap, 0.0))[1]
 
 
 @pytest.mark.parametrize(

@@ -98,11 +98,11 @@ def test_the_attention_really_runs(monkeypatch):
     model = build("llama", "fastattn")
     calls = []
     monkeypatch.setattr(
-        "fastattn.integrations.transformers.attend", lambda a: calls.append(a) or (torch.zeros(2, 4, 7, 6), None)
+        "fastattn.integrations.transformers.attend", lambda *a: calls.append(a) or (torch.zeros(2, 4, 7, 6), None)
     )
     model(**inputs("llama"))
     assert len(calls) == 2
-    assert all(c[3].dtype == torch.bool for c in calls)  # the padding's mask arrives as one
+    assert all(c[3].mask.dtype == torch.bool for c in calls)  # the padding's mask arrives as one
 
 
 def test_dropout_acts_in_training_only():

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastattn.eager import attention
 from fastattn.layout import new_output
+from fastattn.score_rules import ScoreRules
 
 
 def append(
@@ -40,37 +41,30 @@ def _of_sequence(cache: Tensor, block_table: Tensor | None, index: int, keys: in
 
 def forward(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor | None, more: int, block_table: Tensor | None,
-    alibi_slopes: Tensor | None, sinks: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
-    softcap: float, precision: str,
+    rules: ScoreRules, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse). A sequence has lengths + more keys (`more` where lengths is None)."""
     batch = query.shape[0]
-    if query.shape[2] == 1 and window_right is not None:
-        window_right = None  # one query stands at the last key
-    if query.shape[2] == 1 and window_left is window_right is alibi_slopes is sinks is None:
+    if query.shape[2] == 1 and rules.window_right is not None:
+        rules = rules._replace(window_right=None)  # one query stands at the last key
+    slopes = rules.alibi_slopes
+    if query.shape[2] == 1 and rules.window_left is rules.window_right is slopes is rules.sinks is None:
         # one query of each head, all at the same place: the heads that share a key head are rows, and read it once
         kv_heads = key_cache.shape[1]
         rows = query.reshape(batch, kv_heads, query.shape[1] // kv_heads, query.shape[3])
         if rows.shape[2] > 1:
-            out, lse = forward(
-                rows, key_cache, value_cache, lengths, more, block_table, None, None, scale, None, None, softcap, precision
-            )  # fmt: skip
+            out, lse = forward(rows, key_cache, value_cache, lengths, more, block_table, rules, precision)
             return out.reshape(*query.shape[:3], out.shape[3]), lse.reshape(query.shape[:3])
-    rules = (scale, window_left, window_right, softcap, 0.0, precision)
     counts = [more] if lengths is None else sorted({more + n for n in lengths.tolist()})
     if len(counts) == 1 and block_table is None:
         keys = counts[0]
-        return attention.forward(
-            query, key_cache[:batch, :, :keys], value_cache[:batch, :, :keys], None, None, alibi_slopes, sinks, None, *rules
-        )  # fmt: skip
+        return attention.forward(query, key_cache[:batch, :, :keys], value_cache[:batch, :, :keys], rules, precision)
     out = new_output(query, value_cache.shape[3])
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     for i, keys in enumerate([more] * batch if lengths is None else (lengths + more).tolist()):
         k, v = (_of_sequence(cache, block_table, i, keys) for cache in (key_cache, value_cache))
-        slopes = None if alibi_slopes is None else alibi_slopes[i : i + 1]
-        out[i : i + 1], lse[i : i + 1] = attention.forward(
-            query[i : i + 1], k, v, None, None, slopes, sinks, None, *rules
-        )
+        own = rules if slopes is None else rules._replace(alibi_slopes=slopes[i : i + 1])
+        out[i : i + 1], lse[i : i + 1] = attention.forward(query[i : i + 1], k, v, own, precision)
     return out, lse
 
 

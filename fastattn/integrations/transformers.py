@@ -101,7 +101,7 @@ def attention_forward(
             raise ValueError(f"sliding_window={sliding_window} must come with an attention_mask where is_causal=False")
         left = sliding_window - 1 - (right or 0) if causal else None
     out, _ = attend(
-        canonical(query, key, value, mask, bias, None, s_aux, scaling, left, right, softcap or None, dropout)
+        *canonical(query, key, value, mask, bias, None, s_aux, scaling, left, right, softcap or None, dropout)
     )
     return out.transpose(1, 2), None
 

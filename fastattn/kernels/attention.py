@@ -53,6 +53,7 @@ from fastattn.kernels.tiles import (
     strides,
 )
 from fastattn.layout import Packing, new_output
+from fastattn.score_rules import ScoreRules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -253,14 +254,13 @@ def attention_forward(
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Blocks | None, bias: Tensor | None, alibi_slopes: Tensor | None,
-    sinks: Tensor | None, seed: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
-    softcap: float, dropout_p: float, precision: str, packing: Packing | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, rules: ScoreRules, precision: str, packing: Packing | None = None
+) -> tuple[Tensor, Tensor]:
     """(out, lse). Shapes as in `fastattn.ops.attention`; with `packing` as in `fastattn.ops.varlen`."""
-    if mask is not None:
-        mask, window_left, window_right = by_blocks(mask, window_left, window_right)
-    given_mask, (mask, blocks) = mask, split_mask(mask)
+    rules = by_blocks(rules)
+    plain, scores = score_class(rules)
+    mask, bias, slopes, sinks, seed, scale, left, right, softcap, dropout_p = rules
+    mask, blocks = split_mask(mask)
     batch, heads, num_queries, head_dim = query.shape
     num_keys, value_dim = value.shape[2:]
     block_d, block_dv = head_block(head_dim), head_block(value_dim)
@@ -270,10 +270,9 @@ def forward(
         batch, num_queries, num_keys = packing.cu_seqlens_q.numel() - 1, packing.max_seqlen_q, packing.max_seqlen_k
         out.zero_()
         lse.fill_(float("-inf"))
-    plain, scores = score_class(given_mask, bias, alibi_slopes, seed, scale, softcap, window_left)
     itemsize = query.element_size()
     head_bytes = num_keys * (head_dim + value_dim) * itemsize // (heads // key.shape[1])
-    together = heads_together(batch * heads, head_bytes, window_left, window_right, blocks is not None)
+    together = heads_together(batch * heads, head_bytes, left, right, blocks is not None)
     config = attention_forward_config(
         current_target(), max(block_d, block_dv), itemsize, scores, blocks is not None,
         is_ragged(head_dim, value_dim), packing is not None,
@@ -281,10 +280,10 @@ def forward(
     arguments: tuple[Any, ...] = (
         query, strides(query), key, strides(key), value, strides(value), mask, pair_strides(mask),
         launch_lists(blocks), bias, pair_strides(bias),
-        alibi_slopes, strides(alibi_slopes), sinks, seed, *((None, None) if packing is None else packing[:2]),
+        slopes, strides(slopes), sinks, seed, *((None, None) if packing is None else packing[:2]),
         out, strides(out), lse, lse.stride(),
         scale * LOG2E.value if plain else scale, softcap or None, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
-        together, heads, heads // key.shape[1], num_queries, num_keys, window_left, window_right,
+        together, heads, heads // key.shape[1], num_queries, num_keys, left, right,
     )  # fmt: skip
     launch(
         attention_forward, (batch * heads * triton.cdiv(num_queries, config.block_m),), *arguments,
@@ -294,14 +293,10 @@ def forward(
     return out, lse
 
 
-def explain(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Blocks | None, bias: Tensor | None, alibi_slopes: Tensor | None,
-    sinks: Tensor | None, seed: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
-    softcap: float, dropout_p: float,
-) -> list[str]:  # fmt: skip
+def explain(query: Tensor, key: Tensor, value: Tensor, rules: ScoreRules) -> list[str]:
     """The tiles that the kernels of this call would use."""
-    blocks = mask is not None and is_listed(mask)
-    _, scores = score_class(mask, bias, alibi_slopes, seed, scale, softcap, window_left)
+    blocks = rules.mask is not None and is_listed(rules.mask)
+    _, scores = score_class(rules)
     target, width = current_target(), max(head_block(query.shape[3]), head_block(value.shape[3]))
     configs: dict[str, Any] = {
         "forward": attention_forward_config,
@@ -309,7 +304,7 @@ def explain(
         "backward, dK and dV": partial(attention_backward_key_config, grouped=query.shape[1] > key.shape[1]),
     }
     lines = [f"target {target.backend}" + (f" sm_{target.arch}" if target.arch else "")]
-    if blocks and not isinstance(mask, Blocks):
+    if blocks and not isinstance(rules.mask, Blocks):
         lines.append(
             "mask: read once for its blocks of 128 x 128 pairs; empty ones are skipped, full ones need no mask"
         )

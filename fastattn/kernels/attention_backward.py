@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import triton
 
-from fastattn.block_mask import Blocks
 from fastattn.dropout import dropout_threshold
 from fastattn.kernels.attention_backward_bias import attention_backward_bias
 from fastattn.kernels.attention_backward_key import attention_backward_key
@@ -43,6 +42,7 @@ from fastattn.kernels.tiles import (
     strides,
 )
 from fastattn.layout import Packing, new_gradient
+from fastattn.score_rules import ScoreRules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,20 +60,18 @@ def _blocks(config: AttentionConfig) -> dict[str, Any]:
 
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    mask: Tensor | Blocks | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None,
-    scale: float, window_left: int | None, window_right: int | None, softcap: float, dropout_p: float,
-    need_bias: bool, need_sinks: bool, precision: str, packing: Packing | None = None,
+    rules: ScoreRules, need_bias: bool, need_sinks: bool, precision: str, packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(grad_query, grad_key, grad_value, grad_bias, grad_sinks); the last two None where not needed."""
-    if mask is not None:
-        mask, window_left, window_right = by_blocks(mask, window_left, window_right)
-    given_mask, (mask, blocks) = mask, split_mask(mask)
+    rules = by_blocks(rules)
+    plain, scores = score_class(rules)
+    mask, bias, slopes, sinks, seed, scale, left, right, softcap, dropout_p = rules
+    mask, blocks = split_mask(mask)
     batch, heads, num_queries, head_dim = query.shape
     num_keys, value_dim = value.shape[2:]
     kv_heads = key.shape[1]
     block_d, block_dv = head_block(head_dim), head_block(value_dim)
     target, width, ragged = current_target(), max(block_d, block_dv), is_ragged(head_dim, value_dim)
-    plain, scores = score_class(given_mask, bias, alibi_slopes, seed, scale, softcap, window_left)
     grad_query, grad_key, grad_value = map(new_gradient, (query, key, value))
     if packing is not None:  # rows behind the last sequence belong to no program
         batch, num_queries, num_keys = packing.cu_seqlens_q.numel() - 1, packing.max_seqlen_q, packing.max_seqlen_k
@@ -86,7 +84,7 @@ def backward(
     def inputs(lists: tuple[Any, ...] | None) -> tuple[Any, ...]:
         return (
             query, strides(query), key, strides(key), value, strides(value), mask, pair_strides(mask), lists, bias,
-            pair_strides(bias), alibi_slopes, strides(alibi_slopes), seed,
+            pair_strides(bias), slopes, strides(slopes), seed,
         )  # fmt: skip
 
     scalars: tuple[Any, ...] = (
@@ -94,7 +92,7 @@ def backward(
     )  # fmt: skip
     sequences: tuple[Any, ...] = (None, None) if packing is None else packing[:2]
     group = heads // kv_heads
-    lengths: tuple[Any, ...] = (num_queries, num_keys, window_left, window_right)
+    lengths: tuple[Any, ...] = (num_queries, num_keys, left, right)
     constants: dict[str, Any] = dict(
         D=head_dim,
         DV=value_dim,
@@ -107,9 +105,7 @@ def backward(
         return dict(CHUNK=min(config.chunk, block_d), CHUNK_V=min(config.chunk, block_dv))
 
     itemsize, listed = query.element_size(), blocks is not None
-    together = heads_together(
-        batch * heads, num_keys * (head_dim + value_dim) * itemsize // group, window_left, window_right, listed
-    )
+    together = heads_together(batch * heads, num_keys * (head_dim + value_dim) * itemsize // group, left, right, listed)
     config = attention_backward_query_config(target, width, itemsize, scores, listed, ragged)
     launch(
         attention_backward_query, (batch * heads * triton.cdiv(num_queries, config.block_m),), *inputs(launch_lists(blocks)), *sequences, out,
@@ -129,7 +125,7 @@ def backward(
             column_blocks if sum_columns else 1, SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, BLOCK_D=block_d, BLOCK_DV=block_dv, **constants, **_blocks(config),
         )  # fmt: skip
     together = heads_together(
-        batch * kv_heads, num_queries * group * (head_dim + value_dim) * itemsize, window_left, window_right, listed
+        batch * kv_heads, num_queries * group * (head_dim + value_dim) * itemsize, left, right, listed
     )
     config = attention_backward_key_config(
         target, width, itemsize, scores, packing is not None, listed, ragged, group > 1

@@ -22,6 +22,7 @@ from fastattn.kernels.launch import current_target, launch
 from fastattn.kernels.masks import LN2, LOG2E, LOWEST, load_slope, load_tile, visible_range
 from fastattn.kernels.tiles import head_block, score_class, strides
 from fastattn.layout import new_output
+from fastattn.score_rules import ScoreRules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -221,8 +222,7 @@ def capacity(cache: Tensor, block_table: Tensor | None) -> int:
 
 def forward(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor | None, more: int, block_table: Tensor | None,
-    alibi_slopes: Tensor | None, sinks: Tensor | None, scale: float, window_left: int | None, window_right: int | None,
-    softcap: float, precision: str,
+    rules: ScoreRules, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse). A sequence has lengths + more keys (`more` where lengths is None)."""
     batch, heads, num_queries, head_dim = query.shape
@@ -240,13 +240,14 @@ def forward(
     if splits > 1:
         part = lse.new_empty((splits, batch, heads, num_queries, value_dim))
         part_lse = lse.new_empty((splits, batch, heads, num_queries))
-    plain, _ = score_class(None, None, alibi_slopes, None, scale, softcap)
+    plain, _ = score_class(rules)
+    slopes, scale = rules.alibi_slopes, rules.scale
     launch(
         _decode, (programs, splits), query, strides(query), key_cache, strides(key_cache), value_cache, strides(value_cache),
-        lengths, block_table, None if block_table is None else block_table.stride(0), alibi_slopes, strides(alibi_slopes),
-        sinks, part, part.stride()[-4:-1], part_lse, part_lse.stride()[-3:], part.stride(0), part_lse.stride(0),
-        scale * LOG2E.value if plain else scale, softcap or None, kv_heads, group, num_queries, more, keys,
-        key_cache.shape[2], splits, window_left, window_right, D=head_dim, DV=value_dim, BLOCK_D=block_d,
+        lengths, block_table, None if block_table is None else block_table.stride(0), slopes, strides(slopes),
+        rules.sinks, part, part.stride()[-4:-1], part_lse, part_lse.stride()[-3:], part.stride(0), part_lse.stride(0),
+        scale * LOG2E.value if plain else scale, rules.softcap or None, kv_heads, group, num_queries, more, keys,
+        key_cache.shape[2], splits, rules.window_left, rules.window_right, D=head_dim, DV=value_dim, BLOCK_D=block_d,
         BLOCK_DV=block_dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PLAIN=plain, PRECISION=precision,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

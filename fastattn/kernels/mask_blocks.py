@@ -18,6 +18,7 @@ from fastattn.block_mask import Blocks
 from fastattn.kernels.launch import launch
 from fastattn.kernels.masks import BLOCK, EMPTY, FULL, is_visible, pair_pointers
 from fastattn.layout import shared_planes
+from fastattn.score_rules import ScoreRules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,10 +126,10 @@ def find_blocks(mask: Tensor, left: int | None, right: int | None) -> Blocks:
     )
 
 
-def by_blocks(
-    mask: Tensor | Blocks, left: int | None, right: int | None
-) -> tuple[Tensor | Blocks, int | None, int | None]:
-    """(mask, left, right) for a kernel: a large dense mask as its blocks, which have the window in them."""
-    if isinstance(mask, Blocks) or not is_listed(mask):
-        return mask, left, right
-    return find_blocks(mask, left, right), None, None
+def by_blocks(rules: ScoreRules) -> ScoreRules:
+    """The rules for a kernel: a large dense mask as its blocks, which have the window in them."""
+    mask = rules.mask
+    if mask is None or isinstance(mask, Blocks) or not is_listed(mask):
+        return rules
+    found = find_blocks(mask, rules.window_left, rules.window_right)
+    return rules._replace(mask=found, window_left=None, window_right=None)

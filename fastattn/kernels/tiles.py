@@ -9,6 +9,7 @@ from torch import Tensor
 from fastattn.block_mask import Blocks
 from fastattn.kernels.config import Scores
 from fastattn.kernels.mask_blocks import is_listed
+from fastattn.score_rules import ScoreRules
 
 
 def head_block(head_dim: int) -> int:
@@ -63,21 +64,19 @@ def _is_aligned(pair: Tensor) -> bool:
     return columns <= 1 and all(stride % 16 == 0 for stride in rows) and pair.data_ptr() % 16 == 0
 
 
-def score_class(
-    mask: Tensor | Blocks | None, bias: Tensor | None, alibi_slopes: Tensor | None, seed: Tensor | None, scale: float,
-    softcap: float, window_left: int | None = None,
-) -> tuple[bool, Scores]:  # fmt: skip
+def score_class(rules: ScoreRules) -> tuple[bool, Scores]:
     """(plain, scores): whether a score is just q·k times a positive scale, perhaps with ALiBi, and the class of scores that chooses the
     tiles."""
-    capped = softcap != 0.0 or scale <= 1e-20  # plain scores divide by the scale: log-sum-exps and slopes
-    computed = capped or alibi_slopes is not None
+    mask, bias = rules.mask, rules.bias
+    capped = rules.softcap != 0.0 or rules.scale <= 1e-20  # plain scores divide by the scale: log-sum-exps and slopes
+    computed = capped or rules.alibi_slopes is not None
     listed = mask is not None and is_listed(mask)
     read = ([] if listed or not isinstance(mask, Tensor) else [mask]) + ([] if bias is None else [bias])
     scores: Scores = "capped" if capped else "alibi" if computed else "plain"
-    if len(read) + computed + listed + (seed is not None) > 1:
+    if len(read) + computed + listed + (rules.seed is not None) > 1:
         scores = "heavy"
-    elif seed is not None:
+    elif rules.seed is not None:
         scores = "dropped"
     elif read:
-        scores = "loaded" if window_left is None and _is_aligned(read[0]) else "heavy"
+        scores = "loaded" if rules.window_left is None and _is_aligned(read[0]) else "heavy"
     return bias is None and not capped, scores

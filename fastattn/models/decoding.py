@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn import backend
-from fastattn.eager.attention import faster_in_fp32, fused_forward
+from fastattn.eager import attention_fused
 from fastattn.eager.feed_forward import activated
 from fastattn.eager.products import pack, product
 from fastattn.models.layers import Block, KVCache, SelfAttention
@@ -69,7 +69,9 @@ class TokenReader:
             linears = [(next(weights), m.bias) for m in _linears(block)]
             self.blocks.append((*norms, *linears, block.feed_forward.activation))
         self.output_weight = next(weights)
-        self.cache_dtype = torch.float32 if faster_in_fp32(self.output_weight.dtype) else self.output_weight.dtype
+        self.cache_dtype = (
+            torch.float32 if attention_fused.faster_in_fp32(self.output_weight.dtype) else self.output_weight.dtype
+        )
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """(B,) → (B, d_model). The cache holds a token at least, as many of every sequence, and has room for one more.
@@ -88,7 +90,7 @@ class TokenReader:
             keys.narrow(2, position, 1).copy_(key)
             values.narrow(2, position, 1).copy_(value)
             seen = keys.narrow(2, 0, position + 1), values.narrow(2, 0, position + 1)
-            out = fused_forward(query.to(dtype), *seen, False, None)[0].reshape(batch, -1).to(x.dtype)
+            out = attention_fused.forward(query.to(dtype), *seen, False, None)[0].reshape(batch, -1).to(x.dtype)
             x = x + product(out, *out_proj)
             x = x + product(activated(torch.layer_norm(x, *norm2), linear1[0], linear1[1], activation), *linear2)
         cache.length = position + 1

@@ -87,12 +87,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         mask = _combine_bool(*[_extended(m, extra) for m in (padding, pairs)])
         bias = _combine_float(*[_extended(m, extra) for m in (padding, pairs)])
         dropout_p = self.dropout if self.training else 0.0
-        arguments = canonical(query, key, value, mask, bias, None, None, None, None, right, None, dropout_p)
-        out, _ = attend(arguments)
+        query, key, value, rules = canonical(
+            query, key, value, mask, bias, None, None, None, None, right, None, dropout_p
+        )
+        out, _ = attend(query, key, value, rules)
         out = call_linear(self.out_proj, out.transpose(1, 2).flatten(2))
         weights = None
         if need_weights:
-            weights = weights_of_rows(*arguments[:2], range(lengths[0]), *arguments[3:])
+            weights = weights_of_rows(query, key, range(lengths[0]), rules)
             weights = weights.mean(1) if average_attn_weights else weights
         if not batched:
             return out.squeeze(0), None if weights is None else weights.squeeze(0)

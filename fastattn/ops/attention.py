@@ -27,34 +27,36 @@ from fastattn.checks import (
 )
 from fastattn.dropout import draw_seed
 from fastattn.eager import attention as eager
+from fastattn.eager import attention_fused
 from fastattn.layout import new_gradient, new_output
 from fastattn.ops.leading_dims import four_dims
 from fastattn.ops.library import call, define, differentiate, listening, needs_composite, tensors_only
+from fastattn.score_rules import ScoreRules
 
 MAX_HEAD_DIM = 256
 FARTHEST = 1 << 30  # of a window's side: kernels add positions to it in 32 bits, and no sequence is longer
 
-_RULES = (
+_SCHEMA = (
     "Tensor? mask, Tensor[]? blocks, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, float scale, "
     "SymInt? window_left, SymInt? window_right, float softcap, float dropout_p"
 )
 
 
-def _split(mask: Tensor | Blocks | None) -> tuple[Tensor | None, list[Tensor] | None]:
-    """A mask as the two arguments of an op."""
-    return (None, list(mask)) if isinstance(mask, Blocks) else (mask, None)
+def _arguments(rules: ScoreRules) -> tuple[Any, ...]:
+    """The rules as an op's arguments, where a mask and the blocks of one are two."""
+    mask, *rest = rules
+    return (None, list(mask), *rest) if isinstance(mask, Blocks) else (mask, None, *rest)
 
 
-def _joined(mask: Tensor | None, blocks: Sequence[Tensor] | None) -> Tensor | Blocks | None:
-    return mask if blocks is None else Blocks(*blocks)
+def _rules(mask: Tensor | None, blocks: Sequence[Tensor] | None, *rest: Any) -> ScoreRules:
+    """The rules of an op's arguments."""
+    return ScoreRules(mask if blocks is None else Blocks(*blocks), *rest)
 
 
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, blocks: Sequence[Tensor] | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
+def _attention(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> tuple[Tensor, Tensor]:
     with backend.device_guard(query.device):
         launcher = backend.implementation("attention", query.device).forward
-        return launcher(query, key, value, _joined(mask, blocks), *rest, backend.input_precision(query.dtype))
+        return launcher(query, key, value, _rules(*rules), backend.input_precision(query.dtype))
 
 
 def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> tuple[Tensor, Tensor]:
@@ -63,11 +65,11 @@ def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> t
 
 
 def _attention_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *tensors, mask, blocks = rest[:8]  # grad_lse, query, key, value, out, lse, mask, blocks
+    tensors, rules, (need_bias, need_sinks) = rest[:6], _rules(*rest[6:-2]), rest[-2:]
     with backend.device_guard(grad_out.device):
         launcher = backend.implementation("attention", grad_out.device).backward
         precision = backend.input_precision(grad_out.dtype)
-        return tensors_only(grad_out, *launcher(grad_out, *tensors, _joined(mask, blocks), *rest[8:], precision))
+        return tensors_only(grad_out, *launcher(grad_out, *tensors, rules, need_bias, need_sinks, precision))
 
 
 def _attention_backward_fake(
@@ -83,11 +85,11 @@ def _attention_backward_fake(
 
 
 attention_op = define(
-    f"attention(Tensor query, Tensor key, Tensor value, {_RULES}) -> (Tensor, Tensor)", _attention, _attention_fake
+    f"attention(Tensor query, Tensor key, Tensor value, {_SCHEMA}) -> (Tensor, Tensor)", _attention, _attention_fake
 )
 attention_backward_op = define(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
-    f"Tensor lse, {_RULES}, bool need_bias, bool need_sinks) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor lse, {_SCHEMA}, bool need_bias, bool need_sinks) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _attention_backward,
     _attention_backward_fake,
 )
@@ -96,19 +98,14 @@ attention_backward_op = define(
 def _gradient(
     needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
-    query, key, value, mask, blocks, bias, slopes, sinks, *rest = arguments
     out, lse = outputs
     grad_out, grad_lse = grad_outputs
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grad_out = row_contiguous(grad_out)
-    if grad_lse is not None:
-        grad_lse = grad_lse.contiguous()
+    grad_out = torch.zeros_like(out) if grad_out is None else row_contiguous(grad_out)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
     need_bias, need_sinks = needs[5], needs[7]
     dq, dk, dv, dbias, dsinks = call(
-        attention_backward_op, grad_out, grad_lse, query, key, value, out, lse, mask, blocks, bias, slopes, sinks,
-        *rest, need_bias, need_sinks,
-    )  # fmt: skip
+        attention_backward_op, grad_out, grad_lse, *arguments[:3], out, lse, *arguments[3:], need_bias, need_sinks
+    )
     return (
         dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None, None, None,
         dbias if need_bias else None, None, dsinks if need_sinks else None,
@@ -118,12 +115,10 @@ def _gradient(
 def _double_gradient(
     needs: Sequence[bool], grad_grads: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
-    grad_out, grad_lse, query, key, value, _, _, mask, blocks, bias, slopes, sinks, *rest = arguments
-    *rules, need_bias, need_sinks = rest
+    grad_out, grad_lse, query, key, value, _, _, *rules, need_bias, need_sinks = arguments
     taken = [True, True, True, need_bias, need_sinks]
     d_out, d_lse, dq, dk, dv, dbias, dsinks = eager.double_backward(
-        [g if t else None for g, t in zip(grad_grads, taken)], taken, grad_out, grad_lse, query, key, value,
-        _joined(mask, blocks), bias, slopes, sinks, *rules,
+        [g if t else None for g, t in zip(grad_grads, taken)], taken, grad_out, grad_lse, query, key, value, _rules(*rules)
     )  # fmt: skip
     return d_out, d_lse, dq, dk, dv, None, None, None, None, dbias, None, dsinks
 
@@ -217,8 +212,8 @@ def canonical(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | None, bias: Tensor | None, slopes: Tensor | None,
     sinks: Tensor | None, scale: float | None, left: int | None, right: int | None, softcap: float | None,
     dropout_p: float,
-) -> tuple[Any, ...]:  # fmt: skip
-    """The op's arguments, checked. `left` and `right` are the window's sides; `right` may be negative here."""
+) -> tuple[Tensor, Tensor, Tensor, ScoreRules]:  # fmt: skip
+    """(query, key, value, rules), checked. `left` and `right` are the window's sides; `right` may be negative here."""
     query, key, value = autocast(query, key, value)  # type: ignore[assignment]
     _check_qkv(query, key, value)
     check_probability("dropout_p", dropout_p)
@@ -239,21 +234,18 @@ def canonical(
     mask, bias = _pairwise("mask", mask, query, key), _pairwise("bias", bias, query, key)
     if scale is None:
         scale = query.shape[3] ** -0.5
-    seed = None
-    if dropout_p > 0.0:
-        seed = draw_seed(query.device)
-    return (
-        row_contiguous(query), row_contiguous(key), row_contiguous(value), mask if blocks is None else blocks, bias, slopes, sinks, seed,
-        float(scale), left, right, float(softcap or 0.0), float(dropout_p),
+    seed = draw_seed(query.device) if dropout_p > 0.0 else None
+    rules = ScoreRules(
+        mask if blocks is None else blocks, bias, slopes, sinks, seed, float(scale), left, right, float(softcap or 0.0), float(dropout_p),
     )  # fmt: skip
+    return row_contiguous(query), row_contiguous(key), row_contiguous(value), rules
 
 
-def attend(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+def attend(query: Tensor, key: Tensor, value: Tensor, rules: ScoreRules) -> tuple[Tensor, Tensor]:
     """(out, lse) of canonical arguments: the op, or its plain definition inside transforms and forward-mode AD."""
-    query, key, value, mask, bias, _, sinks, *_ = arguments
-    if needs_composite(query, key, value, bias, sinks):
-        return eager.definition(*arguments)
-    return call(attention_op, query, key, value, *_split(mask), *arguments[4:])
+    if needs_composite(query, key, value, rules.bias, rules.sinks):
+        return eager.definition(query, key, value, rules)
+    return call(attention_op, query, key, value, *_arguments(rules))
 
 
 def _by_torch(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> Tensor | None:
@@ -276,7 +268,7 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: fl
     fits = len(kv_shape) == 4 and shape[0] == kv_shape[0] and shape[3] == kv_shape[3] and not shape[1] % kv_shape[1]
     if not fits or (causal and (shape[2] != kv_shape[2] or (scale is not None and scale <= 0.0))):
         return None
-    if shape[2] == 1 and eager.slow_alone(query):
+    if shape[2] == 1 and attention_fused.slow_alone(query):
         return None
     if not query.stride(3) == key.stride(3) == value.stride(3) == 1 or torch._C._is_any_autocast_enabled():
         return None
@@ -308,7 +300,7 @@ class _Plain(torch.autograd.Function):
             tensors = (row_contiguous(grad_out), None, query, key, value, out, lse.contiguous())
             grads = call(attention_backward_op, *tensors, *rules)[:3]
         else:
-            grads = eager.fused_backward(grad_out, query, key, value, out, lse, ctx.causal, ctx.scale)
+            grads = attention_fused.backward(grad_out, query, key, value, out, lse, ctx.causal, ctx.scale)
         return *grads, None, None
 
 
@@ -389,7 +381,7 @@ def attention(
             return plain
     left, right = check_window(window, causal)
     out, lse = attend(
-        canonical(query, key, value, mask, bias, alibi_slopes, sinks, scale, left, right, softcap, dropout_p)
+        *canonical(query, key, value, mask, bias, alibi_slopes, sinks, scale, left, right, softcap, dropout_p)
     )
     return (out, lse) if return_lse else out
 
@@ -440,7 +432,7 @@ def scaled_dot_product_attention(
     query, key, value, attn_mask, leading = four_dims(query, key, value, attn_mask, enable_gqa)
     mask, bias = (attn_mask, None) if attn_mask is not None and attn_mask.dtype == torch.bool else (None, attn_mask)
     right = query.shape[2] - key.shape[2] if is_causal else None  # row i stands at column i + Nk - Nq
-    out, _ = attend(canonical(query, key, value, mask, bias, None, None, scale, None, right, None, dropout_p))
+    out, _ = attend(*canonical(query, key, value, mask, bias, None, None, scale, None, right, None, dropout_p))
     return out.reshape(*leading, *out.shape[-2:]) if len(leading) != 2 else out
 
 
@@ -457,11 +449,10 @@ def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[st
         right = o["query"].shape[2] - o["key"].shape[2] if o["is_causal"] else None
     dropout_p = o["dropout_p"]
     check_probability("dropout_p", dropout_p)
-    *tensors, seed, scale, left, right, cap, _ = canonical(
+    query, key, value, rules = canonical(
         o["query"], o["key"], o["value"], o.get("mask"), o.get("bias"), o.get("alibi_slopes"), o.get("sinks"), o["scale"],
         left, right, o.get("softcap"), 0.0,
     )  # fmt: skip
-    if dropout_p > 0.0:
-        seed = torch.zeros(1, dtype=torch.int64, device=o["query"].device)  # drawing one would advance the generator
-    launchers = backend.implementation("attention", o["query"].device)
-    return launchers.explain(*tensors, seed, scale, left, right, cap, float(dropout_p))
+    if dropout_p > 0.0:  # drawing a seed would advance the generator
+        rules = rules._replace(seed=torch.zeros(1, dtype=torch.int64, device=query.device), dropout_p=float(dropout_p))
+    return backend.implementation("attention", query.device).explain(query, key, value, rules)

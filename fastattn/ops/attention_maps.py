@@ -17,7 +17,7 @@ from fastattn.ops.attention import canonical, check_window
 def _rules(query: Tensor, key: Tensor, causal: bool, window: Any, softcap: float | None, **options: Any) -> Any:
     left, right = check_window(window, causal)
     tensors = (options["mask"], options["bias"], options["alibi_slopes"], options["sinks"], options["scale"])
-    query, key, _, *rules = canonical(query, key, key, *tensors, left, right, softcap, 0.0)
+    query, key, _, rules = canonical(query, key, key, *tensors, left, right, softcap, 0.0)
     return query, key, rules
 
 
@@ -59,7 +59,7 @@ def attention_weights(
         query, key, causal, window, softcap, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, scale=scale
     )
     wanted = range(query.shape[2]) if rows is None else _chosen(rows, query.shape[2])
-    return attention_maps.weights_of_rows(query, key, wanted, *rules)
+    return attention_maps.weights_of_rows(query, key, wanted, rules)
 
 
 def _chosen(rows: Sequence[int] | Tensor, count: int) -> list[int]:
@@ -103,7 +103,7 @@ def attention_column_sums(
     query, key, rules = _rules(
         query, key, causal, window, softcap, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, scale=scale
     )
-    return attention_maps.column_sums(query, key, *rules)
+    return attention_maps.column_sums(query, key, rules)
 
 
 def explain(function: Any, *args: Any, **options: Any) -> list[str]:

@@ -22,11 +22,12 @@ from fastattn.checks import (
     check_tensor,
     name_of,
 )
-from fastattn.eager.attention import fused_forward
+from fastattn.eager import attention_fused
 from fastattn.layout import new_output
 from fastattn.ops.attention import MAX_HEAD_DIM, check_sinks, check_slopes, check_window, row_contiguous
 from fastattn.ops.library import call, define, listening, readable
 from fastattn.ops.rotary import rotary
+from fastattn.score_rules import ScoreRules
 
 
 def _append(key_cache: Tensor, *rest: Any) -> None:
@@ -38,9 +39,11 @@ def _append(key_cache: Tensor, *rest: Any) -> None:
 
 
 def _attend(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *caches, slopes, sinks, scale, left, right, softcap = rest
+    rules = ScoreRules(None, None, slopes, sinks, None, scale, left, right, softcap, 0.0)
     with backend.device_guard(query.device):
         launcher = backend.implementation("decode", query.device).forward
-        return launcher(query, *rest, backend.input_precision(query.dtype))
+        return launcher(query, *caches, rules, backend.input_precision(query.dtype))
 
 
 def _attend_fake(query: Tensor, key_cache: Tensor, value_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -205,7 +208,7 @@ def _by_torch(
     keys[:, :, length:].copy_(key)
     values[:, :, length:].copy_(value)
     rows = query if heads == kv_heads else query.reshape(batch, kv_heads, heads // kv_heads, dim)
-    out = fused_forward(rows, keys, values, False, scale)[0]
+    out = attention_fused.forward(rows, keys, values, False, scale)[0]
     return out if heads == kv_heads else out.reshape(shape)
 
 

@@ -17,22 +17,23 @@ from fastattn.eager import varlen as eager
 from fastattn.layout import Packing, new_gradient, new_output
 from fastattn.ops.attention import canonical, check_slopes, check_window, row_contiguous
 from fastattn.ops.library import call, define, differentiate, needs_composite, readable, tensors_only
+from fastattn.score_rules import ScoreRules
 
-_RULES = (
+_SCHEMA = (
     "Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
     "SymInt max_seqlen_k, float scale, SymInt? window_left, SymInt? window_right, float softcap, float dropout_p"
 )
 
 
-def _packed(rules: Sequence[Any]) -> tuple[Any, ...]:
-    """The rules with their four numbers of packing as one."""
-    return *rules[:3], Packing(*rules[3:7]), *rules[7:]
+def _rules(arguments: Sequence[Any]) -> tuple[ScoreRules, Packing]:
+    """The rules and the packing of an op's arguments."""
+    return ScoreRules(None, None, *arguments[:3], *arguments[7:]), Packing(*arguments[3:7])
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> tuple[Tensor, Tensor]:
     with backend.device_guard(query.device):
         launcher = backend.implementation("varlen", query.device).forward
-        return launcher(query, key, value, *_packed(rules), backend.input_precision(query.dtype))
+        return launcher(query, key, value, *_rules(rules), backend.input_precision(query.dtype))
 
 
 def _varlen_fake(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> tuple[Tensor, Tensor]:
@@ -44,7 +45,7 @@ def _varlen_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     with backend.device_guard(grad_out.device):
         launcher = backend.implementation("varlen", grad_out.device).backward
         dq, dk, dv, dsinks = launcher(
-            grad_out, *tensors[:6], *_packed(tensors[6:]), need_sinks, backend.input_precision(grad_out.dtype)
+            grad_out, *tensors[:6], *_rules(tensors[6:]), need_sinks, backend.input_precision(grad_out.dtype)
         )
     return tensors_only(grad_out, dq, dk, dv, dsinks)
 
@@ -58,11 +59,11 @@ def _varlen_backward_fake(
 
 
 varlen_op = define(
-    f"varlen_attention(Tensor query, Tensor key, Tensor value, {_RULES}) -> (Tensor, Tensor)", _varlen, _varlen_fake
+    f"varlen_attention(Tensor query, Tensor key, Tensor value, {_SCHEMA}) -> (Tensor, Tensor)", _varlen, _varlen_fake
 )
 varlen_backward_op = define(
     "varlen_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
-    f"Tensor lse, {_RULES}, bool need_sinks) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor lse, {_SCHEMA}, bool need_sinks) -> (Tensor, Tensor, Tensor, Tensor)",
     _varlen_backward,
     _varlen_backward_fake,
 )
@@ -88,15 +89,8 @@ def _double_gradient(
     grad_out, grad_lse, query, key, value, _, _, *rules, need_sinks = arguments
     taken = [True, True, True, need_sinks]
     d_out, d_lse, dq, dk, dv, dsinks = eager.double_backward(
-        [g if t else None for g, t in zip(grad_grads, taken)],
-        taken,
-        grad_out,
-        grad_lse,
-        query,
-        key,
-        value,
-        *_packed(rules),
-    )
+        [g if t else None for g, t in zip(grad_grads, taken)], taken, grad_out, grad_lse, query, key, value, *_rules(rules)
+    )  # fmt: skip
     return d_out, d_lse, dq, dk, dv, None, None, None, dsinks
 
 
@@ -194,15 +188,13 @@ def varlen_attention(
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()  # (kernels know no stride)
     left, right = check_window(window, causal)
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
-    q, k, v, _, _, _, sinks, seed, scale, left, right, cap, p = canonical(
-        q, k, v, None, None, None, sinks, scale, left, right, softcap, dropout_p
-    )
+    q, k, v, rules = canonical(q, k, v, None, None, None, sinks, scale, left, right, softcap, dropout_p)
     slopes = check_slopes(alibi_slopes, cu_seqlens_q.numel() - 1, query.shape[1])
-    rules = (slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, left, right, cap, p)
-    if needs_composite(q, k, v, sinks):
-        out, lse = eager.definition(q, k, v, *_packed(rules))
+    packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if needs_composite(q, k, v, rules.sinks):
+        out, lse = eager.definition(q, k, v, rules._replace(alibi_slopes=slopes), packing)
     else:
-        out, lse = call(varlen_op, q, k, v, *rules)
+        out, lse = call(varlen_op, q, k, v, slopes, rules.sinks, rules.seed, *packing, *rules[5:])
     out = out.squeeze(0).transpose(0, 1)
     return (out, lse.squeeze(0)) if return_lse else out
 
