@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn.checks import check_integer
-from fastattn.ops.library import tracing
+from fastattn.tracing import tracing
 
 BLOCK = 128
 EMPTY, FULL = -2, -1  # kinds of blocks; any other number is that of a mixed block's tile

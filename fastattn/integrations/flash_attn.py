@@ -15,9 +15,9 @@ from torch import Tensor
 from fastattn.checks import check_rank, check_shape, check_tensor
 from fastattn.ops.attention import attention
 from fastattn.ops.decode import attention_with_kv_cache
-from fastattn.ops.library import readable
 from fastattn.ops.rotary import rotary
 from fastattn.ops.varlen import varlen_attention
+from fastattn.tracing import readable
 
 Result = Tensor | tuple[Tensor, Tensor, None]
 

@@ -28,9 +28,9 @@ from fastattn.nn import FeedForward, GatedFeedForward, RotaryEmbedding
 from fastattn.nn.modes import evaluating
 from fastattn.nn.plain import is_plain_linear, linear
 from fastattn.ops.feed_forward import ACTIVATIONS, RECOMPUTE
-from fastattn.ops.library import readable
 from fastattn.ops.linear_loss import linear_cross_entropy
 from fastattn.ops.loss import cross_entropy
+from fastattn.tracing import readable
 
 POSITIONS = ("learned", "rotary")
 MANY_TOKENS = 32  # to generate: from here on a copy of the weights in another order pays

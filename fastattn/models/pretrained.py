@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.checks import check_integer
-from fastattn.ops.library import readable
+from fastattn.tracing import readable
 
 Model = TypeVar("Model", bound="Pretrained")
 

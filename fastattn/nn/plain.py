@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastattn import backend
 from fastattn.eager.products import fp32_by_onednn
 from fastattn.ops import feed_forward as ops
-from fastattn.ops.library import listening
+from fastattn.tracing import listening
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

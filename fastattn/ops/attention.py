@@ -30,8 +30,9 @@ from fastattn.eager import attention as eager
 from fastattn.eager import attention_fused
 from fastattn.layout import new_gradient, new_output
 from fastattn.ops.leading_dims import four_dims
-from fastattn.ops.library import call, define, differentiate, listening, needs_composite, tensors_only
+from fastattn.ops.library import call, define, differentiate, needs_composite, tensors_only
 from fastattn.score_rules import ScoreRules
+from fastattn.tracing import listening
 
 MAX_HEAD_DIM = 256
 FARTHEST = 1 << 30  # of a window's side: kernels add positions to it in 32 bits, and no sequence is longer

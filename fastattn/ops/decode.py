@@ -25,9 +25,10 @@ from fastattn.checks import (
 from fastattn.eager import attention_fused
 from fastattn.layout import new_output
 from fastattn.ops.attention import MAX_HEAD_DIM, check_sinks, check_slopes, check_window, row_contiguous
-from fastattn.ops.library import call, define, listening, readable
+from fastattn.ops.library import call, define
 from fastattn.ops.rotary import rotary
 from fastattn.score_rules import ScoreRules
+from fastattn.tracing import listening, readable
 
 
 def _append(key_cache: Tensor, *rest: Any) -> None:

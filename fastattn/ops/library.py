@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
+
+from fastattn.tracing import listening
 
 LIBRARY = torch.library.Library("fastattn", "DEF")
 _DIRECT: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
@@ -43,26 +44,6 @@ def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
 def observed(arguments: Sequence[Any]) -> bool:
     """True where an op has to be seen as an op, or where its implementation cannot run on these tensors."""
     return listening() or not _PLAIN.issuperset(map(type, arguments)) or bool(arguments[0].is_meta)
-
-
-def listening() -> bool:
-    """Whether a compiler, a tracer, a mode, a transform or the profiler sees what is called."""
-    return tracing() or torch._C._is_torch_function_mode_enabled() or torch.autograd._profiler_enabled()
-
-
-def tracing() -> bool:
-    """Whether a compiler, a tracer, a dispatch mode or a transform is active: its tensors may have no numbers."""
-    return bool(
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    )
-
-
-def readable(tensor: Tensor) -> bool:
-    """Whether a check may look at the numbers: on a GPU the host would wait for them, while tracing there may be none."""
-    return tensor.is_cpu and not tracing() and not isinstance(tensor, FakeTensor)
 
 
 def tensors_only(like: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:

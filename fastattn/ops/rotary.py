@@ -13,7 +13,8 @@ from fastattn import checks
 from fastattn.backend import device_guard, implementation
 from fastattn.eager.rotary import definition
 from fastattn.layout import new_output
-from fastattn.ops.library import call, define, differentiate, needs_composite, readable, tensors_only
+from fastattn.ops.library import call, define, differentiate, needs_composite, tensors_only
+from fastattn.tracing import readable
 
 INTEGERS = (torch.int64, torch.int32)
 

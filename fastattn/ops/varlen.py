@@ -16,8 +16,9 @@ from fastattn.checks import check_integer, check_rank, check_same_device, check_
 from fastattn.eager import varlen as eager
 from fastattn.layout import Packing, new_gradient, new_output
 from fastattn.ops.attention import canonical, check_slopes, check_window, row_contiguous
-from fastattn.ops.library import call, define, differentiate, needs_composite, readable, tensors_only
+from fastattn.ops.library import call, define, differentiate, needs_composite, tensors_only
 from fastattn.score_rules import ScoreRules
+from fastattn.tracing import readable
 
 _SCHEMA = (
     "Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
