@@ -272,6 +272,9 @@ class BlockMask:
     def _combined(self, other: BlockMask, operation: Callable[[Tensor, Tensor], Tensor]) -> BlockMask:
         if not isinstance(other, BlockMask):
             return NotImplemented
+        devices = self.blocks.kinds.device, other.blocks.kinds.device
+        if devices[0] != devices[1]:
+            raise ValueError(f"block masks must be on one device to be combined, got {devices[0]} and {devices[1]}")
         if self.shape[2:] != other.shape[2:]:
             raise ValueError(
                 f"block masks must have the same Nq and Nk to be combined, got {self.shape} and {other.shape}"
@@ -282,7 +285,7 @@ class BlockMask:
             )
         batch, heads = torch.broadcast_shapes(self.shape[:2], other.shape[:2])
         return self._build(
-            (batch, heads, *self.shape[2:]), self.blocks.kinds.device, lambda rows: operation(self._strip(rows), other._strip(rows))
+            (batch, heads, *self.shape[2:]), devices[0], lambda rows: operation(self._strip(rows), other._strip(rows))
         )  # fmt: skip
 
     def __and__(self, other: BlockMask) -> BlockMask:

@@ -101,15 +101,18 @@ def check_scale(scale: float | None) -> None:
         raise ValueError(f"scale must be None or finite, got {scale}")
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for `device`; the meta device has none to ask for."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast floating tensors to autocast's dtype where autocast is on for the first's device; leave fp64 alone.
 
     What is no tensor is left to the checks that follow, which name the argument.
     """
     first = tensors[0]
-    if not (torch._C._is_any_autocast_enabled() and isinstance(first, Tensor)):
-        return tensors
-    if not torch.is_autocast_enabled(first.device.type):
+    if not (torch._C._is_any_autocast_enabled() and isinstance(first, Tensor) and autocasts(first.device)):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in FLOAT_DTYPES else t for t in tensors)

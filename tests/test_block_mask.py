@@ -5,7 +5,7 @@ import torch
 
 import fastattn
 from fastattn import BlockMask
-from fastattn.block_mask import EMPTY, FULL, _cut_to_window
+from fastattn.block_mask import EMPTY, FULL, Blocks, _cut_to_window
 from fastattn.kernels.config import AttentionConfig
 from fastattn.ops.attention import attention_backward_op, attention_op
 from tests import reference
@@ -283,6 +283,10 @@ def test_opcheck_and_one_graph(backend):
             r"the same batch and heads, or 1, to be combined, got \(2, 1, 160, 160\) and \(3",
         ),
         (lambda: BlockMask.causal(3) & BlockMask.causal(4), ValueError, "same Nq and Nk"),
+        (
+            lambda: BlockMask.causal(3) | BlockMask((1, 1, 3, 3), Blocks(*(t.to("meta") for t in BlockMask.causal(3).blocks))),
+            ValueError, "must be on one device to be combined, got cpu and meta",
+        ),
         (
             lambda: fastattn.attention(*torch.zeros(3, 1, 2, 5, 8), mask=BlockMask.causal(4)), ValueError,
             r"block mask of .* in \(1, 2, 5, 5\), got BlockMask\(shape=\(1, 1, 4, 4\)",

@@ -355,6 +355,8 @@ def test_a_model_of_the_meta_device() -> None:
     with torch.device("meta"):
         model = GPT(config)
         assert model(torch.zeros(1, 4, dtype=torch.int64))[0].is_meta
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert model(torch.zeros(1, 4, dtype=torch.int64))[0].is_meta
     trained, tokens = GPT(config), torch.randint(50, (2, 7))
     model.load_state_dict(trained.state_dict(), assign=True)
     torch.testing.assert_close(model(tokens)[0], trained(tokens)[0])

@@ -86,7 +86,7 @@ def linear_cross_entropy(
         count = counted(labels, rules)
         token_weight = token_weight / torch.where(count != 0, count, 1.0)
     kind = input.device.type
-    dtype = torch.get_autocast_dtype(kind) if _autocast(input) else input.dtype
+    dtype = torch.get_autocast_dtype(kind) if checks.autocasts(input.device) else input.dtype
     if needs_composite(x, weight, bias, labels):
         logits = _logits(x, weight, bias, dtype)
         losses, predictions = definition(logits, labels, rules), logits.argmax(1)
@@ -105,7 +105,7 @@ def linear_cross_entropy(
 
 def _check(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
     checks.check_tensor("input", input)
-    same = checks.FLOAT_DTYPES if _autocast(input) else (input.dtype,)
+    same = checks.FLOAT_DTYPES if checks.autocasts(input.device) else (input.dtype,)
     checks.check_tensor("weight", weight, same)
     checks.check_rank("weight", weight, 2, "(classes, features)")
     if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
@@ -116,10 +116,6 @@ def _check(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -
     if bias is not None:
         checks.check_tensor("bias", bias, same)
         checks.check_shape("bias", bias, (weight.shape[0],), "classes")
-
-
-def _autocast(input: Tensor) -> bool:
-    return not input.is_meta and torch.is_autocast_enabled(input.device.type)  # meta tensors have none to ask for
 
 
 def _without_autocast(input: Tensor) -> AbstractContextManager[object]:
