@@ -32,6 +32,7 @@ SHORT_DECODE = ("tests/test_decode.py", "-k", "short_way")
 PRODUCTS = ("tests/test_attention_products.py",)
 CPU_PRODUCTS = ("tests/test_cpu_products.py",)
 ORDER = ("tests/test_order.py",)
+MAPS = ("tests/test_attention_maps.py",)
 MASK_BLOCKS = ("tests/test_mask_blocks.py",)
 EAGER_FEED_FORWARD = ("tests/test_feed_forward.py", "-k", "eager or on_the_cpu")
 EAGER_LOSS = ("tests/test_loss.py", "-k", "eager")
@@ -416,6 +417,11 @@ MUTANTS = (
         "else x if copied else None)",
         "else x)",
         EAGER_NORM,
+    ),
+    Mutant("maps: a softmax's gradient forgets a sink", "eager/attention_maps.py", "dp * (p / l)", "dp * p", MAPS),
+    Mutant("maps: a sink's gradient has the wrong sign", "eager/attention_maps.py", "dsinks -= ", "dsinks += ", MAPS),
+    Mutant(
+        "maps: the rows' places are off", "eager/attention_maps.py", "yield slice(start, end)", "yield slice(end)", MAPS
     ),
     Mutant("hidden keys count", "eager/attention_products.py", ".mul_(visible[..., :seen])", "", PRODUCTS),
     Mutant("future keys count", "eager/attention_products.py", ".tril_(block.start)", ".tril_()", PRODUCTS),

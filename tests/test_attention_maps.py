@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import fastattn
-from tests import reference
+from tests import contract, reference
 from tests.compare import max_error
+from tests.contract import Op
 from tests.test_attention import CASES
 
 NAMES = [
@@ -42,6 +43,46 @@ def test_weights_and_column_sums_match_the_definition(name):
     sums = fastattn.attention_column_sums(query, key, **options)
     assert sums.dtype == torch.float32
     assert max_error(sums, truth.sum(2)) < 1e-4
+
+
+def op(rows=None, **options):
+    """A case of the contract: grouped heads, a bias and sinks, all of which have gradients."""
+
+    def ours(query, key, bias, sinks):
+        return fastattn.attention_weights(query, key, rows=rows, bias=bias, sinks=sinks, **options)
+
+    def truth(query, key, bias, sinks):
+        whole = definition(query, key, bias=bias, sinks=sinks, **options)
+        return whole if rows is None else whole[:, :, rows]
+
+    shapes = {"query": (2, 4, 6, 8), "key": (2, 2, 9, 8), "bias": (1, 4, 6, 9), "sinks": (4,)}
+    return Op(ours, truth, shapes, grows=("query", "key"))
+
+
+OPS = {"all": op(window=(3, 1), softcap=2.0), "rows": op([4, 0, 1, 1], causal=True)}
+
+
+@pytest.mark.parametrize("dtype", contract.DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_values(name, dtype):
+    contract.check_values(OPS[name], "eager", dtype)
+
+
+@pytest.mark.parametrize("size", [1 << 20, 1], ids=["one_block", "blocks"])
+@pytest.mark.parametrize("name", OPS)
+def test_contract(name, size, monkeypatch):
+    monkeypatch.setattr("fastattn.eager.attention._BLOCK_SCORES", size)
+    contract.check_strides(OPS[name], "eager")
+    contract.check_determinism(OPS[name], "eager")
+    contract.check_double_backward(OPS[name], "eager")
+    contract.check_registration(OPS[name], "eager")
+    contract.check_transforms(OPS[name], "eager")
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", OPS)
+def test_compiles(name, dynamic):
+    contract.check_compiles(OPS[name], "eager", dynamic)
 
 
 def test_block_masks_blocks_of_rows_and_gradients(monkeypatch):

@@ -168,3 +168,23 @@ def test_bad_arguments_are_named(change, error, message):
     arguments, options = change(*inputs({}))
     with pytest.raises(error, match=message):
         pair()[1](*arguments, **options)
+
+
+def test_one_graph_for_every_length_with_weights():
+    """What `need_weights`, the default, returns does not tie a compiled module to a length."""
+    torch._dynamo.reset()
+    layer = fastattn.nn.MultiheadAttention(E, H, batch_first=True)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda x, mask: layer(x, x, x, attn_mask=mask), dynamic=True, fullgraph=True, backend=count
+    )
+    for length in (5, 9, 12):
+        x, mask = torch.randn(2, length, E), torch.ones(length, length, dtype=torch.bool).triu(1)
+        for a, b in zip(compiled(x, mask), layer(x, x, x, attn_mask=mask)):
+            torch.testing.assert_close(a, b)
+    assert len(graphs) == 1

@@ -144,7 +144,7 @@ def forward(
     return out, lse
 
 
-def _reduce_like(x: Tensor, pair: Tensor) -> Tensor:
+def reduce_like(x: Tensor, pair: Tensor) -> Tensor:
     """x (B, Hq, n, m), summed over the dimensions in which `pair` has size 1."""
     over = [d for d in range(4) if pair.shape[d] == 1 and x.shape[d] != 1]
     return x.sum(over, keepdim=True) if over else x
@@ -155,9 +155,9 @@ def _add_bias_gradient(grad_bias: Tensor, ds: Tensor, block: RowBlock) -> None:
     part = cut(grad_bias, block.rows, block.columns)
     assert part is not None
     if grad_bias.shape[2] == 1:
-        part += _reduce_like(ds, part)
+        part += reduce_like(ds, part)
         return
-    part.copy_(_reduce_like(ds, part))
+    part.copy_(reduce_like(ds, part))
     if grad_bias.shape[3] != 1:
         block.of_rows(grad_bias)[..., : block.columns.start].zero_()
         block.of_rows(grad_bias)[..., block.columns.stop :].zero_()
@@ -241,17 +241,25 @@ def _block_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, block: RowBlock
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dS) of one block, everything fp32; lse is +inf for rows that see nothing."""
+    dp = (_grouped(do, v) @ v.transpose(-1, -2)).view(*q.shape[:3], k.shape[2])
+    dq, dk, ds, p_kept = score_gradients(dp, q, k, lse, delta, block)
+    return dq, dk, _grouped(p_kept, v).transpose(-1, -2) @ _grouped(do, v), ds
+
+
+def score_gradients(
+    dp: Tensor, q: Tensor, k: Tensor, lse: Tensor, delta: Tensor, block: RowBlock
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dS, P after dropout) of one block from the gradient of P after dropout, which is overwritten. As above."""
     s, t = _logits(q, k, block)
     p = exp_(s - lse[..., None], block.far)
-    dp = (_grouped(do, v) @ v.transpose(-1, -2)).view(p.shape)
     z = block.dropout_factors(p)
     p_kept = p if z is None else p * z
     ds = (dp if z is None else dp.mul_(z)).sub_(delta[..., None]).mul_(p)
     dx = ds if t is None else torch.addcmul(ds, ds * t, t, value=-1.0)  # ds · (1 - t²)
-    dx, p_kept = _grouped(dx, k), _grouped(p_kept, v)
+    dx = _grouped(dx, k)
     dq = (dx @ k).view(q.shape).mul_(block.scale)
     dk = (dx.transpose(-1, -2) @ _grouped(q, k)).mul_(block.scale)
-    return dq, dk, p_kept.transpose(-1, -2) @ _grouped(do, v), ds
+    return dq, dk, ds, p_kept
 
 
 def double_backward(

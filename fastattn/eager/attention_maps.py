@@ -1,50 +1,118 @@
-"""Parts of the matrix of attention weights, a block of rows at a time: the whole is never in memory."""
+"""Parts of the matrix of attention weights, a block of rows at a time. In PyTorch on every device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fastattn.eager.attention import block_weights, product_rows
-from fastattn.eager.row_block import RowBlock, whole_block
+from fastattn.eager.attention import block_weights, product_rows, reduce_like, score_gradients
+from fastattn.eager.row_block import RowBlock, cut, whole_block
+from fastattn.replay import replay
 from fastattn.score_rules import ScoreRules
 
 
-def _weights_of(query: Tensor, key: Tensor, block: RowBlock) -> Tensor:
-    """fp32 (B, Hq, rows, columns) of one block."""
-    p, l, _ = block_weights(block.of_rows(query), block.of_columns(key), block)
-    return p / l
-
-
-def _runs(rows: Sequence[int]) -> Iterator[range]:
-    """The rows in their order, neighbours together."""
+def _blocks(
+    query: Tensor, key: Tensor, rules: ScoreRules, rows: Sequence[int] | None
+) -> Iterator[tuple[slice, RowBlock]]:
+    """(their places among the rows, block) of neighbours among the rows, in their order; None = all rows."""
+    if 0 in (query.shape[2], key.shape[2]):
+        return
+    whole, most = whole_block(query, key, rules), product_rows(query, key)
+    if rows is None:
+        yield from ((slice(block.rows.start, block.rows.stop), block) for block in whole.split(most))
+        return
     start = 0
     for end in range(1, len(rows) + 1):
-        if end == len(rows) or rows[end] != rows[end - 1] + 1:
-            yield range(rows[start], rows[end - 1] + 1)
+        if end == len(rows) or end - start == most or rows[end] != rows[end - 1] + 1:
+            yield slice(start, end), whole.narrow(range(rows[start], rows[end - 1] + 1))
             start = end
 
 
-def weights_of_rows(query: Tensor, key: Tensor, rows: Sequence[int], rules: ScoreRules) -> Tensor:
-    """(B, Hq, len(rows), Nk) in the query's dtype. Differentiable."""
-    num_keys = key.shape[2]
-    if num_keys == 0 or not rows:
-        return query.new_zeros((*query.shape[:2], len(rows), num_keys))
-    whole, parts = whole_block(query, key, rules), []
-    for run in _runs(rows):
-        block = whole.narrow(run)
-        seen = _weights_of(query, key, block)
-        parts.append(torch.nn.functional.pad(seen, (block.columns.start, num_keys - block.columns.stop)))
+def _weights_of(q: Tensor, k: Tensor, block: RowBlock) -> Tensor:
+    """fp32 (B, Hq, rows, columns) of one block, whose q and k these are. Differentiable."""
+    p, l, _ = block_weights(q, k, block)
+    return p / l
+
+
+def weights(query: Tensor, key: Tensor, rules: ScoreRules, rows: Sequence[int] | None) -> Tensor:
+    """(B, Hq, len(rows), Nk) in the query's dtype. Differentiable by any of torch's means."""
+    num_keys, parts = key.shape[2], []
+    for _, block in _blocks(query, key, rules, rows):
+        part = _weights_of(block.of_rows(query), block.of_columns(key), block)
+        parts.append(torch.nn.functional.pad(part, (block.columns.start, num_keys - block.columns.stop)))
+    if not parts:
+        return query.new_zeros((*query.shape[:2], query.shape[2] if rows is None else len(rows), num_keys))
     return torch.cat(parts, 2).to(query.dtype)
+
+
+def backward(
+    grad: Tensor, query: Tensor, key: Tensor, rules: ScoreRules, rows: Sequence[int] | None, need_bias: bool, need_sinks: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(grad_query, grad_key, grad_bias, grad_sinks); the last two None where not needed."""
+    given = (query, key, rules.bias if need_bias else None, rules.sinks if need_sinks else None)
+    dq, dk, dbias, dsinks = total = _zeros(given)
+    assert dq is not None
+    assert dk is not None
+    for places, block in _blocks(query, key, rules, rows):
+        q, k = block.of_rows(query).float(), block.of_columns(key).float()
+        dp = grad[:, :, places, block.columns.start : block.columns.stop].to(torch.float32, copy=True)
+        p, l, lse = block_weights(q, k, block)
+        delta = (dp * (p / l)).sum(-1)
+        blind = lse == float("-inf")
+        dq_part, dk_part, ds, _ = score_gradients(dp, q, k, lse.masked_fill(blind, float("inf")), delta, block)
+        block.of_rows(dq).add_(dq_part)
+        block.of_columns(dk).add_(dk_part)
+        bias_part = cut(dbias, block.rows, block.columns)
+        if bias_part is not None:
+            bias_part += reduce_like(ds, bias_part)
+        if dsinks is not None and rules.sinks is not None:
+            share = torch.exp(rules.sinks.float()[:, None] - lse).masked_fill(blind, 0.0)
+            dsinks -= (share * delta).sum((0, 2))
+    return tuple(None if t is None or like is None else t.to(like.dtype) for t, like in zip(total, given))  # type: ignore[return-value]
+
+
+def double_backward(
+    grad_grads: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor, query: Tensor, key: Tensor, rules: ScoreRules,
+    rows: Sequence[int] | None,
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of (grad, query, key, bias, sinks); grad_grads and needs are those of the last four."""
+    inputs = (grad, query, key, rules.bias, rules.sinks)
+    total = _zeros(inputs)
+    for places, block in _blocks(query, key, rules, rows):
+        columns = slice(block.columns.start, block.columns.stop)
+
+        def of_block(tensors: Sequence[Tensor | None], block: RowBlock = block) -> list[Tensor | None]:
+            """The block's part of (query, key, bias, sinks) or of their gradients."""
+            q, k, pair, sink = tensors
+            parts = [None if q is None else block.of_rows(q), None if k is None else block.of_columns(k)]
+            return [*parts, cut(pair, block.rows, block.columns), sink]
+
+        def definition(
+            q: Tensor, k: Tensor, pair: Tensor | None, sink: Tensor | None, block: RowBlock = block
+        ) -> list[Tensor]:
+            return [_weights_of(q, k, replace(block, bias=pair, sinks=sink))]
+
+        dy = grad[:, :, places, columns].float()
+        (grad_dy,), grads_x = replay(definition, needs, [dy], of_block(inputs[1:]), of_block(grad_grads))
+        assert total[0] is not None
+        targets = [total[0][:, :, places, columns], *of_block(total[1:])]
+        for target, part in zip(targets, (grad_dy, *grads_x)):
+            if target is not None and part is not None:
+                target += part
+    return [None if t is None or like is None else t.to(like.dtype) for t, like in zip(total, inputs)]
+
+
+def _zeros(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in tensors]
 
 
 def column_sums(query: Tensor, key: Tensor, rules: ScoreRules) -> Tensor:
     """fp32 (B, Hq, Nk): the sum of each column."""
     total = query.new_zeros((*query.shape[:2], key.shape[2]), dtype=torch.float32)
-    if 0 in (query.shape[2], key.shape[2]):
-        return total
-    for block in whole_block(query, key, rules).split(product_rows(query, key)):
-        total[:, :, block.columns.start : block.columns.stop] += _weights_of(query, key, block).sum(2)
+    for _, block in _blocks(query, key, rules, None):
+        part = _weights_of(block.of_rows(query), block.of_columns(key), block)
+        total[:, :, block.columns.start : block.columns.stop] += part.sum(2)
     return total

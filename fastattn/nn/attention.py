@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.eager.attention_maps import weights_of_rows
 from fastattn.nn.plain import call_linear, linear
 from fastattn.ops.attention import attend, canonical
+from fastattn.ops.attention_maps import weights_of
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -94,7 +94,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         out = call_linear(self.out_proj, out.transpose(1, 2).flatten(2))
         weights = None
         if need_weights:
-            weights = weights_of_rows(query, key, range(lengths[0]), rules)
+            weights = weights_of(query, key, rules)
             weights = weights.mean(1) if average_attn_weights else weights
         if not batched:
             return out.squeeze(0), None if weights is None else weights.squeeze(0)

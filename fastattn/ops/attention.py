@@ -37,19 +37,19 @@ from fastattn.tracing import listening
 MAX_HEAD_DIM = 256
 FARTHEST = 1 << 30  # of a window's side: kernels add positions to it in 32 bits, and no sequence is longer
 
-_SCHEMA = (
+RULES_SCHEMA = (
     "Tensor? mask, Tensor[]? blocks, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, float scale, "
     "SymInt? window_left, SymInt? window_right, float softcap, float dropout_p"
 )
 
 
-def _arguments(rules: ScoreRules) -> tuple[Any, ...]:
+def rule_arguments(rules: ScoreRules) -> tuple[Any, ...]:
     """The rules as an op's arguments, where a mask and the blocks of one are two."""
     mask, *rest = rules
     return (None, list(mask), *rest) if isinstance(mask, Blocks) else (mask, None, *rest)
 
 
-def _rules(mask: Tensor | None, blocks: Sequence[Tensor] | None, *rest: Any) -> ScoreRules:
+def rules_of(mask: Tensor | None, blocks: Sequence[Tensor] | None, *rest: Any) -> ScoreRules:
     """The rules of an op's arguments."""
     return ScoreRules(mask if blocks is None else Blocks(*blocks), *rest)
 
@@ -57,7 +57,7 @@ def _rules(mask: Tensor | None, blocks: Sequence[Tensor] | None, *rest: Any) -> 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> tuple[Tensor, Tensor]:
     with backend.device_guard(query.device):
         launcher = backend.implementation("attention", query.device).forward
-        return launcher(query, key, value, _rules(*rules), backend.input_precision(query.dtype))
+        return launcher(query, key, value, rules_of(*rules), backend.input_precision(query.dtype))
 
 
 def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *rules: Any) -> t
 
 
 def _attention_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    tensors, rules, (need_bias, need_sinks) = rest[:6], _rules(*rest[6:-2]), rest[-2:]
+    tensors, rules, (need_bias, need_sinks) = rest[:6], rules_of(*rest[6:-2]), rest[-2:]
     with backend.device_guard(grad_out.device):
         launcher = backend.implementation("attention", grad_out.device).backward
         precision = backend.input_precision(grad_out.dtype)
@@ -86,11 +86,13 @@ def _attention_backward_fake(
 
 
 attention_op = define(
-    f"attention(Tensor query, Tensor key, Tensor value, {_SCHEMA}) -> (Tensor, Tensor)", _attention, _attention_fake
+    f"attention(Tensor query, Tensor key, Tensor value, {RULES_SCHEMA}) -> (Tensor, Tensor)",
+    _attention,
+    _attention_fake,
 )
 attention_backward_op = define(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
-    f"Tensor lse, {_SCHEMA}, bool need_bias, bool need_sinks) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor lse, {RULES_SCHEMA}, bool need_bias, bool need_sinks) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _attention_backward,
     _attention_backward_fake,
 )
@@ -119,7 +121,7 @@ def _double_gradient(
     grad_out, grad_lse, query, key, value, _, _, *rules, need_bias, need_sinks = arguments
     taken = [True, True, True, need_bias, need_sinks]
     d_out, d_lse, dq, dk, dv, dbias, dsinks = eager.double_backward(
-        [g if t else None for g, t in zip(grad_grads, taken)], taken, grad_out, grad_lse, query, key, value, _rules(*rules)
+        [g if t else None for g, t in zip(grad_grads, taken)], taken, grad_out, grad_lse, query, key, value, rules_of(*rules)
     )  # fmt: skip
     return d_out, d_lse, dq, dk, dv, None, None, None, None, dbias, None, dsinks
 
@@ -246,7 +248,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, rules: ScoreRules) -> tupl
     """(out, lse) of canonical arguments: the op, or its plain definition inside transforms and forward-mode AD."""
     if needs_composite(query, key, value, rules.bias, rules.sinks):
         return eager.definition(query, key, value, rules)
-    return call(attention_op, query, key, value, *_arguments(rules))
+    return call(attention_op, query, key, value, *rule_arguments(rules))
 
 
 def _by_torch(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> Tensor | None:

@@ -10,8 +10,75 @@ from torch import Tensor
 
 from fastattn.block_mask import BlockMask
 from fastattn.checks import is_integer
-from fastattn.eager import attention_maps
-from fastattn.ops.attention import canonical, check_window
+from fastattn.eager import attention_maps as eager
+from fastattn.ops.attention import RULES_SCHEMA, canonical, check_window, rule_arguments, rules_of
+from fastattn.ops.library import call, define, differentiate, needs_composite, tensors_only
+from fastattn.score_rules import ScoreRules
+
+
+def _weights(query: Tensor, key: Tensor, rows: Sequence[int] | None, *rules: Any) -> Tensor:
+    return eager.weights(query, key, rules_of(*rules), rows)
+
+
+def _weights_fake(query: Tensor, key: Tensor, rows: Sequence[int] | None, *rules: Any) -> Tensor:
+    return query.new_empty((*query.shape[:2], query.shape[2] if rows is None else len(rows), key.shape[2]))
+
+
+def _weights_backward(
+    grad: Tensor, query: Tensor, key: Tensor, rows: Sequence[int] | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    *rules, need_bias, need_sinks = rest
+    return tensors_only(grad, *eager.backward(grad, query, key, rules_of(*rules), rows, need_bias, need_sinks))
+
+
+def _weights_backward_fake(
+    grad: Tensor, query: Tensor, key: Tensor, rows: Sequence[int] | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    *rules, need_bias, need_sinks = rest
+    bias, sinks = rules[2] if need_bias else None, rules[4] if need_sinks else None
+    given = (query, key, bias, sinks)
+    return tensors_only(grad, *(None if t is None else t.new_empty(t.shape) for t in given))
+
+
+weights_op = define(
+    f"attention_weights(Tensor query, Tensor key, int[]? rows, {RULES_SCHEMA}) -> Tensor", _weights, _weights_fake
+)
+weights_backward_op = define(
+    f"attention_weights_backward(Tensor grad, Tensor query, Tensor key, int[]? rows, {RULES_SCHEMA}, bool need_bias, "
+    "bool need_sinks) -> (Tensor, Tensor, Tensor, Tensor)",
+    _weights_backward,
+    _weights_backward_fake,
+)
+
+
+def _gradient(
+    needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    need_bias, need_sinks = needs[5], needs[7]
+    dq, dk, dbias, dsinks = call(weights_backward_op, grad_outputs[0], *arguments, need_bias, need_sinks)
+    pairs = dbias if need_bias else None, dsinks if need_sinks else None
+    return dq if needs[0] else None, dk if needs[1] else None, None, None, None, pairs[0], None, pairs[1]
+
+
+def _double_gradient(
+    needs: Sequence[bool], grad_grads: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    grad, query, key, rows, *rules, need_bias, need_sinks = arguments
+    taken = [True, True, need_bias, need_sinks]
+    grads = [g if t else None for g, t in zip(grad_grads, taken)]
+    d_grad, dq, dk, dbias, dsinks = eager.double_backward(grads, taken, grad, query, key, rules_of(*rules), rows)
+    return d_grad, dq, dk, None, None, None, dbias, None, dsinks
+
+
+differentiate(weights_op, _gradient)
+differentiate(weights_backward_op, _double_gradient)
+
+
+def weights_of(query: Tensor, key: Tensor, rules: ScoreRules, rows: list[int] | None = None) -> Tensor:
+    """The weights of canonical arguments: the op, or its plain definition inside transforms and forward-mode AD."""
+    if needs_composite(query, key, rules.bias, rules.sinks):
+        return eager.weights(query, key, rules, rows)
+    return call(weights_op, query, key, rows, *rule_arguments(rules))
 
 
 def _rules(query: Tensor, key: Tensor, causal: bool, window: Any, softcap: float | None, **options: Any) -> Any:
@@ -58,8 +125,7 @@ def attention_weights(
     query, key, rules = _rules(
         query, key, causal, window, softcap, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, scale=scale
     )
-    wanted = range(query.shape[2]) if rows is None else _chosen(rows, query.shape[2])
-    return attention_maps.weights_of_rows(query, key, wanted, rules)
+    return weights_of(query, key, rules, None if rows is None else _chosen(rows, query.shape[2]))
 
 
 def _chosen(rows: Sequence[int] | Tensor, count: int) -> list[int]:
@@ -103,7 +169,7 @@ def attention_column_sums(
     query, key, rules = _rules(
         query, key, causal, window, softcap, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, scale=scale
     )
-    return attention_maps.column_sums(query, key, rules)
+    return eager.column_sums(query, key, rules)
 
 
 def explain(function: Any, *args: Any, **options: Any) -> list[str]:
