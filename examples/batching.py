@@ -161,7 +161,7 @@ class Engine:
         given = torch.tensor([tokens], device=self.model.output_weight.device)
         last = self.model.hidden(given, self._cache.view(row, row + 1))[0, -1]
         self._cache.lengths[row] = len(tokens)
-        return self.model.output_weight @ last
+        return self.model.logits(last)
 
     def _step(self) -> None:
         """One more token for each request."""
@@ -180,7 +180,7 @@ class Engine:
                 last = self._read_token(tokens, cache)
             else:
                 last = self.model.hidden(tokens[:, None], cache)[:, -1]
-            logits = dict(enumerate((self.model.output_weight @ last.T).T))
+            logits = dict(enumerate(self.model.logits(last)))
             for row in logits:
                 self._cache.lengths[row] += 1
         for row in sorted(logits, reverse=True):  # backwards: a row that ends is replaced by the last one

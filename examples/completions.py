@@ -266,7 +266,7 @@ def log_likelihoods(model: GPT, sequences: Sequence[Tokens], budget: int = 4096)
         tokens, targets, cu_seqlens = pack([sequences[index] for index in chosen]).to(device)
         counted = (targets[0] != IGNORE_INDEX).nonzero()[:, 0]
         hidden = model.hidden(tokens, cu_seqlens=cu_seqlens)[0, counted]
-        losses = F.cross_entropy(F.linear(hidden, model.output_weight).float(), targets[0, counted], reduction="none")
+        losses = F.cross_entropy(model.logits(hidden).float(), targets[0, counted], reduction="none")
         owner = torch.searchsorted(cu_seqlens, counted.int(), right=True) - 1
         found.append(torch.zeros(len(chosen), device=device).index_add(0, owner, -losses).cpu())
     return torch.cat(found).double().numpy()

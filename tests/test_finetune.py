@@ -1,5 +1,6 @@
 """examples/finetune_gpt.py and the packing of prompts with their completions."""
 
+import dataclasses
 import json
 import random
 import signal
@@ -106,7 +107,9 @@ def test_plain_text_is_read_to_its_end(start: Path) -> None:
     import completions
     import corpus
 
-    tokenizer, model = corpus.load_tokenizer(start), GPT.from_pretrained(start)
+    tokenizer, tied = corpus.load_tokenizer(start), GPT.from_pretrained(start)
+    model = GPT(dataclasses.replace(tied.config, tie_weights=False)).eval()
+    model.output.register_forward_hook(lambda module, inputs, logits: 3 * logits)  # as adapters have them
     text = "is the sky blue? " * 12
     sequences, cut = completions.encode(tokenizer, [completions.Example("", text), completions.Example("a", "b")], 24)
     end = tokenizer.token_to_id(corpus.END_OF_TEXT)

@@ -92,12 +92,14 @@ def collect(engine: Any, **settings: Any) -> tuple[Any, "queue.Queue[int | str]"
     return request, events
 
 
-@pytest.mark.parametrize("settings", [{}, LLAMA], ids=["gpt-2", "llama"])
+@pytest.mark.parametrize("settings", [{}, LLAMA, {"tie_weights": False}], ids=["gpt-2", "llama", "adapted output"])
 def test_the_batch_gives_what_each_alone_would(settings: dict[str, Any]) -> None:
     """More requests than rows, of all lengths, past the end of the context, with every way of sampling."""
     import batching
 
     model, choose = make_gpt(**settings), random.Random(0)
+    if not model.config.tie_weights:
+        model.output.register_forward_hook(lambda module, inputs, logits: -logits)
     ways = [
         {"temperature": 0.0},
         {"temperature": 1.0, "seed": 3},

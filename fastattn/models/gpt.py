@@ -194,6 +194,10 @@ class GPT(Pretrained):
         """Whether logits are a product with `output_weight` and nothing else; otherwise `output` has to be called."""
         return self.config.tie_weights or is_plain_linear(self.output)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., d_model), as `hidden` gives it, → (..., vocab_size)."""
+        return linear(hidden, self.output_weight, None) if self._has_plain_output() else self.output(hidden)
+
     def num_parameters(self) -> int:
         """Number of trainable numbers; a tied weight counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
@@ -283,10 +287,8 @@ class GPT(Pretrained):
         hidden = self.hidden(tokens, cu_seqlens=cu_seqlens)
         wanted = return_logits or (return_logits is None and targets is None)
         logits = loss = None
-        if not self._has_plain_output():
-            logits = self.output(hidden)
-        elif wanted:
-            logits = linear(hidden, self.output_weight, None)
+        if wanted or not self._has_plain_output():
+            logits = self.logits(hidden)
         if targets is not None and logits is None:
             loss = linear_cross_entropy(hidden, self.output_weight, targets)
         elif targets is not None and logits is not None:
