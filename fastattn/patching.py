@@ -22,6 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 import fastattn.nn as ours
 from fastattn.adapters import ADAPTERS, Adapter, adapted
 from fastattn.checks import FLOAT_DTYPES, name_of
+from fastattn.integrations.transformers import MAPS, NAME, Maps, register
 from fastattn.nn.modes import evaluating
 from fastattn.nn.plain import is_plain_linear
 
@@ -105,8 +106,8 @@ def patch(model: nn.Module, *, include: Patterns = None, exclude: Patterns = Non
     of the families of GPT-2, BERT, RoBERTa, ViT, Llama, Mistral, Qwen and Gemma in transformers, and the blocks of timm's
     vision transformers, which are recognised by their structure and then compared, on small and large random inputs, with
     what they replace (a module whose dropout is no `nn.Dropout` is left); and the attention of transformers' models
-    (`attn_implementation="fastattn"`). That attention keeps no maps: a model whose configuration asks for them
-    (`output_attentions`) keeps its own attention, and a call that asks for them raises ValueError until `unpatch`.
+    (`attn_implementation="fastattn"`). That attention gives maps to a call that asks for them (`output_attentions`), which
+    costs an N × N matrix; a model whose configuration asks for them in every call keeps its own attention.
 
     Parameters, hooks, tied weights, devices, dtypes, optimizers and wrappers such as DistributedDataParallel stay. Patch
     before `fully_shard` and `parallelize_module`: modules whose parameters are distributed tensors are left.
@@ -177,7 +178,8 @@ def unpatch(model: nn.Module) -> int:
     for module in model.modules():
         if _ATTENTION in vars(module):
             module.set_attn_implementation(vars(module).pop(_ATTENTION))  # type: ignore[operator]
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _refuse_maps]:
+        vars(module).pop(MAPS, None)
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _ask_for_maps]:
             del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
     return len(originals)
 
@@ -330,8 +332,6 @@ def _attention_decisions(named: list[tuple[str, nn.Module]], chosen: set[str]) -
     transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is None:  # never imported: none of its models is here
         return result
-    from fastattn.integrations.transformers import NAME, register
-
     register()
     inside: set[nn.Module] = set()
     for name, root in named:
@@ -352,7 +352,9 @@ def _attention_decisions(named: list[tuple[str, nn.Module]], chosen: set[str]) -
         elif any(_OWN in type(layer).forward.__code__.co_consts for _, layer in layers):
             reason = "its layers do something else for implementations whose names they do not know"
         elif any(getattr(config, "output_attentions", False) for config in _configs(root).values()):
-            reason = "its configuration asks for attention maps (output_attentions), which are not kept"
+            reason = (
+                "its configuration asks for attention maps (output_attentions), which transformers allows its own alone"
+            )
         elif missing := [n for n, _ in layers if n not in chosen]:
             reason = f"one implementation serves the whole model, and {missing[0]} was not chosen"
         else:
@@ -382,21 +384,17 @@ def _configs(root: Any) -> dict[str, Any]:
 
 
 def _swap_attention(root: Any) -> None:
-    from fastattn.integrations.transformers import NAME
-
     vars(root)[_ATTENTION] = {key: config._attn_implementation for key, config in _configs(root).items()}
     root.set_attn_implementation(NAME)
+    maps = Maps()
     for module in root.modules():
+        if _calls_the_interface(module) or hasattr(module, "set_attn_implementation"):
+            vars(module)[MAPS] = maps
         if hasattr(module, "set_attn_implementation"):
-            module.register_forward_pre_hook(_refuse_maps, with_kwargs=True)
+            module.register_forward_pre_hook(_ask_for_maps, with_kwargs=True)
 
 
-def _refuse_maps(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    """Before a patched model's forward: some models would return maps as () without a word."""
-    from fastattn.integrations.transformers import NAME
-
-    if kwargs.get("output_attentions") and model.config._attn_implementation == NAME:
-        raise ValueError(
-            "output_attentions must be False: fastattn's attention keeps no maps. fastattn.unpatch(model), or patch with "
-            "exclude= its attention layers"
-        )
+def _ask_for_maps(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Before the forward of a patched model, or of a model in it, which the outer one has asked already."""
+    if _ATTENTION in vars(model) or kwargs.get("output_attentions"):
+        vars(model)[MAPS].wanted = bool(kwargs.get("output_attentions"))

@@ -277,18 +277,27 @@ def test_one_attention_layer_that_is_excluded_leaves_them_all():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "vit"])
-def test_attention_maps_are_never_missing_without_a_word(name):
+def test_attention_maps_come_where_a_call_asks_for_them(name):
     model, batch = make(name)
     hooks = {n: len(m._forward_pre_hooks) for n, m in model.named_modules()}
+    truth = model(**batch, output_attentions=True).attentions
     fastattn.patch(model)
-    clone = copy.deepcopy(model)
-    for called in (model, clone, next(model.children()) if name in CAUSAL else model):
-        with pytest.raises(ValueError, match="output_attentions must be False"):
-            called(**batch, output_attentions=True)
+    clone, maps = copy.deepcopy(model), []
+    inner = next(model.children()) if name in CAUSAL else model
+    watch = inner.register_forward_hook(lambda *_: maps.append(vars(model)["_fastattn_maps"].wanted))
+    for called in (model, clone, inner):
+        got = called(**batch, output_attentions=True).attentions
+        assert len(got) == 2
+        for a, b in zip(got, truth):
+            torch.testing.assert_close(a, b)
+        assert not called(**batch).attentions
+    watch.remove()
+    assert maps[:2] == [True, False]
     for patched in (model, clone):
         fastattn.unpatch(patched)
         assert len(patched(**batch, output_attentions=True).attentions) == 2
         assert {n: len(m._forward_pre_hooks) for n, m in patched.named_modules()} == hooks
+        assert not any("_fastattn_maps" in vars(m) for m in patched.modules())
     model.config.output_attentions = True
     report = fastattn.patch(model)
     assert sum("asks for attention maps" in reason for reason in report.left.values()) == 2

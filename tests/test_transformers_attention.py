@@ -126,12 +126,11 @@ MASK = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
     ("options", "error", "message"),
     [
         ({"cache": object()}, ValueError, "cache must be None"),
-        ({"output_attentions": True}, ValueError, 'use attn_implementation="eager"'),
         ({"cu_seq_lens_q": torch.tensor([0, 5])}, ValueError, "cu_seq_lens_q must come with an attention_mask"),
         ({"sliding_window": 2, "is_causal": False}, ValueError, "sliding_window=2 must come with an attention_mask"),
         ({"block_indices": 1, "use_cache": True}, TypeError, r"\['block_indices'\]"),
     ],
-    ids=["paged", "weights", "packed", "window", "unknown"],
+    ids=["paged", "packed", "window", "unknown"],
 )
 def test_what_cannot_be_honoured_raises(options, error, message):
     with pytest.raises(error, match=message):
@@ -142,7 +141,10 @@ def test_arguments_against_their_meaning():
     module = torch.nn.Identity()  # has no is_causal: causal
     dense = MASK.expand(2, 4, 5, 5)
     bias = torch.randn(1, 4, 5, 5)
-    causal, _ = attention_forward(module, Q, K, K, None)
+    causal, nothing = attention_forward(module, Q, K, K, None)
+    assert nothing is None
+    weights = attention_forward(module, Q, K, K, None, output_attentions=True)[1]
+    torch.testing.assert_close(weights @ K.repeat_interleave(2, 1), causal.transpose(1, 2))
     torch.testing.assert_close(causal, attention_forward(module, Q, K, K, MASK, position_ids=torch.arange(5))[0])
     leaked = {"logits_to_keep": 1, "grid_thw": torch.ones(1, 3)}  # by LLaVA-OneVision and LFM3-VL
     torch.testing.assert_close(causal, attention_forward(module, Q, K, K, None, **leaked)[0])

@@ -9,13 +9,16 @@ Interface: https://huggingface.co/docs/transformers/attention_interface
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastattn.ops.attention import attend, canonical
+from fastattn.ops.attention_maps import weights_of
 
 NAME = "fastattn"
+MAPS = "_fastattn_maps"  # an attention layer's attribute: the model's `Maps`
 
 # What models pass along that says nothing about which pairs are attended to, or says what the mask says as well.
 _HARMLESS = {
@@ -24,6 +27,13 @@ _HARMLESS = {
     *("return_dict", "use_cache"),
 }
 _PACKED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+
+
+@dataclass
+class Maps:
+    """Whether a model's layers return their attention weights, as a caller asked with `output_attentions`."""
+
+    wanted: bool = False
 
 
 def register() -> str:
@@ -62,8 +72,9 @@ def attention_forward(
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    output_attentions: bool | None = None,
     **options: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """The attention of one layer, as transformers calls it.
 
     Args:
@@ -80,9 +91,10 @@ def attention_forward(
         sliding_window: a query sees that many keys, its own and those before; with a mask, which has the window, no effect.
         s_aux: (Hq,), the sinks' logits.
         position_bias: floating, broadcastable to (B, Hq, Nq, Nk), added to the scores.
+        output_attentions: also return the weights, as when `patch` has noticed that the model's caller asked for them.
 
     Returns:
-        (output (B, Nq, Hq, Dv), None: the weights are never kept)
+        (output (B, Nq, Hq, Dv), the weights after dropout (B, Hq, Nq, Nk), or None where nobody asked for them)
 
     Raises:
         TypeError: an argument that is not known here and may change the meaning.
@@ -100,16 +112,17 @@ def attention_forward(
         if not causal and sliding_window < key.shape[2]:
             raise ValueError(f"sliding_window={sliding_window} must come with an attention_mask where is_causal=False")
         left = sliding_window - 1 - (right or 0) if causal else None
-    out, _ = attend(
-        *canonical(query, key, value, mask, bias, None, s_aux, scaling, left, right, softcap or None, dropout)
+    query, key, value, rules = canonical(
+        query, key, value, mask, bias, None, s_aux, scaling, left, right, softcap or None, dropout
     )
-    return out.transpose(1, 2), None
+    out, _ = attend(query, key, value, rules)
+    maps: Maps | None = getattr(module, MAPS, None)
+    wanted = output_attentions or (maps is not None and maps.wanted)
+    return out.transpose(1, 2), weights_of(query, key, rules) if wanted else None
 
 
 def _check(options: dict[str, Any], attention_mask: Tensor | None) -> None:
     given = {name for name, option in options.items() if option is not None and option is not False}
-    if "output_attentions" in given:
-        raise ValueError('output_attentions must be False: use attn_implementation="eager" to get the weights')
     if "cache" in given:
         raise ValueError("cache must be None: continuous batching with a paged cache is not supported")
     if attention_mask is None and (packed := sorted(given & _PACKED)):
