@@ -51,7 +51,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     if needs_composite(input, weight, bias):
         return definition(input, weight, bias, None, None, activation)
     keep = activation != "identity" and _differentiable(input, weight, bias)
-    return call(LINEAR, input, weight, bias, activation, keep)[0]
+    return call(linear_op, input, weight, bias, activation, keep)[0]
 
 
 def feed_forward(
@@ -118,7 +118,7 @@ def feed_forward(
     if needs_composite(*tensors):
         return _definition(tensors, seed, activation, dropout_p)
     keep = _differentiable(*tensors) and recompute != "hidden"
-    return call(FEED_FORWARD, *tensors, seed, activation, dropout_p, keep, keep and recompute == "none")[0]
+    return call(feed_forward_op, *tensors, seed, activation, dropout_p, keep, keep and recompute == "none")[0]
 
 
 def _differentiable(*tensors: Tensor | None) -> bool:
@@ -202,7 +202,7 @@ def _linear_fake(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Ten
     return input.new_empty((*input.shape[:-1], columns)), input.new_empty((rows, columns) if keep else (0,))
 
 
-LINEAR = define(
+linear_op = define(
     "linear(Tensor input, Tensor weight, Tensor? bias, str activation, bool keep) -> (Tensor output, Tensor z)",
     _linear,
     _linear_fake,
@@ -214,7 +214,7 @@ def _linear_gradient(
 ) -> Sequence[Tensor | None]:
     if grad_outputs[0] is None:
         return []
-    grads = call(LINEAR_BACKWARD, grad_outputs[0], *arguments[:3], outputs[1], arguments[3], list(needs[:3]))
+    grads = call(linear_backward_op, grad_outputs[0], *arguments[:3], outputs[1], arguments[3], list(needs[:3]))
     return [g if need else None for g, need in zip(grads, needs)]
 
 
@@ -246,7 +246,7 @@ def _backward_fake(grad_output: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(input.new_empty(t.shape if t is not None and n else 0) for t, n in zip(rest, needs))
 
 
-LINEAR_BACKWARD = define(
+linear_backward_op = define(
     "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, Tensor z, str activation, "
     "bool[] needs) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
     _linear_backward,
@@ -264,8 +264,8 @@ def _linear_second_gradient(
     return [*of_grads, *of_tensors]
 
 
-differentiate(LINEAR, _linear_gradient, keep_outputs=(1,))
-differentiate(LINEAR_BACKWARD, _linear_second_gradient)
+differentiate(linear_op, _linear_gradient, keep_outputs=(1,))
+differentiate(linear_backward_op, _linear_second_gradient)
 
 
 def _definition(tensors: Sequence[Any], seed: Tensor | None, activation: str, dropout_p: float) -> Tensor:
@@ -317,7 +317,7 @@ def _feed_forward_fake(
     )
 
 
-FEED_FORWARD = define(
+feed_forward_op = define(
     "feed_forward(Tensor input, Tensor weight1, Tensor? bias1, Tensor? gate_weight, Tensor? gate_bias, Tensor weight2, "
     "Tensor? bias2, Tensor? residual, Tensor? seed, str activation, float dropout_p, bool keep, bool keep_hidden) "
     "-> (Tensor output, Tensor z, Tensor g, Tensor hidden)",
@@ -333,7 +333,7 @@ def _gradient(
         return []
     tensors, (_, seed, activation, dropout_p) = arguments[:7], arguments[7:11]
     grads = call(
-        FEED_FORWARD_BACKWARD, grad_outputs[0], *tensors, seed, *outputs[1:], activation, dropout_p, list(needs[:7])
+        feed_forward_backward_op, grad_outputs[0], *tensors, seed, *outputs[1:], activation, dropout_p, list(needs[:7])
     )
     return [g if need else None for g, need in zip((*grads, grad_outputs[0]), needs)]
 
@@ -381,7 +381,7 @@ def _backward(
     return tensors_only(input, *grads)
 
 
-FEED_FORWARD_BACKWARD = define(
+feed_forward_backward_op = define(
     "feed_forward_backward(Tensor grad_output, Tensor input, Tensor weight1, Tensor? bias1, Tensor? gate_weight, "
     "Tensor? gate_bias, Tensor weight2, Tensor? bias2, Tensor? seed, Tensor z, Tensor g, Tensor hidden, "
     "str activation, float dropout_p, bool[] needs) -> (Tensor grad_input, Tensor grad_weight1, Tensor grad_bias1, Tensor grad_gate_weight, "
@@ -403,8 +403,8 @@ def _second_gradient(
     return [*of_grads, *of_tensors]
 
 
-differentiate(FEED_FORWARD, _gradient, keep_outputs=(1, 2, 3))
-differentiate(FEED_FORWARD_BACKWARD, _second_gradient)
+differentiate(feed_forward_op, _gradient, keep_outputs=(1, 2, 3))
+differentiate(feed_forward_backward_op, _second_gradient)
 
 
 def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[str]:

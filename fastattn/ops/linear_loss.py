@@ -96,7 +96,7 @@ def linear_cross_entropy(
         needs = [now and t is not None and t.requires_grad for t in (x, weight, bias)]
         tensors = (x, weight, bias, token_weight)
         total, losses, predictions, *_ = call(
-            LINEAR_CROSS_ENTROPY, *tensors, labels, *rules, dtype, return_predictions, needs
+            linear_cross_entropy_op, *tensors, labels, *rules, dtype, return_predictions, needs
         )
     loss = losses.view(target.shape) if reduction == "none" else total
     loss = torch.where(count != 0, loss, torch.nan) if reduction == "mean" else loss
@@ -211,7 +211,7 @@ def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tup
     )
 
 
-LINEAR_CROSS_ENTROPY = define(
+linear_cross_entropy_op = define(
     "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor token_weight, Tensor target, "
     "Tensor? class_weight, int ignore_index, float label_smoothing, float z_loss, float softcap, ScalarType dtype, "
     "bool predict, bool[] needs) "
@@ -237,7 +237,7 @@ def _gradient(
     if of_total is not None and needs[3]:
         grads[3] = of_total * losses
     if of_losses is not None:
-        _, _, _, *again = call(LINEAR_CROSS_ENTROPY, *tensors, of_losses, target, *rules, dtype, False, wanted)
+        _, _, _, *again = call(linear_cross_entropy_op, *tensors, of_losses, target, *rules, dtype, False, wanted)
         grads[:3] = [_sum(g, a if want else None) for g, a, want in zip(grads, again, wanted)]
     if any(g is not None for g in of_gradients):
 
@@ -263,7 +263,7 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-differentiate(LINEAR_CROSS_ENTROPY, _gradient, keep_outputs=(1, 3, 4, 5))
+differentiate(linear_cross_entropy_op, _gradient, keep_outputs=(1, 3, 4, 5))
 
 
 def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[str]:

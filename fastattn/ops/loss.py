@@ -93,7 +93,7 @@ def cross_entropy(
     if needs_composite(logits, labels):
         losses, predictions = definition(logits, labels, rules), logits.argmax(1)
     else:
-        losses, _, predictions = call(CROSS_ENTROPY, logits, labels, *rules, return_predictions, inplace)
+        losses, _, predictions = call(cross_entropy_op, logits, labels, *rules, return_predictions, inplace)
     loss = reduce(losses.sum() if reduction != "none" else losses, labels, rules, reduction)
     loss = loss.view(target.shape) if reduction == "none" else loss
     return (loss, predictions.view(target.shape)) if return_predictions else loss
@@ -171,7 +171,7 @@ def _forward_fake(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return losses, lse, input.new_empty(rows if predict else 0, dtype=torch.int64)
 
 
-CROSS_ENTROPY = define(
+cross_entropy_op = define(
     "cross_entropy(Tensor input, Tensor target, Tensor? class_weight, int ignore_index, float label_smoothing, "
     "float z_loss, float softcap, bool predict, bool inplace) -> (Tensor losses, Tensor lse, Tensor predictions)",
     _forward,
@@ -190,7 +190,7 @@ def _gradient(
         gradient = _backward(*tensors, target, *rules, inplace=True)
         torch.autograd.graph.increment_version(input)  # a kernel's writes are invisible to autograd
         return [gradient.detach()]
-    return [call(CROSS_ENTROPY_BACKWARD, *tensors, target, *rules)]
+    return [call(cross_entropy_backward_op, *tensors, target, *rules)]
 
 
 def _backward(
@@ -205,7 +205,7 @@ def _backward_fake(grad_losses: Tensor, input: Tensor, *rest: Any) -> Tensor:
     return input.new_empty(input.shape)
 
 
-CROSS_ENTROPY_BACKWARD = define(
+cross_entropy_backward_op = define(
     "cross_entropy_backward(Tensor grad_losses, Tensor input, Tensor lse, Tensor target, Tensor? class_weight, "
     "int ignore_index, float label_smoothing, float z_loss, float softcap) -> Tensor",
     _backward,
@@ -225,8 +225,8 @@ def _second_gradient(
     return [*of_grads, *of_input]
 
 
-differentiate(CROSS_ENTROPY, _gradient, keep_outputs=(1,))
-differentiate(CROSS_ENTROPY_BACKWARD, _second_gradient)
+differentiate(cross_entropy_op, _gradient, keep_outputs=(1,))
+differentiate(cross_entropy_backward_op, _second_gradient)
 
 
 def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[str]:

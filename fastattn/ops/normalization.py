@@ -176,7 +176,9 @@ def _norm(
         return y if residual is None else (y, h)
     scale, shift = _by_group(input, len(shape), scale, shift)
     tensors = input, residual, seed, weight, bias, scale, shift
-    y, h, _, _ = call(NORM, *tensors, len(shape), eps, centered, weight_offset, dropout_p, output_dtype, hidden_dtype)
+    y, h, _, _ = call(
+        norm_op, *tensors, len(shape), eps, centered, weight_offset, dropout_p, output_dtype, hidden_dtype
+    )
     return y if residual is None else (y, h)
 
 
@@ -301,7 +303,7 @@ def _forward_fake(
     )
 
 
-NORM = define(
+norm_op = define(
     "norm(Tensor input, Tensor? residual, Tensor? seed, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
     "int dims, float eps, bool centered, float weight_offset, float dropout_p, ScalarType output_dtype, ScalarType hidden_dtype) "
     "-> (Tensor output, Tensor hidden, Tensor mean, Tensor rstd)",
@@ -321,7 +323,7 @@ def _gradient(
     if grad_output is None:
         grad_output = torch.zeros_like(input, dtype=output_dtype)
     grad, grad_input, *rest = call(
-        NORM_BACKWARD,
+        norm_backward_op,
         grad_output, grad_hidden, hidden, seed, *parameters, mean, rstd, dims, eps, weight_offset, dropout_p,
         residual is not None, input.dtype, any(needs[3:7]),
     )  # fmt: skip
@@ -385,7 +387,7 @@ def _backward_fake(
     )
 
 
-NORM_BACKWARD = define(
+norm_backward_op = define(
     "norm_backward(Tensor grad_output, Tensor? grad_hidden, Tensor hidden, Tensor? seed, Tensor? weight, Tensor? bias, "
     "Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, int dims, float eps, float weight_offset, "
     "float dropout_p, bool has_residual, ScalarType input_dtype, bool needs_parameters) -> (Tensor grad_hidden_stream, Tensor grad_input, "
@@ -424,8 +426,8 @@ def _second_gradient(
     return [*of_grads, of_hidden, None, *of_parameters]
 
 
-differentiate(NORM, _gradient, keep_outputs=(1, 2, 3))
-differentiate(NORM_BACKWARD, _second_gradient)
+differentiate(norm_op, _gradient, keep_outputs=(1, 2, 3))
+differentiate(norm_backward_op, _second_gradient)
 
 
 def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[str]:

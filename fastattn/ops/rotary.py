@@ -92,7 +92,7 @@ def _rotate(query: Tensor, key: Tensor | None, constants: tuple[Any, ...]) -> tu
     if _needs_definition(query, key, cos, sin):
         _check_rows(positions, cos.shape[1])
         return definition(query, *constants), None if key is None else definition(key, *constants)
-    rotated, rotated_key = call(ROTARY, query, key, *constants, False)
+    rotated, rotated_key = call(rotary_op, query, key, *constants, False)
     return rotated, None if key is None else rotated_key
 
 
@@ -109,9 +109,9 @@ def _rotate_inplace(query: Tensor, key: Tensor | None, constants: tuple[Any, ...
         _check_rows(positions, cos.shape[1])  # before autograd is told that they are written over
         query = _Overwritten.apply(query, *constants)
         key = None if key is None else _Overwritten.apply(key, *constants)
-        call(ROTARY_, query.detach(), None if key is None else key.detach(), *constants)
+        call(rotary_in_place_op, query.detach(), None if key is None else key.detach(), *constants)
     else:
-        call(ROTARY_, query, key, *constants)
+        call(rotary_in_place_op, query, key, *constants)
     return query, key
 
 
@@ -187,7 +187,7 @@ class _Overwritten(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return call(ROTARY, grad, None, *ctx.saved_tensors, *ctx.constants, True)[0], *[None] * 5
+        return call(rotary_op, grad, None, *ctx.saved_tensors, *ctx.constants, True)[0], *[None] * 5
 
 
 def _launch(
@@ -228,7 +228,7 @@ def _fake(query: Tensor, key: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     return tensors_only(query, *(x if x is None else new_output(x, x.shape[3]) for x in (query, key)))
 
 
-ROTARY = define(
+rotary_op = define(
     "rotary(Tensor query, Tensor? key, Tensor cos, Tensor sin, Tensor? positions, SymInt offset, bool interleaved, "
     "bool conjugate) -> (Tensor query, Tensor key)",
     _forward,
@@ -260,7 +260,7 @@ def _inplace_fake(*arguments: Any) -> None:
     return None
 
 
-ROTARY_ = define(
+rotary_in_place_op = define(
     "rotary_(Tensor(a!) query, Tensor(b!)? key, Tensor cos, Tensor sin, Tensor? positions, SymInt offset, "
     "bool interleaved) -> ()",
     _inplace,
@@ -277,13 +277,13 @@ def _gradient(
     given = [grad_outputs[i] for i in wanted] + [None]
     grads: list[Tensor | None] = [None, None]
     if wanted:
-        found = call(ROTARY, given[0], given[1], cos, sin, positions, offset, interleaved, not conjugate)
+        found = call(rotary_op, given[0], given[1], cos, sin, positions, offset, interleaved, not conjugate)
         for i, grad in zip(wanted, found):
             grads[i] = grad
     return grads
 
 
-differentiate(ROTARY, _gradient, drop_arguments=(0, 1))
+differentiate(rotary_op, _gradient, drop_arguments=(0, 1))
 
 
 def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[str]:
