@@ -126,7 +126,7 @@ MASK = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
     ("options", "error", "message"),
     [
         ({"cache": object()}, ValueError, "cache must be None"),
-        ({"cu_seq_lens_q": torch.tensor([0, 5])}, ValueError, "cu_seq_lens_q must come with an attention_mask"),
+        ({"cu_seq_lens_q": torch.tensor([0, 2, 5])}, ValueError, "cu_seq_lens_q must come with an attention_mask"),
         ({"sliding_window": 2, "is_causal": False}, ValueError, "sliding_window=2 must come with an attention_mask"),
         ({"block_indices": 1, "use_cache": True}, TypeError, r"\['block_indices'\]"),
     ],
@@ -135,6 +135,14 @@ MASK = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
 def test_what_cannot_be_honoured_raises(options, error, message):
     with pytest.raises(error, match=message):
         attention_forward(torch.nn.Identity(), Q, K, K, None, **options)
+
+
+def test_packs_of_several_sequences_and_of_one():
+    collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    eager, ours = pair("llama")
+    for sequences in ([[5, 6, 7, 8], [9, 8, 7]], [[5, 6, 7, 8]]):
+        batch = collate([{"input_ids": sequence} for sequence in sequences])
+        torch.testing.assert_close(*(model(**batch, use_cache=False).logits for model in (ours, eager)))
 
 
 def test_arguments_against_their_meaning():

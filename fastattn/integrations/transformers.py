@@ -125,7 +125,9 @@ def _check(options: dict[str, Any], attention_mask: Tensor | None) -> None:
     given = {name for name, option in options.items() if option is not None and option is not False}
     if "cache" in given:
         raise ValueError("cache must be None: continuous batching with a paged cache is not supported")
-    if attention_mask is None and (packed := sorted(given & _PACKED)):
+    bounds = options.get("cu_seq_lens_q")
+    several = bounds is None or bounds.numel() != 2  # a pack of one sequence needs no mask, and gets none
+    if attention_mask is None and several and (packed := sorted(given & _PACKED)):
         raise ValueError(
             f"{', '.join(packed)} must come with an attention_mask that keeps the sequences apart, got None"
         )
