@@ -216,6 +216,41 @@ def test_tied_weights_hooks_and_frozen_parameters_stay():
     assert calls == ["mlp", "ln_f", "mlp", "c_fc", "ln_f"]
 
 
+class Quantised(torch.Tensor):
+    """A weight as torchao has them: a wrapper of tensors that knows `F.linear` alone."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+
+    def __init__(self, weight):
+        self.inside = weight
+
+    def __tensor_flatten__(self):
+        return ["inside"], None
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            return function(args[0], args[1].inside, *args[2:])
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        if op is torch.ops.aten.detach.default:
+            return cls(args[0].inside)
+        raise NotImplementedError(op)
+
+
+def test_layers_that_were_quantised_after_patching_are_called():
+    mlp, x = TimmMlp(24, 40).requires_grad_(False), torch.randn(2, 7, 24)
+    expected = mlp(x)
+    assert fastattn.patch(mlp).swapped
+    mlp.fc2.weight = nn.Parameter(Quantised(mlp.fc2.weight.data), requires_grad=False)
+    torch.testing.assert_close(mlp(x), expected)
+
+
 def test_dropout_of_a_patched_feed_forward_layer_acts_in_training_only():
     model, batch = make("timm_block")
     fastattn.patch(model)

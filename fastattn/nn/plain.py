@@ -56,7 +56,14 @@ def is_plain_linear(*modules: nn.Module) -> bool:
 
     A wrapper (FSDP), an adapter (LoRA), a quantised or a tensor-parallel layer is not one: it has to be called.
     """
-    return all((type(module) is nn.Linear or _is_conv1d(module)) and is_unhooked(module) for module in modules)
+    return all(
+        (type(m) is nn.Linear or _is_conv1d(m)) and is_unhooked(m) and not _wraps_tensors(m.weight) for m in modules
+    )
+
+
+def _wraps_tensors(weight: object) -> bool:
+    """Whether `weight` is of a class that wraps tensors (torchao, DTensor): its layer is known as no plain one by that alone."""
+    return hasattr(type(weight), "__tensor_flatten__")  # torch's test of instances is False for all under torch.compile
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
