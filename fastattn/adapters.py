@@ -122,6 +122,11 @@ class RMSNorm(Norm):
     def forward(self, input: Tensor) -> Tensor:
         return rms_norm(input, tuple(self.weight.shape), self.weight, _eps(self), weight_offset=self.weight_offset)
 
+    @classmethod
+    def probes(cls, module: Any, like: Tensor) -> Sequence[tuple[Tensor, ...]]:
+        wider = [] if like.dtype == torch.float32 else [(cls.random(like, module.weight.shape[0], 1, torch.float32),)]
+        return [*super().probes(module, like), *wider]
+
 
 class RMSNormFromOne(RMSNorm):
     """(1 + weight) · x̂, in the dtype of x: Gemma."""
@@ -130,10 +135,17 @@ class RMSNormFromOne(RMSNorm):
 
 
 class WideningRMSNorm(RMSNorm):
-    """weight · x̂, in the wider dtype of the two: Llama, Mistral, Qwen, T5 and many more."""
+    """weight · x̂, in the wider dtype of the two: Llama, Mistral, Qwen and many more."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.to(torch.promote_types(input.dtype, self.weight.dtype)))
+
+
+class NarrowingRMSNorm(WideningRMSNorm):
+    """weight · x̂, in the dtype of the weight: T5, whose sums are in fp32 where its other parameters have 16 bits."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).to(self.weight.dtype)
 
 
 class GatedMLP(Adapter):
@@ -217,6 +229,6 @@ class TimmAttention(Adapter):
 
 
 ADAPTERS = (
-    *(LayerNorm, WideningRMSNorm, RMSNorm, RMSNormFromOne),
+    *(LayerNorm, WideningRMSNorm, NarrowingRMSNorm, RMSNorm, RMSNormFromOne),
     *(GatedMLP, GPT2MLP, VisionMLP, TimmMLP, DenseActivation, DenseAddNorm, TimmAttention),
 )

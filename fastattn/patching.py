@@ -266,7 +266,7 @@ def _difference(module: nn.Module, adapter: type[Adapter]) -> str:
                 module.__class__ = original
                 if not isinstance(expected, Tensor) or expected.dtype != got.dtype or expected.shape != got.shape:
                     return "looks like a known structure, but its result is of another shape or dtype"
-                if error := _error(got, expected, _TOLERANCE[inputs[0].dtype]):
+                if error := _error(got, expected, max(_TOLERANCE[inputs[0].dtype], _TOLERANCE[expected.dtype])):
                     when = " in training" if training else ""
                     return f"looks like a known structure, but computes something else{when} (by {error:.1e})"
     except Exception as error:  # whatever a stranger's forward may raise

@@ -114,3 +114,16 @@ def test_feed_forward_layers_that_clamp_are_left():
     expected = mlp(x)
     assert not fastattn.patch(mlp).swapped
     assert torch.equal(mlp(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_norms_of_t5_give_the_dtype_of_their_weight(dtype):
+    """In fp16, T5 keeps the products behind which its sums are made, and so these, in fp32."""
+    from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+    norm = T5LayerNorm(24).to(dtype)
+    x = 1e4 * torch.randn(2, 7, 24)
+    torch.nn.init.normal_(norm.weight)
+    expected = [norm(x), norm(x.bfloat16())]
+    assert fastattn.patch(norm).swapped
+    torch.testing.assert_close([norm(x), norm(x.bfloat16())], expected, rtol=1e-2, atol=1e-2)
