@@ -22,7 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 import fastattn.nn as ours
 from fastattn.adapters import ADAPTERS, Adapter, adapted
 from fastattn.checks import FLOAT_DTYPES, name_of
-from fastattn.integrations.transformers import MAPS, NAME, Maps, register
+from fastattn.integrations.transformers import MAPS, NAME, Maps, register, takes_others
 from fastattn.nn.modes import evaluating
 from fastattn.nn.plain import is_plain_linear
 
@@ -111,6 +111,8 @@ def patch(model: nn.Module, *, include: Patterns = None, exclude: Patterns = Non
 
     Parameters, hooks, tied weights, devices, dtypes, optimizers and wrappers such as DistributedDataParallel stay. Patch
     before `fully_shard` and `parallelize_module`: modules whose parameters are distributed tensors are left.
+    The attention implementation stands in the configuration, as always in transformers: other models that were made from the
+    same object (`config`, not a copy) get it as well.
 
     Args:
         model: any module; nothing happens to it where an error is raised.
@@ -347,7 +349,7 @@ def _attention_decisions(named: list[tuple[str, nn.Module]], chosen: set[str]) -
             reason = "is fastattn's already"
         elif not root._can_set_attn_implementation():
             reason = "the model does not let its attention implementation be changed"
-        elif not all(_takes_others(m) for m in root.modules() if isinstance(m, transformers.PreTrainedModel)):
+        elif not all(takes_others(m) for m in root.modules() if isinstance(m, transformers.PreTrainedModel)):
             reason = "transformers does not run it with attention implementations other than its own"
         elif any(_OWN in type(layer).forward.__code__.co_consts for _, layer in layers):
             reason = "its layers do something else for implementations whose names they do not know"
@@ -368,13 +370,6 @@ def _calls_the_interface(module: nn.Module) -> bool:
     """Whether this is an attention layer that asks transformers for its implementation."""
     code = getattr(type(module).forward, "__code__", None)
     return code is not None and {"_attn_implementation", "get_interface"}.issubset(code.co_names)
-
-
-def _takes_others(model: Any) -> bool:
-    """Whether the model's masks and arguments mean the same to every implementation; SDPA lacks softcap and sinks only."""
-    return model._supports_sdpa or (
-        model._supports_attention_backend and (model._supports_flash_attn or model._supports_flex_attn)
-    )
 
 
 def _configs(root: Any) -> dict[str, Any]:

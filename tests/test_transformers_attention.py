@@ -137,6 +137,13 @@ def test_what_cannot_be_honoured_raises(options, error, message):
         attention_forward(torch.nn.Identity(), Q, K, K, None, **options)
 
 
+def test_models_that_compute_their_attention_themselves_are_refused():
+    config = transformers.BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2)
+    model = transformers.AutoModel.from_config(config, attn_implementation="fastattn")
+    with pytest.raises(ValueError, match="BloomModel computes its attention itself"):
+        model(**inputs("llama"))
+
+
 def test_packs_of_several_sequences_and_of_one():
     collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
     eager, ours = pair("llama")

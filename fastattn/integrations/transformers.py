@@ -10,8 +10,10 @@ Interface: https://huggingface.co/docs/transformers/attention_interface
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastattn.ops.attention import attend, canonical
@@ -43,19 +45,55 @@ def register() -> str:
     May be called again.
 
     Not for models that transformers runs with its own implementations alone (`_supports_sdpa` is False, and not for want of
-    softcap or sinks: NLLB-MoE, PEGASUS-X): their layers do not say what a missing mask means. `fastattn.patch` leaves them.
+    softcap or sinks: BLOOM, MPNet, NLLB-MoE): their layers compute the attention themselves, or do not say what a missing
+    mask means. They raise ValueError when they ask for a mask; `fastattn.patch` leaves them.
 
     Raises:
         ImportError: transformers is not installed, or has no attention interface (it came with version 5).
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
     except ImportError as error:
         raise ImportError("the integration needs the package transformers: pip install 'transformers>=5'") from error
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, attention_mask)
     return NAME
+
+
+def takes_others(model: Any) -> bool:
+    """Whether a model's (class's) masks mean the same to every implementation; SDPA lacks softcap and sinks only."""
+    return model._supports_sdpa or (
+        model._supports_attention_backend and (model._supports_flash_attn or model._supports_flex_attn)
+    )
+
+
+@cache
+def _refused(config: type) -> str:
+    """The name of the model that is made of such configurations, where it does not ask for its implementation; else ""."""
+    from transformers import MODEL_MAPPING
+
+    try:
+        model: Any = MODEL_MAPPING[config]
+    except (KeyError, ValueError):  # a model of somebody else's, or none
+        return ""
+    fits = not hasattr(model, "_supports_sdpa") or (model._can_set_attn_implementation() and takes_others(model))
+    return "" if fits else model.__name__
+
+
+def attention_mask(*args: Any, config: Any = None, **options: Any) -> Tensor | None:
+    """The masks that transformers makes for SDPA.
+
+    Raises:
+        ValueError: the configuration is that of a model which would misunderstand them.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    if not torch.compiler.is_compiling() and (name := _refused(config.__class__)):
+        raise ValueError(
+            f'{name} computes its attention itself: attn_implementation must be one of its own, got "{NAME}". '
+            "fastattn.patch(model) replaces its other layers"
+        )
+    return sdpa_mask(*args, config=config, **options)
 
 
 def attention_forward(
