@@ -11,6 +11,8 @@ from fastattn.integrations.flash_attn import (
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
 from tests import reference
@@ -41,6 +43,9 @@ def test_every_form_means_the_same(name):
     cu = torch.tensor([0, 12, 24], dtype=torch.int32)
     ragged = flash_attn_varlen_func(*packed, cu, cu, 12, 12, **theirs)
     assert torch.allclose(ragged.double(), out.transpose(1, 2).flatten(0, 1), atol=1e-6)
+    together = qkv.flatten(0, 1)
+    assert torch.equal(flash_attn_varlen_qkvpacked_func(together, cu, 12, **theirs), ragged)
+    assert torch.equal(flash_attn_varlen_kvpacked_func(packed[0], together[:, 1:], cu, cu, 12, 12, **theirs), ragged)
 
 
 @pytest.mark.parametrize("where", ["batch", "chosen", "paged"])
@@ -116,6 +121,9 @@ def test_signatures_are_those_of_the_package():
     packing = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
     expected = ["q", "k", "v", *packing, *common, "block_table"]
     assert list(inspect.signature(flash_attn_varlen_func).parameters) == expected
+    expected = ["qkv", "cu_seqlens", "max_seqlen", *common]
+    assert list(inspect.signature(flash_attn_varlen_qkvpacked_func).parameters) == expected
+    assert list(inspect.signature(flash_attn_varlen_kvpacked_func).parameters) == ["q", "kv", *packing, *common]
     cache = inspect.signature(flash_attn_with_kvcache).parameters
     assert list(cache) == [
         "q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx", "cache_leftpad",
@@ -138,6 +146,10 @@ def test_what_is_not_supported_is_refused():
         flash_attn_with_kvcache(q, cache, cache, q, q)
     with pytest.raises(ValueError, match=r"qkv must have shape \(batch, length, 3, heads, head_dim\), got \(3, 2, 8\)"):
         flash_attn_qkvpacked_func(x)
+    with pytest.raises(ValueError, match=r"qkv must have shape \(length, 3, heads, head_dim\), got \(3, 2, 8\)"):
+        flash_attn_varlen_qkvpacked_func(x, cu, 3)
+    with pytest.raises(ValueError, match=r"kv must have shape \(length, 2, heads, head_dim\), got \(3, 2, 8\)"):
+        flash_attn_varlen_kvpacked_func(x, x, cu, cu, 3, 3)
     for window in (None, 3, (1, 2, 3)):
         with pytest.raises(ValueError, match=r"window_size must be \(left, right\), -1 where unbounded, got "):
             flash_attn_func(q, q, q, window_size=window)
