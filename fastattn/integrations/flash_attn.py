@@ -157,8 +157,9 @@ def flash_attn_varlen_qkvpacked_func(
     check_tensor("qkv", qkv)
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must have shape (length, 3, heads, head_dim), got {tuple(qkv.shape)}")
+    q, k, v = qkv.unbind(1)
     return flash_attn_varlen_func(
-        *qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap,
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap,
         alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
 
@@ -183,8 +184,9 @@ def flash_attn_varlen_kvpacked_func(
     check_tensor("kv", kv)
     if kv.dim() != 4 or kv.shape[1] != 2:
         raise ValueError(f"kv must have shape (length, 2, heads, head_dim), got {tuple(kv.shape)}")
+    k, v = kv.unbind(1)
     return flash_attn_varlen_func(
-        q, *kv.unbind(1), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
         softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
 
