@@ -252,15 +252,15 @@ MUTANTS = (
     Mutant(
         "eager: far keys under ALiBi are dropped whatever their scores",
         "eager/attention_fused.py",
-        "-2.0 * abs(block.scale) * float(q * k) - 40.0",
+        "-2.0 * abs(block.rules.scale) * float(q * k) - 40.0",
         "-40.0",
         ("tests/test_attention.py", "-k", "far_keys"),
     ),
     Mutant(
         "eager: window is one too wide",
         "eager/row_block.py",
-        "before = j < i - self.window_left",
-        "before = j < i - self.window_left - 1",
+        "before = j < i - self.rules.window_left",
+        "before = j < i - self.rules.window_left - 1",
         EAGER_ATTENTION,
     ),
     Mutant(
@@ -609,8 +609,8 @@ MUTANTS = (
     Mutant(
         "a fused layer skips the hooks of its children",
         "nn/plain.py",
-        "_is_conv1d(module)) and is_unhooked(module)",
-        "_is_conv1d(module))",
+        "_is_conv1d(m)) and is_unhooked(m) and",
+        "_is_conv1d(m)) and",
         TRANSFORMER,
     ),
     Mutant(
@@ -682,8 +682,8 @@ MUTANTS = (
     Mutant(
         "transformers: a mask without its function",
         "integrations/transformers.py",
-        "AttentionMaskInterface.register(NAME, sdpa_mask)",
-        "sdpa_mask",
+        "AttentionMaskInterface.register(NAME, attention_mask)",
+        "None",
         TRANSFORMERS,
     ),
 )

@@ -33,14 +33,14 @@ def _logits(q: Tensor, k: Tensor, block: RowBlock) -> tuple[Tensor, Tensor | Non
 
     Without softcap its part is scale·q kᵀ, and t is None. q (B, Hq, rows, D) and k (B, Hkv, columns, D) are the block's, fp32.
     """
-    scaled = q * (block.scale / block.softcap if block.softcap else block.scale)
+    scaled = q * (block.rules.scale / block.rules.softcap if block.rules.softcap else block.rules.scale)
     s = (_grouped(scaled, k) @ k.transpose(-1, -2)).reshape(*q.shape[:3], k.shape[2])
     additive = block.additive(q.device)
-    t = torch.tanh(s) if block.softcap else None
-    s = s if t is None else t * block.softcap if additive is None else t
+    t = torch.tanh(s) if block.rules.softcap else None
+    s = s if t is None else t * block.rules.softcap if additive is None else t
     if additive is None:
         return s, t
-    total = torch.add(additive, s, alpha=block.softcap or 1.0)
+    total = torch.add(additive, s, alpha=block.rules.softcap or 1.0)
     # (NaN - inf is NaN: `forward` asks again, not concrete, where it finds one)
     return (total if block.concrete else torch.where(additive == float("-inf"), additive, total)), t
 
@@ -54,13 +54,13 @@ def block_weights(q: Tensor, k: Tensor, block: RowBlock) -> tuple[Tensor, Tensor
     """(P·l after dropout, l, lse) of one block, differentiable: P = exp(S - m) / l; l is 1 for a row that sees nothing."""
     s, _ = _logits(q.float(), k.float(), block)
     m = s.detach().amax(-1, keepdim=True)
-    if block.sinks is not None:
-        sink = block.sinks.float()[:, None, None]
+    if block.rules.sinks is not None:
+        sink = block.rules.sinks.float()[:, None, None]
         m = torch.maximum(m, sink.detach())
     m = m.masked_fill(m == float("-inf"), 0.0)
     p = exp(s - m, block.far)
     l = p.sum(-1, keepdim=True)
-    if block.sinks is not None:
+    if block.rules.sinks is not None:
         l = l + torch.exp(sink - m)
     dead = l == 0
     l = l.masked_fill(dead, 1.0)
@@ -257,8 +257,8 @@ def score_gradients(
     ds = (dp if z is None else dp.mul_(z)).sub_(delta[..., None]).mul_(p)
     dx = ds if t is None else torch.addcmul(ds, ds * t, t, value=-1.0)  # ds · (1 - t²)
     dx = _grouped(dx, k)
-    dq = (dx @ k).view(q.shape).mul_(block.scale)
-    dk = (dx.transpose(-1, -2) @ _grouped(q, k)).mul_(block.scale)
+    dq = (dx @ k).view(q.shape).mul_(block.rules.scale)
+    dk = (dx.transpose(-1, -2) @ _grouped(q, k)).mul_(block.rules.scale)
     return dq, dk, ds, p_kept
 
 
@@ -292,7 +292,7 @@ def double_backward(
         def attend(
             q: Tensor, k: Tensor, v: Tensor, pair: Tensor | None, sink: Tensor | None, block: RowBlock = block
         ) -> tuple[Tensor, Tensor]:
-            return _attend(q, k, v, replace(block, bias=pair, sinks=sink))
+            return _attend(q, k, v, replace(block, rules=block.rules._replace(bias=pair, sinks=sink)))
 
         dys = [block.of_rows(grad_out), None if grad_lse is None else block.of_rows(grad_lse)]
         grads_dy, grads_x = replay(attend, needs, dys, of_block(inputs[2:]), of_block(grad_grads))

@@ -70,10 +70,10 @@ def backward(
 
 def concrete(whole: RowBlock, is_cpu: bool) -> RowBlock:
     """The whole, with what a dense mask's values tell: for launchers, which are never inside a transform. (A GPU would wait for it.)"""
-    if not is_cpu or whole.mask is None or isinstance(whole.mask, Blocks):
+    if not is_cpu or whole.rules.mask is None or isinstance(whole.rules.mask, Blocks):
         return replace(whole, concrete=is_cpu)
-    mask = shared_planes(whole.mask)
-    whole = replace(whole, mask=mask, concrete=True)
+    mask = shared_planes(whole.rules.mask)
+    whole = replace(whole, rules=whole.rules._replace(mask=mask), concrete=True)
     if mask.shape[2] < _MANY_ROWS or mask.shape[3] == 1 or mask.numel() == 0:
         return whole
     # (`any` takes 30 times as long as `amax`)
@@ -87,20 +87,27 @@ def blocks_of(
     query: Tensor, key: Tensor, value: Tensor, whole: RowBlock, backward: bool = False
 ) -> tuple[list[RowBlock], bool] | None:
     """How PyTorch's fused kernel does the job: (blocks of rows, its own is_causal), or None where it cannot."""
-    if query.device.type != "cpu" or whole.softcap or whole.seed is not None or query.shape[3] != value.shape[3]:
+    if (
+        query.device.type != "cpu"
+        or whole.rules.softcap
+        or whole.rules.seed is not None
+        or query.shape[3] != value.shape[3]
+    ):
         return None
-    varies = [isinstance(p, Blocks) or (p is not None and p.shape[2] != 1) for p in (whole.mask, whole.bias)]
-    if whole.alibi_slopes is None and not any(varies):
-        if whole.window_left is None and whole.window_right is None:
+    varies = [
+        isinstance(p, Blocks) or (p is not None and p.shape[2] != 1) for p in (whole.rules.mask, whole.rules.bias)
+    ]
+    if whole.rules.alibi_slopes is None and not any(varies):
+        if whole.rules.window_left is None and whole.rules.window_right is None:
             return [whole], False
-        plain = whole.mask is None and whole.bias is None and whole.window_left is None
+        plain = whole.rules.mask is None and whole.rules.bias is None and whole.rules.window_left is None
         # (PyTorch's own causal mask starts at the top left, and multiplies -inf by the scale, which must therefore be positive)
-        if plain and whole.window_right == -whole.shift and whole.scale > 0.0:
+        if plain and whole.rules.window_right == -whole.shift and whole.rules.scale > 0.0:
             return [whole], True
-    if whole.mask is None and whole.bias is None:
+    if whole.rules.mask is None and whole.rules.bias is None:
         whole = replace(whole, mirrored=True, floor=_floor(query, key, whole))
     most = max(_FEW_ROWS, _most_rows(whole))
-    if not whole.hulls and whole.window_left is None and whole.window_right is None:
+    if not whole.hulls and whole.rules.window_left is None and whole.rules.window_right is None:
         return [whole] if most >= len(whole.rows) else list(whole.split(most)), False
     few = _SLOWER["backward" if backward else "forward"][query.dtype != torch.float32]
 
@@ -113,10 +120,10 @@ def blocks_of(
 
 def _most_rows(block: RowBlock) -> int:
     """Rows whose additive mask does not take more than `_ADDITIVE` numbers."""
-    if block.mirrored or (block.mask is None and block.alibi_slopes is None):
+    if block.mirrored or (block.rules.mask is None and block.rules.alibi_slopes is None):
         return len(block.rows)  # one vector, or a bias that is there already
     planes = [1, 1]
-    for pair in (block.mask, block.bias, block.alibi_slopes):
+    for pair in (block.rules.mask, block.rules.bias, block.rules.alibi_slopes):
         shape = pair.kinds.shape if isinstance(pair, Blocks) else () if pair is None else pair.shape
         planes = [max(sizes) for sizes in zip(planes, (*shape[:2], 1, 1))]
     return _ADDITIVE // (planes[0] * planes[1] * len(block.columns))
@@ -129,10 +136,14 @@ def _floor(query: Tensor, key: Tensor, block: RowBlock) -> float:
     below -2c - 40 has less than -c - 40. Such weights change no digit of a sum, but as denormal numbers they make the products
     of the backward 3 times slower.
     """
-    if block.alibi_slopes is None or block.shift < 0 or (block.window_right is not None and block.window_right < 0):
+    if (
+        block.rules.alibi_slopes is None
+        or block.shift < 0
+        or (block.rules.window_right is not None and block.rules.window_right < 0)
+    ):
         return -math.inf
     q, k = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax() for x in (query, key))
-    return -2.0 * abs(block.scale) * float(q * k) - 40.0
+    return -2.0 * abs(block.rules.scale) * float(q * k) - 40.0
 
 
 def additive_mask(block: RowBlock, is_causal: bool, query: Tensor) -> Tensor | None:

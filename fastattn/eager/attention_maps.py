@@ -93,7 +93,7 @@ def double_backward(
         def definition(
             q: Tensor, k: Tensor, pair: Tensor | None, sink: Tensor | None, block: RowBlock = block
         ) -> list[Tensor]:
-            return [_weights_of(q, k, replace(block, bias=pair, sinks=sink))]
+            return [_weights_of(q, k, replace(block, rules=block.rules._replace(bias=pair, sinks=sink)))]
 
         dy = grad[:, :, places, columns].float()
         (grad_dy,), grads_x = replay(definition, needs, [dy], of_block(inputs[1:]), of_block(grad_grads))

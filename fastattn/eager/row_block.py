@@ -21,16 +21,7 @@ _MINUS_INFINITY = {torch.float32: (torch.int32, 23), torch.bfloat16: (torch.int1
 class RowBlock:
     """Some query rows, the key columns that they see, and what decides their scores."""
 
-    mask: Tensor | Blocks | None
-    bias: Tensor | None
-    alibi_slopes: Tensor | None
-    sinks: Tensor | None
-    seed: Tensor | None
-    scale: float
-    window_left: int | None
-    window_right: int | None
-    softcap: float
-    dropout_p: float
+    rules: ScoreRules  # of these rows: mask and bias cut to size
     rows: range
     columns: range
     shift: int  # Nk - Nq: row i stands at column i + shift
@@ -44,10 +35,10 @@ class RowBlock:
     def columns_for(self, rows: range) -> range:
         """The columns outside of which these rows see nothing; never empty."""
         low, high = self.columns.start, self.columns.stop
-        if self.window_left is not None:
-            low = min(max(rows.start + self.shift - self.window_left, low), high - 1)
-        if self.window_right is not None:
-            high = max(min(rows.stop + self.shift + self.window_right, high), low + 1)
+        if self.rules.window_left is not None:
+            low = min(max(rows.start + self.shift - self.rules.window_left, low), high - 1)
+        if self.rules.window_right is not None:
+            high = max(min(rows.stop + self.shift + self.rules.window_right, high), low + 1)
         if self.hulls:
             seen = self.hulls[rows.start // BLOCK : -(-rows.stop // BLOCK)]
             low = min(max(min(hull.start for hull in seen), low), high - 1)
@@ -57,8 +48,8 @@ class RowBlock:
     def narrow(self, rows: range) -> RowBlock:
         """The block of these rows: fewer columns where window or mask allow, mask and bias cut to size."""
         columns = self.columns_for(rows)
-        mask, bias = (cut(pair, rows, columns) for pair in (self.mask, self.bias))
-        return replace(self, mask=mask, bias=bias, rows=rows, columns=columns)
+        mask, bias = (cut(pair, rows, columns) for pair in (self.rules.mask, self.rules.bias))
+        return replace(self, rules=self.rules._replace(mask=mask, bias=bias), rows=rows, columns=columns)
 
     def strips(self, size: int) -> Iterator[range]:
         return (range(start, min(start + size, len(self.rows))) for start in range(0, len(self.rows), size))
@@ -75,16 +66,16 @@ class RowBlock:
         """bool, broadcastable to (B, Hq, rows, columns): True = invisible. None where all is visible."""
         hidden = None
         first, last = self.rows.start + self.shift, self.rows.stop - 1 + self.shift
-        if self.window_right is not None and self.columns.stop - 1 > first + self.window_right:
+        if self.rules.window_right is not None and self.columns.stop - 1 > first + self.rules.window_right:
             i, j = self.positions(device)
-            hidden = j > i + self.window_right
-        if self.window_left is not None and self.columns.start < last - self.window_left:
+            hidden = j > i + self.rules.window_right
+        if self.rules.window_left is not None and self.columns.start < last - self.rules.window_left:
             i, j = self.positions(device)
-            before = j < i - self.window_left
+            before = j < i - self.rules.window_left
             hidden = before if hidden is None else hidden | before
-        if self.mask is not None:
-            assert isinstance(self.mask, Tensor)  # `narrow` has cut it
-            hidden = ~self.mask if hidden is None else hidden | ~self.mask
+        if self.rules.mask is not None:
+            assert isinstance(self.rules.mask, Tensor)  # `narrow` has cut it
+            hidden = ~self.rules.mask if hidden is None else hidden | ~self.rules.mask
         return hidden
 
     def additive(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor | None:
@@ -93,10 +84,10 @@ class RowBlock:
         fp32, or the bias's dtype where there is no ALiBi: those are its very numbers, to be added in fp32. A mask alone, which
         is 0 and -inf, may come in `dtype`.
         """
-        total = self.bias
-        if self.alibi_slopes is not None:
+        total = self.rules.bias
+        if self.rules.alibi_slopes is not None:
             i, j = self.positions(device)
-            alibi = -self.alibi_slopes[..., None, None] * (i - j).abs()
+            alibi = -self.rules.alibi_slopes[..., None, None] * (i - j).abs()
             total = alibi if total is None else total + alibi
         if total is not None and self.concrete:
             return self._hiding(total)
@@ -111,10 +102,10 @@ class RowBlock:
 
     def _hiding(self, total: Tensor) -> Tensor:
         """`total` with -inf where invisible. Only the columns that a side of the window crosses are looked at for it."""
-        rows, columns, mask = len(self.rows), len(self.columns), self.mask
+        rows, columns, mask = len(self.rows), len(self.columns), self.rules.mask
         first, last = (row + self.shift - self.columns.start for row in (self.rows.start, self.rows.stop - 1))
-        start = columns if self.window_right is None else max(first + self.window_right + 1, 0)
-        stop = 0 if self.window_left is None else min(last - self.window_left, columns)
+        start = columns if self.rules.window_right is None else max(first + self.rules.window_right + 1, 0)
+        stop = 0 if self.rules.window_left is None else min(last - self.rules.window_left, columns)
         if start >= columns and stop <= 0 and mask is None:
             return total
         assert not isinstance(mask, Blocks)  # `narrow` has cut it
@@ -123,10 +114,10 @@ class RowBlock:
         if mask is not None:
             out.masked_fill_(~mask, -math.inf)
         if start < columns:
-            crossed, diagonal = out[..., start:], first + (self.window_right or 0) - start
+            crossed, diagonal = out[..., start:], first + (self.rules.window_right or 0) - start
             crossed.tril_(diagonal).add_(crossed.new_full(crossed.shape[-2:], -math.inf).triu_(diagonal + 1))
         if stop > 0:
-            crossed, diagonal = out[..., :stop], first - (self.window_left or 0)
+            crossed, diagonal = out[..., :stop], first - (self.rules.window_left or 0)
             crossed.triu_(diagonal).add_(crossed.new_full(crossed.shape[-2:], -math.inf).tril_(diagonal - 1))
         return out
 
@@ -139,16 +130,16 @@ class RowBlock:
         """
         rows, columns = len(self.rows), len(self.columns)
         first, last = self.rows.start + self.shift, self.rows.stop - 1 + self.shift
-        left, right = self.window_left, self.window_right
+        left, right = self.rules.window_left, self.rules.window_right
         cut_left = left is not None and self.columns.start < last - left
         cut_right = right is not None and self.columns.stop - 1 > first + right
-        if self.alibi_slopes is None and not cut_left and not cut_right:
+        if self.rules.alibi_slopes is None and not cut_left and not cut_right:
             return None
         distance = torch.arange(rows + columns - 1, device=device) + (first - self.columns.stop + 1)
-        if self.alibi_slopes is None:
+        if self.rules.alibi_slopes is None:
             vector = torch.zeros(1, 1, len(distance), dtype=torch.float32, device=device)
         else:
-            vector = -self.alibi_slopes[..., None] * distance.abs()
+            vector = -self.rules.alibi_slopes[..., None] * distance.abs()
             vector.masked_fill_(vector < self.floor, float("-inf"))
         if left is not None:
             vector.masked_fill_(distance > left, float("-inf"))
@@ -158,17 +149,17 @@ class RowBlock:
 
     def dropout_factors(self, like: Tensor) -> Tensor | None:
         """fp32, the shape of `like` (B, Hq, rows, columns): 0 or 1 / (1 - p). None without dropout."""
-        if self.seed is None:
+        if self.rules.seed is None:
             return None
         b = torch.arange(like.shape[0], device=like.device)[:, None, None, None] + self.first_batch
         h = torch.arange(like.shape[1], device=like.device)[:, None, None]
         i = torch.arange(self.rows.start, self.rows.stop, device=like.device)[:, None]
-        return keep(self.seed, b, h, i, self.columns, self.dropout_p).float() / (1.0 - self.dropout_p)
+        return keep(self.rules.seed, b, h, i, self.columns, self.rules.dropout_p).float() / (1.0 - self.rules.dropout_p)
 
     @property
     def far(self) -> bool:
         """Whether many scores may lie so far below their row's largest that exp underflows."""
-        return not (self.mask is self.bias is self.alibi_slopes is None)
+        return not (self.rules.mask is self.rules.bias is self.rules.alibi_slopes is None)
 
     def of_rows(self, tensor: Tensor) -> Tensor:
         """The block's rows of (B, H, Nq, ...)."""
@@ -197,4 +188,4 @@ def whole_block(query: Tensor, key: Tensor, rules: ScoreRules, first_batch: int 
     """All rows of a query (B, Hq, Nq, D) with all columns of a key (B, Hkv, Nk, D)."""
     n, nk = query.shape[2], key.shape[2]
     hulls = rules.mask.hulls() if isinstance(rules.mask, Blocks) else ()
-    return RowBlock(*rules, range(n), range(nk), nk - n, nk, first_batch, hulls=hulls)
+    return RowBlock(rules, range(n), range(nk), nk - n, nk, first_batch, hulls=hulls)
