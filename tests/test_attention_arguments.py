@@ -63,6 +63,29 @@ def test_a_bias_of_the_lowest_number_is_uniform_and_minus_infinity_is_a_mask(bac
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_such_biases_over_several_blocks_of_keys(backend):
+    q, k, v = qkv(n=8, nk=100)
+    lowest = torch.finfo(torch.float32).min
+    bias = torch.zeros(8, 100)
+    bias[1, 40] = 3e38
+    bias[2] = lowest
+    bias[3] = -torch.inf
+    bias[4, :50] = lowest
+    bias[5] = lowest
+    bias[5, 70] = -3e38  # larger than the others by more than any score
+    bias[6, :40] = -torch.inf
+    bias[6, 40:] = lowest
+    with fastattn.backend.use(backend):
+        out = fastattn.attention(q, k, v, bias=bias)
+    assert torch.equal(out[:, :, 1], v[:, :, 40])
+    assert torch.allclose(out[:, :, 2], v.mean(2), atol=1e-6)
+    assert not out[:, :, 3].any()
+    assert torch.allclose(out[:, :, 4], reference.attention(q, k[:, :, 50:], v[:, :, 50:])[0][:, :, 4], atol=1e-6)
+    assert torch.equal(out[:, :, 5], v[:, :, 70])
+    assert torch.allclose(out[:, :, 6], v[:, :, 40:].mean(2), atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "view",
     [

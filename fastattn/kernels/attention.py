@@ -17,6 +17,7 @@ import triton.language as tl
 from fastattn.block_mask import Blocks
 from fastattn.dropout import dropout_threshold
 from fastattn.kernels.attention_backward import backward
+from fastattn.kernels.chunks import hidden_zero, tile_offsets
 from fastattn.kernels.config import (
     attention_backward_key_config,
     attention_backward_query_config,
@@ -25,6 +26,7 @@ from fastattn.kernels.config import (
 from fastattn.kernels.launch import current_target, launch
 from fastattn.kernels.mask_blocks import by_blocks, is_listed
 from fastattn.kernels.masks import (
+    BASE_2,
     BLOCK,
     LN2,
     LOG2E,
@@ -63,8 +65,8 @@ __all__ = ["backward", "forward"]
 
 @triton.jit
 def add_keys(
-    acc, l, m, q, k_ptrs, v_ptrs, mask_ptrs, bias_ptr, bias_stride, slope, seed, start, in_bounds,
-    batch, head, first_m, offs_m, row_limit, num_keys, shift, left, right, scale, softcap, threshold, columns_qk, columns_v,
+    acc, l, m, q, k_ptrs, v_ptrs, mask_ptrs, bias_ptrs, slope, seed, start, in_bounds,
+    batch, head, first_m, offs_m, num_keys, shift, left, right, scale, softcap, threshold, columns_qk, columns_v,
     BLOCK_N: tl.constexpr, PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys [start, start + BLOCK_N) to the running (acc, l, m). EDGE: some may be invisible to some row.
@@ -72,7 +74,6 @@ def add_keys(
     `slope` is a number, or one per row as (BLOCK_M, 1).
     """
     offs_n = tl.arange(0, BLOCK_N)
-    at = tl.cast(start, tl.int64)
     # [BLOCK_D, BLOCK_N]
     k = load_tile(k_ptrs, in_bounds[None, :] if EDGE else None, columns_qk)
     s = tl.dot(q, k, input_precision=PRECISION)
@@ -80,28 +81,29 @@ def add_keys(
         s = capped_score(s, scale, softcap, q.dtype == tl.float32)
     if slope is not None:
         s = with_alibi(s, slope, (offs_m + shift - start)[:, None], offs_n[None, :])
-    if bias_ptr is not None:
+    if bias_ptrs is not None:
         # [BLOCK_M, BLOCK_N]
-        bias = load_tile(
-            bias_ptr + offs_m.to(tl.int64)[:, None] * bias_stride[2] + (at + offs_n)[None, :] * bias_stride[3],
-            row_limit, in_bounds[None, :] if EDGE else None,
-        )  # fmt: skip
+        bias = load_tile(bias_ptrs, None, in_bounds[None, :] if EDGE else None)
         s += bias.to(tl.float32)
     if EDGE:
         x, y = (offs_m - start)[:, None], offs_n[None, :]
         s = tl.where(is_visible(x, y, num_keys - start, shift, left, right), s, float("-inf"))
     if mask_ptrs is not None:
         # [BLOCK_M, BLOCK_N]
-        attend = load_tile(mask_ptrs, row_limit, in_bounds[None, :] if EDGE else None)
+        attend = load_tile(mask_ptrs, None, in_bounds[None, :] if EDGE else None)
         s = tl.where(attend != 0, s, float("-inf"))
-    if bias_ptr is None:  # m is in base 2, and the factor into it part of one fused multiply-add per element
+    if bias_ptrs is None:  # m is in base 2, and the factor into it part of one fused multiply-add per element
         factor = scale if PLAIN else LOG2E
         m_new = tl.maximum(m, tl.max(s, 1) * factor)
         p = tl.exp2(tl.fma(s, factor, -m_new[:, None]))
         rescale = tl.exp2(m - m_new)
     else:  # m is in base e: a bias may be float32's lowest number, which in base 2 is -inf
         m_new = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp2((s - m_new[:, None]) * LOG2E)
+        if EDGE:
+            p = tl.exp2((s - m_new[:, None]) * LOG2E)
+        else:  # one fused multiply-add, with a product that is finite; around maxima this large p is 0 or 1 in any base
+            factor = tl.where(tl.abs(m_new) < BASE_2, LOG2E, 0.5)
+            p = tl.exp2(tl.fma(s, factor[:, None], (-m_new * factor)[:, None]))
         rescale = tl.exp2((m - m_new) * LOG2E)
     l = l * rescale + tl.sum(p, 1)
     if seed is not None:
@@ -125,14 +127,16 @@ def finish(acc, l, m, unit, keep_scale):
 @triton.jit
 def _walk_keys(
     acc, l, m, q, k_ptr, k_stride, v_ptr, v_stride, mask_ptr, mask_stride, lists, bias_ptr, bias_stride, slope, seed,
-    low, high, batch, head, first_m, offs_m, row_limit, num_keys, shift, left, right, scale, softcap, threshold,
+    low, high, batch, head, first_m, offs_m, read_rows, num_keys, shift, left, right, scale, softcap, threshold,
     columns_qk, columns_v, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     PLAIN: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys [low, high), or the blocks at these positions of a block mask's list, to the running (acc, l, m)."""
     offs_n = tl.arange(0, BLOCK_N)
-    k_offsets = offs_n[None, :] * k_stride + tl.arange(0, BLOCK_D)[:, None]
-    v_offsets = offs_n[:, None] * v_stride + tl.arange(0, BLOCK_DV)[None, :]
+    k_offsets = (offs_n[None, :] * k_stride + tl.arange(0, BLOCK_D)[:, None]).to(tl.uint32)
+    v_offsets = tile_offsets(offs_n, v_stride, BLOCK_DV)
+    if bias_ptr is not None:
+        bias_tile = read_rows[:, None].to(tl.int64) * bias_stride[2] + offs_n[None, :].to(tl.int64) * bias_stride[3]
     if lists is not None:
         bits = (offs_m - lists[2])[:, None] * BLOCK + offs_n[None, :]
     for position in tl.range(low, high, BLOCK_N, disable_licm=not HOIST):
@@ -144,10 +148,13 @@ def _walk_keys(
                 mask_ptrs = mixed_tile(lists, kind) + bits + start % BLOCK
         at = tl.cast(start, tl.int64)
         if mask_ptr is not None:
-            mask_ptrs = pair_pointers(mask_ptr, mask_stride, offs_m[:, None], (start + offs_n)[None, :])
+            mask_ptrs = pair_pointers(mask_ptr, mask_stride, read_rows[:, None], (start + offs_n)[None, :])
+        bias_ptrs = None
+        if bias_ptr is not None:
+            bias_ptrs = bias_ptr + at * bias_stride[3] + bias_tile
         acc, l, m = add_keys(
-            acc, l, m, q, k_ptr + at * k_stride + k_offsets, v_ptr + at * v_stride + v_offsets, mask_ptrs, bias_ptr,
-            bias_stride, slope, seed, start, offs_n < num_keys - start, batch, head, first_m, offs_m, row_limit, num_keys,
+            acc, l, m, q, k_ptr + at * k_stride + k_offsets, v_ptr + at * v_stride + v_offsets, mask_ptrs, bias_ptrs,
+            slope, seed, start, offs_n < num_keys - start, batch, head, first_m, offs_m, num_keys,
             shift, left, right, scale, softcap, threshold, columns_qk, columns_v, BLOCK_N, PLAIN, EDGE, PRECISION,
         )  # fmt: skip
     return acc, l, m
@@ -174,6 +181,7 @@ def attention_forward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     batch, head, start_m = query_block(tl.program_id(0), num_heads, num_queries, together, BLOCK_M)
+    max_queries = num_queries
     b, h, kv_h = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
     if slopes_ptr is not None:
         slopes_ptr += b * slopes_strides[0] + h * slopes_strides[1]
@@ -186,12 +194,11 @@ def attention_forward(
         q_ptr += first_q * q_strides[2]
         k_ptr += first_k * k_strides[2]
         v_ptr += first_k * v_strides[2]
-        out_ptr += first_q * out_strides[2]
-        lse_ptr += first_q
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     rows = (offs_m < num_queries)[:, None]
+    read_rows = tl.minimum(offs_m, num_queries - 1)  # of a mask or bias: no comparison for rows behind the last
     shift = num_keys - num_queries
 
     # [BLOCK_M, BLOCK_D]
@@ -200,8 +207,6 @@ def attention_forward(
     q = load_tile(q_ptr + local * q_strides[2] + offs_d[None, :], rows, None if D == BLOCK_D else (offs_d < D)[None, :])
     k_ptr += b * k_strides[0] + kv_h * k_strides[1]
     v_ptr += b * v_strides[0] + kv_h * v_strides[1]
-    out_ptr += b * out_strides[0] + h * out_strides[1] + start_m.to(tl.int64) * out_strides[2]
-    lse_ptr += b * lse_strides[0] + h * lse_strides[1] + start_m
     slope = None
     seed = None
     if mask_ptr is not None:
@@ -226,31 +231,45 @@ def attention_forward(
     columns_v = None if DV == BLOCK_DV else (offs_dv < DV)[None, :]
     low, full_low, full_high, high = visible_range(start_m, num_queries, num_keys, shift, left, right, BLOCK_M, BLOCK_N)
     lists = None
-    # the addresses of a mixed block's bits take as many registers as its scores
-    EDGE_N: tl.constexpr = 32 if mask_blocks is not None and BLOCK_N > 32 else BLOCK_N
+    # the addresses of a mixed block's bits take as many registers as its scores, those of a mask or bias element by element half as many
+    READ_N: tl.constexpr = (
+        BLOCK_N if (bias_ptr is None and mask_ptr is None) or BLOCK_M * BLOCK_N <= 4096 else BLOCK_N // 2
+    )
+    EDGE_N: tl.constexpr = 32 if mask_blocks is not None and BLOCK_N > 32 else READ_N
     if mask_blocks is not None:  # without a left or right bound, full_low is 0
         full_high, high, lists = block_list(mask_blocks, batch, head, start_m)
     if left is not None:
         acc, l, m = _walk_keys(
             acc, l, m, q, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr, bias_strides, slope,
-            seed, low, tl.minimum(full_low, high), batch, head, start_m, offs_m, rows, num_keys, shift, left, right, scale, softcap,
+            seed, low, tl.minimum(full_low, high), batch, head, start_m, offs_m, read_rows, num_keys, shift, left, right, scale, softcap,
             threshold, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN, True, PRECISION, HOIST,
         )  # fmt: skip
     acc, l, m = _walk_keys(
         acc, l, m, q, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr, bias_strides, slope,
-        seed, full_low, full_high, batch, head, start_m, offs_m, rows, num_keys, shift, left, right, scale, softcap,
+        seed, full_low, full_high, batch, head, start_m, offs_m, read_rows, num_keys, shift, left, right, scale, softcap,
         threshold, columns_qk, columns_v, BLOCK_D, BLOCK_DV, BLOCK_N, PLAIN, False, PRECISION, HOIST,
     )  # fmt: skip
     acc, l, m = _walk_keys(
         acc, l, m, q, k_ptr, k_strides[2], v_ptr, v_strides[2], mask_ptr, mask_strides, lists, bias_ptr, bias_strides, slope,
-        seed, full_high, high, batch, head, start_m, offs_m, rows, num_keys, shift, left, right, scale, softcap,
+        seed, full_high, high, batch, head, start_m, offs_m, read_rows, num_keys, shift, left, right, scale, softcap,
         threshold, columns_qk, columns_v, BLOCK_D, BLOCK_DV, EDGE_N, PLAIN, True, PRECISION, HOIST,
     )  # fmt: skip
 
     out, lse = finish(acc, l, m, unit, keep_scale)
-    out_ptrs = out_ptr + local * out_strides[2] + offs_dv[None, :]
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=rows & (offs_dv < DV)[None, :])
-    tl.store(lse_ptr + tl.arange(0, BLOCK_M), lse, mask=offs_m < num_queries)
+    number = tl.program_id(0) + hidden_zero(num_heads)
+    batch, head, start_m = query_block(number, num_heads, max_queries, together, BLOCK_M)
+    b, h, first = batch.to(tl.int64), head.to(tl.int64), start_m.to(tl.int64)
+    if cu_q_ptr is not None:
+        first_q, num_queries = sequence(cu_q_ptr, batch)
+        b = 0
+        first += first_q
+    out_ptr += b * out_strides[0] + h * out_strides[1] + first * out_strides[2]
+    lse_ptr += b * lse_strides[0] + h * lse_strides[1] + first
+    again = tl.arange(0, BLOCK_M) + hidden_zero(num_heads)
+    in_rows = again < num_queries - start_m
+    out_ptrs = out_ptr + tile_offsets(again, out_strides[2], BLOCK_DV)
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=in_rows[:, None] & (offs_dv < DV)[None, :])
+    tl.store(lse_ptr + again, lse, mask=in_rows)
 
 
 def forward(

@@ -60,7 +60,7 @@ _BACKWARD_QUERY: dict[str, _Table] = {
     "amd": {64: (128, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
 }
 _BACKWARD_KEY: dict[str, _Table] = {
-    "sm_80": {64: (16, 128, 4, 2), 128: (128, 32, 4, 2, False), 256: (64, 32, 4, 2, False, 128)},
+    "sm_80": {64: (16, 128, 4, 2), 128: (128, 32, 4, 2), 256: (64, 32, 4, 2, False, 128)},
     "sm_90": {64: (64, 128, 8, 1), 128: (64, 128, 8, 2, False), 256: (64, 64, 8, 2, False, 128)},
     "sm_100": {64: (64, 128, 8, 1, True, MAX_HEAD, 192), 128: (64, 128, 8, 1), 256: (64, 64, 8, 1)},
     "small": {64: (32, 64, 4, 2), 128: (32, 64, 8, 1), 256: (16, 32, 4, 2, False)},
@@ -83,7 +83,7 @@ _CHUNK = 64
 _FORWARD_HEAVY: _Table = {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 4, 1)}
 _FORWARD_HEAVY_SM_80: _Table = {**_FORWARD_HEAVY, 128: (64, 32, 8, 1, False)}
 _FORWARD_HEAVY_SM_100: _Table = {**_FORWARD_HEAVY, 256: (64, 16, 8, 1, False)}
-_FORWARD_HEAVY_SMALL: _Table = {**_FORWARD_HEAVY, 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)}
+_FORWARD_HEAVY_SMALL: _Table = {**_FORWARD_HEAVY, 128: (32, 32, 4, 1), 256: (32, 32, 8, 1, False)}
 _BACKWARD_QUERY_HEAVY: dict[str, _Table] = {
     "sm_80": {64: (64, 32, 4, 1), 128: (64, 32, 8, 1, False), 256: (32, 32, 8, 1)},
     "sm_90": {64: (64, 32, 4, 1), 128: (64, 32, 8, 1, False), 256: (64, 32, 8, 1, False)},
@@ -97,7 +97,7 @@ _BACKWARD_HEAVY_AMD: _Table = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16
 # Widths of these at which ptxas, left alone, stops at 80, 96, 128 or 168 registers of the 159 to 255 that it needs, and spills 8 to
 # 32 bytes: of a softcapped score, of dropout alone or with a mask, of packed sequences with everything, as architectures differ.
 _FORWARD_LIMITED: _Widths = {"sm_80": (64, 128, 256), "sm_90": (256,), "sm_100": (64, 128, 256), "small": (64, 128)}
-_BACKWARD_KEY_LIMITED: _Widths = {"sm_80": (128,), "sm_90": (64,), "sm_100": (64,), "small": (64, 128)}
+_BACKWARD_KEY_LIMITED: _Widths = {"sm_80": (128,), "sm_90": (64,), "sm_100": (64, 128), "small": (64, 128)}
 # A block mask's lists put addresses into the loop that depend on what was loaded: with other features small tiles, too. Alone it
 # takes the tiles of no mask, which makes 2 to 8 times the predicted share, but for these, where they spill 8 to 4,248 bytes.
 _FORWARD_LISTED: dict[str, _Table] = {
@@ -131,17 +131,19 @@ _BACKWARD_KEY_PACKED: dict[str, _Table] = {
 _FORWARD_RAGGED = AttentionConfig(32, 16, 8, 1)
 _BACKWARD_QUERY_RAGGED = AttentionConfig(32, 32, 8, 1, chunk=_CHUNK)
 _BACKWARD_KEY_RAGGED = AttentionConfig(32, 32, 8, 1, hoist=False)
+# ... and without a feature those of aligned heads spill 704 to 2,200 bytes here
+_BACKWARD_KEY_RAGGED_PLAIN: dict[str, _Table] = {"sm_80": {128: (64, 64, 8, 1, False)}}
 
-# Heads that share a key head, and packed sequences, keep more counters and pointers through the loops: with the tiles above dK and dV
-# spill 8 to 184 bytes (on sm_90 with Triton 3.9.0 alone), packed forwards of 128 on sm_90 8 bytes; heads of 256 need more tensor memory
-# than sm_100 has.
+# Heads that share a key head, and packed sequences, keep more counters and pointers through the loops: with the tiles above dK and
+# dV spill 8 to 184 bytes (on sm_90 with Triton 3.9.0 alone), packed forwards of 128 on sm_90 8 bytes and of 256 on sm_100 32; heads
+# of 256 need more tensor memory than sm_100 has.
 _BACKWARD_KEY_GROUPED: dict[str, _Table] = {
     "sm_80": {64: (32, 64, 4, 2), 128: (128, 32, 8, 2, False), 256: (32, 32, 8, 2, False, 128)},
     "sm_90": {128: (32, 128, 8, 1, False), 256: (32, 64, 8, 1, False, 64)},
     "small": {256: _BACKWARD_KEY_HEAVY[256]},
     "sm_100": {128: (64, 128, 8, 1, False), 256: _KEY_PACKED[256]},
 }
-_FORWARD_PACKED: dict[str, _Table] = {"sm_90": {128: (128, 64, 8, 2)}, "sm_100": {256: (128, 64, 8, 1, False)}}
+_FORWARD_PACKED: dict[str, _Table] = {"sm_90": {128: (128, 64, 8, 2)}, "sm_100": {256: (128, 32, 8, 2)}}
 
 # A softcap takes registers, but no addresses, and a mask or a bias alone not many: but for the small tiles of AMD, they take
 # those of plain scores, which make 1.1 to 6 times the predicted share of the small ones. But for these, where those spill 8 to 592
@@ -151,10 +153,9 @@ _FORWARD_CAPPED: dict[str, _Table] = {
     "small": {128: (128, 32, 8, 1)},
 }
 _FORWARD_LOADED: dict[str, _Table] = {
-    "sm_80": {64: (64, 128, 8, 2, False), 128: (128, 32, 8, 2)},
-    "sm_90": {128: (128, 64, 8, 2), 256: (128, 32, 8, 2, False)},
-    "sm_100": {64: (128, 64, 8, 2)},
-    "small": {64: (64, 64, 8, 2), 256: (64, 32, 8, 1, False)},
+    "sm_80": {64: (128, 32, 4, 2), 128: (128, 64, 8, 2)},
+    "sm_90": {128: (128, 128, 8, 2), 256: (128, 32, 8, 2, False)},
+    "small": {64: (64, 64, 8, 2), 128: (128, 32, 8, 2, False), 256: (64, 32, 8, 1, False)},
 }
 _BACKWARD_QUERY_CAPPED: dict[str, _Table] = {
     "sm_90": {128: (128, 64, 8, 2, False)},
@@ -189,7 +190,7 @@ _BACKWARD_QUERY_ALIBI: dict[str, _Table] = {
     "sm_90": {256: (64, 64, 4, 2, False, 128)},
     "sm_100": {64: (128, 64, 8, 1, False)},
 }
-_BACKWARD_KEY_ALIBI: dict[str, _Table] = {"sm_80": {256: _BACKWARD_KEY_HEAVY_SM_80[256]}}
+_BACKWARD_KEY_ALIBI: dict[str, _Table] = {"sm_80": {128: (128, 32, 4, 2, False), 256: _BACKWARD_KEY_HEAVY_SM_80[256]}}
 _BACKWARD_KEY_ALIBI_GROUPED: dict[str, _Table] = {
     "sm_80": {64: (32, 64, 4, 1), 128: (128, 32, 8, 1, False)},
     "small": {128: (32, 64, 8, 1)},
@@ -263,7 +264,9 @@ def attention_forward_config(
     if itemsize == 4:
         block_n = 16 if heavy or head_dim > 64 else 32
         # left alone, ptxas stops at 64 registers of causal heads of 16 and spills 8 bytes
-        return AttentionConfig(32, block_n, 8, 1, max_registers=255 if heavy or head_dim <= 16 else None)
+        # ... and of packed ones wider than 64 on sm_80, unless addresses stay in the loop
+        hoist = heavy or not packed or head_dim <= 64
+        return AttentionConfig(32, block_n, 8, 1, hoist, max_registers=255 if heavy or head_dim <= 16 else None)
     if not heavy:
         exceptions = (
             (blocks, _FORWARD_LISTED),
@@ -358,6 +361,7 @@ def attention_backward_key_config(
             (scores == "loaded", _BACKWARD_KEY_LOADED),
             (packed, _BACKWARD_KEY_PACKED),
             (grouped or packed, _BACKWARD_KEY_GROUPED),
+            (ragged, _BACKWARD_KEY_RAGGED_PLAIN),
         )
         return _first(family, head_dim, *exceptions, (True, _BACKWARD_KEY))
     if ragged and head_dim <= 128 and family != "amd":

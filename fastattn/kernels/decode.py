@@ -119,8 +119,8 @@ def _decode(
         k_rows = _cache_rows(k_ptr, k_strides, table_ptr, start + offs_n, in_bounds, page_size)
         v_rows = _cache_rows(v_ptr, v_strides, table_ptr, start + offs_n, in_bounds, page_size)
         acc, l, m = add_keys(
-            acc, l, m, q, k_rows[None, :] + offs_d[:, None], v_rows[:, None] + offs_dv[None, :], None, None, None,
-            slope, None, start, in_bounds, batch, 0, 0, offs_m, rows, num_keys, shift, left, right, scale, softcap, 0,
+            acc, l, m, q, k_rows[None, :] + offs_d[:, None], v_rows[:, None] + offs_dv[None, :], None, None,
+            slope, None, start, in_bounds, batch, 0, 0, offs_m, num_keys, shift, left, right, scale, softcap, 0,
             columns_qk, columns_v, BLOCK_N, PLAIN, True, PRECISION,
         )  # fmt: skip
     out, lse = finish(acc, l, m, LN2, 1.0)

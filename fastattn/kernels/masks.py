@@ -20,6 +20,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Start of a running maximum, and fp32's lowest number: finite, so that exp2(-inf - LOWEST) is 0 and never NaN
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+# Numbers smaller than this stay finite times LOG2E
+BASE_2 = tl.constexpr(2e38)
 
 
 @triton.jit
