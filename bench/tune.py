@@ -25,7 +25,7 @@ from unittest import mock
 from bench.arguments import count
 
 if TYPE_CHECKING:
-    from fastattn.kernels.config import AttentionConfig
+    from fastattn.kernels.attention_config import AttentionConfig
 
 os.environ["TRITON_INTERPRET"] = "0"  # read at triton's first import
 
@@ -134,7 +134,7 @@ def try_config(kernel: Kernel, target: str, config: AttentionConfig, arguments: 
 
 def candidates(kernel: Kernel, head_dim: int) -> list[AttentionConfig]:
     """All combinations less those whose accumulators alone cannot fit the registers of the block."""
-    from fastattn.kernels.config import MAX_HEAD, AttentionConfig
+    from fastattn.kernels.attention_config import MAX_HEAD, AttentionConfig
 
     chunks = (MAX_HEAD, *(chunk for chunk in kernel.chunks if chunk < head_dim and head_dim > 128))
     product = itertools.product(kernel.rows, kernel.columns, kernel.warps, kernel.stages, (True, False), chunks)

@@ -6,7 +6,7 @@ import torch
 import fastattn
 from fastattn import BlockMask
 from fastattn.block_mask import EMPTY, FULL, Blocks, _cut_to_window
-from fastattn.kernels.config import AttentionConfig
+from fastattn.kernels.attention_config import AttentionConfig
 from fastattn.ops.attention import attention_backward_op, attention_op
 from tests import reference
 from tests.compare import assert_close, value_and_gradients

@@ -8,7 +8,7 @@ import torch
 
 import fastattn
 from fastattn.kernels import decode
-from fastattn.kernels.config import decode_splits
+from fastattn.kernels.attention_config import decode_splits
 from fastattn.kernels.launch import Target
 from fastattn.ops.decode import append_op, attend_op
 from tests import reference

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastattn.kernels.config import (
+from fastattn.kernels.attention_config import (
     attention_backward_key_config,
     attention_backward_query_config,
     attention_forward_config,

@@ -14,7 +14,7 @@ import heapq
 import itertools
 from collections.abc import Iterable, Iterator
 
-from fastattn.kernels.config import attention_forward_config
+from fastattn.kernels.attention_config import attention_forward_config
 from fastattn.kernels.launch import Target
 from fastattn.kernels.order import heads_together
 

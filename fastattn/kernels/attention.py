@@ -17,12 +17,12 @@ import triton.language as tl
 from fastattn.block_mask import Blocks
 from fastattn.dropout import dropout_threshold
 from fastattn.kernels.attention_backward import backward
-from fastattn.kernels.chunks import hidden_zero, tile_offsets
-from fastattn.kernels.config import (
+from fastattn.kernels.attention_config import (
     attention_backward_key_config,
     attention_backward_query_config,
     attention_forward_config,
 )
+from fastattn.kernels.chunks import hidden_zero, tile_offsets
 from fastattn.kernels.launch import current_target, launch
 from fastattn.kernels.mask_blocks import by_blocks, is_listed
 from fastattn.kernels.masks import (

@@ -20,7 +20,7 @@ from fastattn.dropout import dropout_threshold
 from fastattn.kernels.attention_backward_bias import attention_backward_bias
 from fastattn.kernels.attention_backward_key import attention_backward_key
 from fastattn.kernels.attention_backward_query import attention_backward_query
-from fastattn.kernels.config import (
+from fastattn.kernels.attention_config import (
     AttentionConfig,
     attention_backward_bias_config,
     attention_backward_key_config,

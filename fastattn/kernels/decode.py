@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attention import add_keys, finish
-from fastattn.kernels.config import MERGE_SPLITS, decode_config, decode_splits
+from fastattn.kernels.attention_config import MERGE_SPLITS, decode_config, decode_splits
 from fastattn.kernels.launch import current_target, launch
 from fastattn.kernels.masks import LN2, LOG2E, LOWEST, load_slope, load_tile, visible_range
 from fastattn.kernels.tiles import head_block, score_class, strides

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fastattn.block_mask import Blocks
-from fastattn.kernels.config import Scores
+from fastattn.kernels.attention_config import Scores
 from fastattn.kernels.mask_blocks import is_listed
 from fastattn.score_rules import ScoreRules
 
