@@ -60,6 +60,20 @@ class Mutant:
 
 MUTANTS = (
     Mutant("accumulator is not rescaled", FORWARD, "acc * rescale[:, None]", "acc", ATTENTION),
+    Mutant(
+        "a bias of float32's lowest number in base 2",
+        FORWARD,
+        "tl.where(tl.abs(m_new) < BASE_2, LOG2E, 0.5)",
+        "tl.where(tl.abs(m_new) < BASE_2, LOG2E, LOG2E)",
+        ("tests/test_attention_arguments.py", "-k", "blocks_of_keys"),
+    ),
+    Mutant(
+        "rows behind the last are not read as the last",
+        FORWARD,
+        "tl.minimum(offs_m, num_queries - 1)",
+        "offs_m",
+        ATTENTION,
+    ),
     Mutant("denominator is not rescaled", FORWARD, "l = l * rescale + tl.sum(p, 1)", "l = l + tl.sum(p, 1)", ATTENTION),
     Mutant(
         "ALiBi's slope is not in the unit of plain scores",
