@@ -390,6 +390,7 @@ def _swap_attention(root: Any) -> None:
 
 
 def _ask_for_maps(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    """Before the forward of a patched model, or of a model in it, which the outer one has asked already."""
-    if _ATTENTION in vars(model) or kwargs.get("output_attentions"):
-        vars(model)[MAPS].wanted = bool(kwargs.get("output_attentions"))
+    """Before the forward of a patched model, or of a model in it: what the outer one was asked holds for the inner one, too."""
+    maps, name = vars(model)[MAPS], _class_name(model)
+    if _ATTENTION in vars(model) or maps.asked in (None, name):
+        maps.asked = name if kwargs.get("output_attentions") else None

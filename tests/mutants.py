@@ -433,7 +433,7 @@ MUTANTS = (
         EAGER_NORM,
     ),
     Mutant("maps: a softmax's gradient forgets a sink", "eager/attention_maps.py", "dp * (p / l)", "dp * p", MAPS),
-    Mutant("maps: a sink's gradient has the wrong sign", "eager/attention_maps.py", "dsinks -= ", "dsinks += ", MAPS),
+    Mutant("maps: a sink's gradient has the wrong sign", "eager/attention_maps.py", "dsinks += ", "dsinks -= ", MAPS),
     Mutant(
         "maps: the rows' places are off", "eager/attention_maps.py", "yield slice(start, end)", "yield slice(end)", MAPS
     ),

@@ -12,7 +12,7 @@ A block is done in one of two ways:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -150,6 +150,12 @@ def reduce_like(x: Tensor, pair: Tensor) -> Tensor:
     return x.sum(over, keepdim=True) if over else x
 
 
+def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """fp32 (Hq,): a sink's probability, 0 for a row that sees nothing, times -delta. lse, delta: (B, Hq, rows)"""
+    probability = torch.exp(sinks.float()[:, None] - lse).masked_fill(lse == float("-inf"), 0.0)
+    return -(probability * delta).sum((0, 2))
+
+
 def _add_bias_gradient(grad_bias: Tensor, ds: Tensor, block: RowBlock) -> None:
     """Writes a block's rows of the bias's gradient, or adds them where all rows share one. ds: (B, Hq, rows, columns)"""
     part = cut(grad_bias, block.rows, block.columns)
@@ -182,8 +188,7 @@ def backward(
     if need_sinks:
         assert sinks is not None
         assert delta is not None
-        probability = torch.exp(sinks.float()[:, None] - lse).masked_fill(lse == float("-inf"), 0.0)
-        grad_sinks = -(probability * delta).sum((0, 2)).to(sinks.dtype)
+        grad_sinks = sink_gradient(sinks, lse, delta).to(sinks.dtype)
     grad_bias = None if not need_bias or bias is None else bias.new_empty(bias.shape, dtype=torch.float32)
     if grad_bias is not None and (grad_bias.shape[2] == 1 or 0 in (query.numel(), key.numel())):
         grad_bias.zero_()
@@ -273,34 +278,50 @@ def double_backward(
         needs: which of those five the first gradient was taken for.
     """
     inputs = (grad_out, grad_lse, query, key, value, rules.bias, rules.sinks)
-    total = [None if t is None else torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in inputs]
+    total = zeros_like_all(inputs)
     if 0 in (query.shape[2], key.shape[2]) or query.numel() == 0:
         if total[1] is not None and grad_grads[4] is not None:  # without keys the LSE is the sink itself
             total[1] += grad_grads[4].float()[:, None]
         return tuple(None if g is None or t is None else g.to(t.dtype) for g, t in zip(total, inputs))
     whole = whole_block(query, key, rules, first_batch)
     for block in whole.split(product_rows(query, key)):
-
-        def of_block(tensors: Sequence[Tensor | None], block: RowBlock = block) -> list[Tensor | None]:
-            """The block's part of (query, key, value, bias, sinks) or of their gradients."""
-            q, k, v, pair, sink = tensors
-            return [
-                None if q is None else block.of_rows(q), None if k is None else block.of_columns(k),
-                None if v is None else block.of_columns(v), cut(pair, block.rows, block.columns), sink,
-            ]  # fmt: skip
-
-        def attend(
-            q: Tensor, k: Tensor, v: Tensor, pair: Tensor | None, sink: Tensor | None, block: RowBlock = block
-        ) -> tuple[Tensor, Tensor]:
-            return _attend(q, k, v, replace(block, rules=block.rules._replace(bias=pair, sinks=sink)))
-
-        dys = [block.of_rows(grad_out), None if grad_lse is None else block.of_rows(grad_lse)]
-        grads_dy, grads_x = replay(attend, needs, dys, of_block(inputs[2:]), of_block(grad_grads))
-        targets = [None if t is None else block.of_rows(t) for t in total[:2]] + of_block(total[2:])
-        for target, grad in zip(targets, (*grads_dy, *grads_x)):
-            if target is not None and grad is not None:
-                target += grad
+        dys, of_dys = ([None if t is None else block.of_rows(t) for t in pair] for pair in (inputs[:2], total[:2]))
+        add_replayed(_attend, block, needs, dys, inputs[2:], grad_grads, of_dys, total[2:])
     return tuple(None if g is None or t is None else g.to(t.dtype) for g, t in zip(total, inputs))
+
+
+def zeros_like_all(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """fp32, to add up gradients in."""
+    return [None if t is None else torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in tensors]
+
+
+def add_replayed(
+    definition: Callable[..., Sequence[Tensor]], block: RowBlock, needs: Sequence[bool], dys: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None], grad_grads: Sequence[Tensor | None], of_dys: Sequence[Tensor | None],
+    of_inputs: Sequence[Tensor | None],
+) -> None:  # fmt: skip
+    """Adds what `replay` finds for one block to `of_dys`, which are the block's, and to `of_inputs`, which are whole.
+
+    Args:
+        definition: of the block's (query, key, value) and of a block.
+        inputs: (query, key, value, bias, sinks), whole; value may be None. needs, grad_grads and of_inputs are theirs.
+        dys: the gradients of what `definition` returns.
+    """
+
+    def of_block(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        q, k, v, pair, sink = tensors
+        return [
+            None if q is None else block.of_rows(q), *(None if t is None else block.of_columns(t) for t in (k, v)),
+            cut(pair, block.rows, block.columns), sink,
+        ]  # fmt: skip
+
+    def again(q: Tensor, k: Tensor, v: Tensor | None, pair: Tensor | None, sink: Tensor | None) -> Sequence[Tensor]:
+        return definition(q, k, v, replace(block, rules=block.rules._replace(bias=pair, sinks=sink)))
+
+    grads_dy, grads_x = replay(again, needs, dys, of_block(inputs), of_block(grad_grads))
+    for target, grad in zip((*of_dys, *of_block(of_inputs)), (*grads_dy, *grads_x)):
+        if target is not None and grad is not None:
+            target += grad
 
 
 def explain(query: Tensor, key: Tensor, value: Tensor, rules: ScoreRules) -> list[str]:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fastattn.eager.attention import block_weights, product_rows, reduce_like, score_gradients
+from fastattn.eager.attention import (
+    add_replayed,
+    block_weights,
+    product_rows,
+    reduce_like,
+    score_gradients,
+    sink_gradient,
+    zeros_like_all,
+)
 from fastattn.eager.row_block import RowBlock, cut, whole_block
-from fastattn.replay import replay
 from fastattn.score_rules import ScoreRules
 
 
@@ -53,7 +59,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(grad_query, grad_key, grad_bias, grad_sinks); the last two None where not needed."""
     given = (query, key, rules.bias if need_bias else None, rules.sinks if need_sinks else None)
-    dq, dk, dbias, dsinks = total = _zeros(given)
+    dq, dk, dbias, dsinks = total = zeros_like_all(given)
     assert dq is not None
     assert dk is not None
     for places, block in _blocks(query, key, rules, rows):
@@ -61,16 +67,15 @@ def backward(
         dp = grad[:, :, places, block.columns.start : block.columns.stop].to(torch.float32, copy=True)
         p, l, lse = block_weights(q, k, block)
         delta = (dp * (p / l)).sum(-1)
-        blind = lse == float("-inf")
-        dq_part, dk_part, ds, _ = score_gradients(dp, q, k, lse.masked_fill(blind, float("inf")), delta, block)
+        seen = lse.masked_fill(lse == float("-inf"), float("inf"))
+        dq_part, dk_part, ds, _ = score_gradients(dp, q, k, seen, delta, block)
         block.of_rows(dq).add_(dq_part)
         block.of_columns(dk).add_(dk_part)
         bias_part = cut(dbias, block.rows, block.columns)
         if bias_part is not None:
             bias_part += reduce_like(ds, bias_part)
         if dsinks is not None and rules.sinks is not None:
-            share = torch.exp(rules.sinks.float()[:, None] - lse).masked_fill(blind, 0.0)
-            dsinks -= (share * delta).sum((0, 2))
+            dsinks += sink_gradient(rules.sinks, lse, delta)
     return tuple(None if t is None or like is None else t.to(like.dtype) for t, like in zip(total, given))  # type: ignore[return-value]
 
 
@@ -79,34 +84,24 @@ def double_backward(
     rows: Sequence[int] | None,
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of (grad, query, key, bias, sinks); grad_grads and needs are those of the last four."""
-    inputs = (grad, query, key, rules.bias, rules.sinks)
-    total = _zeros(inputs)
+    inputs = (query, key, None, rules.bias, rules.sinks)
+    of_grad, *total = zeros_like_all((grad, *inputs))
+    gq, gk, *rest = grad_grads
+    need_query, need_key, *need_rest = needs
+    assert of_grad is not None
+
+    def definition(q: Tensor, k: Tensor, _: None, block: RowBlock) -> tuple[Tensor]:
+        return (_weights_of(q, k, block),)
+
     for places, block in _blocks(query, key, rules, rows):
-        columns = slice(block.columns.start, block.columns.stop)
-
-        def of_block(tensors: Sequence[Tensor | None], block: RowBlock = block) -> list[Tensor | None]:
-            """The block's part of (query, key, bias, sinks) or of their gradients."""
-            q, k, pair, sink = tensors
-            parts = [None if q is None else block.of_rows(q), None if k is None else block.of_columns(k)]
-            return [*parts, cut(pair, block.rows, block.columns), sink]
-
-        def definition(
-            q: Tensor, k: Tensor, pair: Tensor | None, sink: Tensor | None, block: RowBlock = block
-        ) -> list[Tensor]:
-            return [_weights_of(q, k, replace(block, rules=block.rules._replace(bias=pair, sinks=sink)))]
-
-        dy = grad[:, :, places, columns].float()
-        (grad_dy,), grads_x = replay(definition, needs, [dy], of_block(inputs[1:]), of_block(grad_grads))
-        assert total[0] is not None
-        targets = [total[0][:, :, places, columns], *of_block(total[1:])]
-        for target, part in zip(targets, (grad_dy, *grads_x)):
-            if target is not None and part is not None:
-                target += part
-    return [None if t is None or like is None else t.to(like.dtype) for t, like in zip(total, inputs)]
-
-
-def _zeros(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if t is None else torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in tensors]
+        part = slice(None), slice(None), places, slice(block.columns.start, block.columns.stop)
+        add_replayed(
+            definition, block, (need_query, need_key, False, *need_rest), [grad[part].float()], inputs,
+            (gq, gk, None, *rest), [of_grad[part]], total,
+        )  # fmt: skip
+    found = zip((of_grad, *total), (grad, *inputs))
+    dy, dq, dk, _, *pairs = (None if t is None or like is None else t.to(like.dtype) for t, like in found)
+    return [dy, dq, dk, *pairs]
 
 
 def column_sums(query: Tensor, key: Tensor, rules: ScoreRules) -> Tensor:

@@ -29,6 +29,16 @@ def _window(window_size: tuple[int, int]) -> tuple[int | None, int | None]:
     return None if left == -1 else left, None if right == -1 else right
 
 
+def _unpack(name: str, packed: Tensor, *layout: str | int) -> tuple[Tensor, ...]:
+    """The parts of `packed` (*layout, heads, head_dim), as views; their number is the layout's last."""
+    check_tensor(name, packed)
+    axis, parts = len(layout) - 1, layout[-1]
+    if packed.dim() != axis + 3 or packed.shape[axis] != parts:
+        shape = ", ".join(map(str, (*layout, "heads", "head_dim")))
+        raise ValueError(f"{name} must have shape ({shape}), got {tuple(packed.shape)}")
+    return packed.unbind(axis)
+
+
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -74,10 +84,7 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """`flash_attn_func` of qkv (B, N, 3, H, D); nothing is copied."""
-    check_tensor("qkv", qkv)
-    if qkv.dim() != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"qkv must have shape (batch, length, 3, heads, head_dim), got {tuple(qkv.shape)}")
-    q, k, v = qkv.unbind(2)
+    q, k, v = _unpack("qkv", qkv, "batch", "length", 3)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )  # fmt: skip
@@ -96,10 +103,7 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """`flash_attn_func` of q (B, Nq, Hq, D) and kv (B, Nk, 2, Hkv, D); nothing is copied."""
-    check_tensor("kv", kv)
-    if kv.dim() != 5 or kv.shape[2] != 2:
-        raise ValueError(f"kv must have shape (batch, length, 2, heads, head_dim), got {tuple(kv.shape)}")
-    k, v = kv.unbind(2)
+    k, v = _unpack("kv", kv, "batch", "length", 2)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )  # fmt: skip
@@ -154,10 +158,7 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """`flash_attn_varlen_func` of qkv (T, 3, H, D); nothing is copied."""
-    check_tensor("qkv", qkv)
-    if qkv.dim() != 4 or qkv.shape[1] != 3:
-        raise ValueError(f"qkv must have shape (length, 3, heads, head_dim), got {tuple(qkv.shape)}")
-    q, k, v = qkv.unbind(1)
+    q, k, v = _unpack("qkv", qkv, "length", 3)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap,
         alibi_slopes, deterministic, return_attn_probs,
@@ -181,10 +182,7 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """`flash_attn_varlen_func` of q (Tq, Hq, D) and kv (Tk, 2, Hkv, D); nothing is copied."""
-    check_tensor("kv", kv)
-    if kv.dim() != 4 or kv.shape[1] != 2:
-        raise ValueError(f"kv must have shape (length, 2, heads, head_dim), got {tuple(kv.shape)}")
-    k, v = kv.unbind(1)
+    k, v = _unpack("kv", kv, "length", 2)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
         softcap, alibi_slopes, deterministic, return_attn_probs,

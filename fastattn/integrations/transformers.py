@@ -33,9 +33,9 @@ _PACKED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "se
 
 @dataclass
 class Maps:
-    """Whether a model's layers return their attention weights, as a caller asked with `output_attentions`."""
+    """Whether a model's layers return their attention weights: the class of the model, it or one in it, that was asked for them."""
 
-    wanted: bool = False
+    asked: str | None = None
 
 
 def register() -> str:
@@ -155,7 +155,7 @@ def attention_forward(
     )
     out, _ = attend(query, key, value, rules)
     maps: Maps | None = getattr(module, MAPS, None)
-    wanted = output_attentions or (maps is not None and maps.wanted)
+    wanted = output_attentions or (maps is not None and maps.asked is not None)
     return out.transpose(1, 2), weights_of(query, key, rules) if wanted else None
 
 
