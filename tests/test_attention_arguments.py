@@ -86,6 +86,27 @@ def test_such_biases_over_several_blocks_of_keys(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("hidden", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_causal_bias_counts_where_it_is_seen_only(padded, hidden, backend):
+    """PyTorch's causal kernel on a CPU adds the bias of hidden pairs as well; and knows nothing of rows that see only padding."""
+    q, k, v = leaves = [x.requires_grad_() for x in qkv(n=40, nk=40)]
+    bias = torch.randn(40, 40).masked_fill_(torch.ones(40, 40, dtype=torch.bool).triu_(1), hidden)
+    mask = (torch.arange(40) >= 3)[None] if padded else None  # rows 0 to 2 see nothing
+    with torch.no_grad():
+        q[:, :, 1] = 0.0  # whose log-sum-exp would be 0 as well, were there one
+    with fastattn.backend.use(backend):
+        out, lse = fastattn.attention(q, k, v, causal=True, bias=bias, mask=mask, return_lse=True)
+        grads = torch.autograd.grad(out.square().sum(), leaves)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    expected, expected_lse = reference.attention(*wide, causal=True, bias=bias.tril(), mask=mask)
+    assert torch.allclose(out.double(), expected, atol=3e-6)
+    assert torch.allclose(lse.double(), expected_lse, atol=3e-6)
+    for got, right in zip(grads, torch.autograd.grad(expected.square().sum(), wide)):
+        assert torch.allclose(got.double(), right, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "view",
     [

@@ -114,21 +114,17 @@ def forward(
         return as_output(out.to(query.dtype), query), lse
     whole = attention_fused.concrete(whole_block(query, key, rules, first_batch), query.is_cpu)
     fused = attention_fused.blocks_of(query, key, value, whole)
-    if fused is None:
-        blocks, is_causal = list(whole.split(product_rows(query, key))), False
-    else:
-        blocks, is_causal = fused
-        key, value = attention_fused.as_stored(blocks, key, value)
+    if fused:
+        key, value = attention_fused.as_stored(fused, key, value)
+    blocks = fused or list(whole.split(product_rows(query, key)))
     parts = []
     for block in blocks:
         q, k, v = block.of_rows(query), block.of_columns(key), block.of_columns(value)
-        if fused is None:
+        if not fused:
             found = _attend(q, k, v, block)
             parts.append(_attend(q, k, v, replace(block, concrete=False)) if found[1].isnan().any() else found)
             continue
-        additive = attention_fused.additive_mask(block, is_causal, query)
-        out, lse = attention_fused.forward(q, k, v, is_causal, rules.scale, additive)
-        out, lse = attention_fused.mended(out, lse, additive)
+        out, lse = attention_fused.attend(q, k, v, block)
         if rules.sinks is not None:
             with_sink = torch.logaddexp(lse, rules.sinks.float()[:, None])
             out = (out * torch.exp(lse - with_sink)[..., None].nan_to_num(0.0)).to(out.dtype)
@@ -201,21 +197,17 @@ def backward(
         if grad_lse is not None or need_bias
         else attention_fused.blocks_of(query, key, value, whole, backward=True)
     )
-    if fused is None:
-        blocks, is_causal = list(whole.split(product_rows(query, key))), False
-        if delta is None:
-            delta = (grad_out.float() * out.float()).sum(-1)
-    else:
-        blocks, is_causal = fused
-        key, value = attention_fused.as_stored(blocks, key, value)
-    if not is_causal:
-        blind = lse == float("-inf")
-        if blind.any():  # their queries, which may be NaN, stay out of the products
-            query = query.masked_fill(blind[..., None], 0.0)
-            lse = lse.masked_fill(blind, 0.0 if fused else float("inf"))
+    if fused:
+        key, value = attention_fused.as_stored(fused, key, value)
+    elif delta is None:
+        delta = (grad_out.float() * out.float()).sum(-1)
+    blocks = fused or list(whole.split(product_rows(query, key)))
+    blind = lse == float("-inf")
+    if blind.any():  # their queries, which may be NaN, stay out of the products
+        query = query.masked_fill(blind[..., None], 0.0)
+        lse = lse.masked_fill(blind, 0.0 if fused else float("inf"))
     if fused and len(blocks) == 1 and len(blocks[0].columns) == key.shape[2]:
-        additive = attention_fused.additive_mask(blocks[0], is_causal, query)
-        dq, dk, dv = attention_fused.backward(grad_out, query, key, value, out, lse, is_causal, rules.scale, additive)
+        dq, dk, dv = attention_fused.block_backward(grad_out, query, key, value, out, lse, blocks[0])
         dk, dv = attention_fused.as_stored(blocks, dk, dv)
         return as_gradient(dq), as_gradient(dk), as_gradient(dv), None, grad_sinks
     dq = new_gradient(query)
@@ -224,10 +216,7 @@ def backward(
         q, k, v = block.of_rows(query), block.of_columns(key), block.of_columns(value)
         do, o, row_lse = block.of_rows(grad_out), block.of_rows(out), block.of_rows(lse)
         if fused:
-            additive = attention_fused.additive_mask(block, is_causal, query)
-            dq_part, dk_part, dv_part = attention_fused.backward(
-                do, q, k, v, o, row_lse, is_causal, rules.scale, additive
-            )
+            dq_part, dk_part, dv_part = attention_fused.block_backward(do, q, k, v, o, row_lse, block)
         else:
             assert delta is not None
             dq_part, dk_part, dv_part, ds = _block_backward(
@@ -327,12 +316,11 @@ def add_replayed(
 def explain(query: Tensor, key: Tensor, value: Tensor, rules: ScoreRules) -> list[str]:
     """How `forward` does this call, in words."""
     whole = attention_fused.concrete(whole_block(query, key, rules), query.is_cpu)
-    fused = attention_fused.blocks_of(query, key, value, whole)
-    if fused is None:
+    blocks = attention_fused.blocks_of(query, key, value, whole)
+    if blocks is None:
         rows = min(product_rows(query, key), query.shape[2])
         return [f"matrix products on blocks of {rows} rows: PyTorch's fused CPU attention lacks this combination"]
-    blocks, is_causal = fused
     kernel = f"PyTorch's fused CPU attention{', in fp32' if attention_fused.better_in_fp32(query) else ''}"
     if len(blocks) == 1:
-        return [f"{kernel}, one call{' (is_causal)' if is_causal else ''}"]
+        return [f"{kernel}, one call{' (is_causal)' if blocks[0].is_causal else ''}"]
     return [f"{kernel}, {len(blocks)} blocks of {len(blocks[0].rows)} rows with the keys that each sees"]

@@ -85,8 +85,8 @@ def concrete(whole: RowBlock, is_cpu: bool) -> RowBlock:
 
 def blocks_of(
     query: Tensor, key: Tensor, value: Tensor, whole: RowBlock, backward: bool = False
-) -> tuple[list[RowBlock], bool] | None:
-    """How PyTorch's fused kernel does the job: (blocks of rows, its own is_causal), or None where it cannot."""
+) -> list[RowBlock] | None:
+    """The blocks of rows with which PyTorch's fused kernel does the job, or None where it cannot."""
     if (
         query.device.type != "cpu"
         or whole.rules.softcap
@@ -94,28 +94,31 @@ def blocks_of(
         or query.shape[3] != value.shape[3]
     ):
         return None
-    varies = [
-        isinstance(p, Blocks) or (p is not None and p.shape[2] != 1) for p in (whole.rules.mask, whole.rules.bias)
-    ]
-    if whole.rules.alibi_slopes is None and not any(varies):
-        if whole.rules.window_left is None and whole.rules.window_right is None:
-            return [whole], False
-        plain = whole.rules.mask is None and whole.rules.bias is None and whole.rules.window_left is None
+    bounded = whole.rules.window_left is not None or whole.rules.window_right is not None
+    if whole.rules.alibi_slopes is None and not _varies(whole.rules.mask):
+        if not bounded and not _varies(whole.rules.bias):
+            return [whole]
         # (PyTorch's own causal mask starts at the top left, and multiplies -inf by the scale, which must therefore be positive)
-        if plain and whole.rules.window_right == -whole.shift and whole.rules.scale > 0.0:
-            return [whole], True
+        top_left = whole.rules.window_left is None and whole.rules.window_right == -whole.shift
+        if top_left and whole.rules.scale > 0.0:
+            return [replace(whole, is_causal=True)]
     if whole.rules.mask is None and whole.rules.bias is None:
         whole = replace(whole, mirrored=True, floor=_floor(query, key, whole))
     most = max(_FEW_ROWS, _most_rows(whole))
-    if not whole.hulls and whole.rules.window_left is None and whole.rules.window_right is None:
-        return [whole] if most >= len(whole.rows) else list(whole.split(most)), False
+    if not whole.hulls and not bounded:
+        return [whole] if most >= len(whole.rows) else list(whole.split(most))
     few = _SLOWER["backward" if backward else "forward"][query.dtype != torch.float32]
 
     def cost(size: int) -> float:
         pairs = sum(len(rows) * len(whole.columns_for(rows)) for rows in whole.strips(size))
         return pairs * (few if size < _MANY_ROWS <= len(whole.rows) else 1.0)
 
-    return list(whole.split(min(sorted({_FEW_ROWS, _MANY_ROWS, most}, reverse=True), key=cost))), False
+    return list(whole.split(min(sorted({_FEW_ROWS, _MANY_ROWS, most}, reverse=True), key=cost)))
+
+
+def _varies(pair: Tensor | Blocks | None) -> bool:
+    """Whether a mask or bias differs from row to row."""
+    return isinstance(pair, Blocks) or (pair is not None and pair.shape[2] != 1)
 
 
 def _most_rows(block: RowBlock) -> int:
@@ -146,11 +149,11 @@ def _floor(query: Tensor, key: Tensor, block: RowBlock) -> float:
     return -2.0 * abs(block.rules.scale) * float(q * k) - 40.0
 
 
-def additive_mask(block: RowBlock, is_causal: bool, query: Tensor) -> Tensor | None:
+def additive_mask(block: RowBlock, query: Tensor) -> Tensor | None:
     """The additive mask of a block in the fused kernel's form: 4 dimensions, whole in the last two."""
     if block.mirrored:
         return block.by_distance(query.device)
-    additive = None if is_causal else block.additive(query.device, query.dtype)
+    additive = block.additive(query.device, query.dtype)
     if additive is None:
         return None
     if additive.dtype != query.dtype:  # the two dtypes that the kernel reads: the query's and fp32
@@ -169,13 +172,37 @@ def better_in_fp32(query: Tensor) -> bool:
     return query.dtype == torch.float16 and query.is_cpu and faster_in_fp32(torch.float16)
 
 
-def mended(out: Tensor, lse: Tensor, additive: Tensor | None) -> tuple[Tensor, Tensor]:
+def attend(query: Tensor, key: Tensor, value: Tensor, block: RowBlock) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a block, whose rows and columns these are."""
+    additive = additive_mask(block, query)
+    out, lse = forward(query, key, value, block.is_causal, block.rules.scale, additive)
+    if additive is None:
+        return out, lse
+    if block.is_causal and block.rules.bias is not None and lse.isnan().any():
+        # PyTorch adds the bias to a hidden pair's -inf, which is NaN where the bias is NaN or infinite (its backward does not)
+        return attend(query, key, value, replace(block, is_causal=False))
+    return _mended(out, lse, additive, block.is_causal)
+
+
+def block_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, block: RowBlock
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of a block, whose rows and columns these are; lse is finite."""
+    additive = additive_mask(block, query)
+    return backward(grad_out, query, key, value, out, lse, block.is_causal, block.rules.scale, additive)
+
+
+def _mended(out: Tensor, lse: Tensor, additive: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
     """(out, lse) of a block, where a row that sees nothing has 0 and -inf whatever its query is."""
     # (the fused kernel says 0 for such a row, or NaN where the query does)
-    if additive is None or bool((lse.abs() > 0.0).all()):
+    if bool((lse.abs() > 0.0).all()):
         return out, lse
+    shown = (additive[:, :, :1] if additive.stride(2) == 0 else additive) != float("-inf")
+    blind = ~shown.any(-1)
+    if is_causal:
+        blind = blind | (shown.to(torch.int8).argmax(-1) > torch.arange(lse.shape[2]))
     unknown = lse.isnan()
-    blind = (additive.amax(-1) == float("-inf")) & ((lse == 0.0) | unknown)
+    blind = blind & ((lse == 0.0) | unknown)
     if unknown.any():
         out = out.masked_fill(blind[..., None], 0.0)
     return out, lse.masked_fill(blind, float("-inf"))

@@ -28,6 +28,7 @@ class RowBlock:
     num_keys: int
     first_batch: int = 0  # batch index of the first sample, for dropout's choice
     mirrored: bool = False  # keys and values are given last first
+    is_causal: bool = False  # PyTorch's own is_causal hides what lies right of the window
     floor: float = -math.inf  # ALiBi below it hides a key, whose weight would be lost in rounding
     concrete: bool = False  # not inside a transform
     hulls: tuple[range, ...] = ()  # the columns outside of which each 128 rows see nothing, where the mask tells
@@ -62,13 +63,19 @@ class RowBlock:
         i = torch.arange(self.rows.start, self.rows.stop, device=device)[:, None] + self.shift
         return i, torch.arange(self.columns.start, self.columns.stop, device=device)
 
+    @property
+    def right_to_hide(self) -> int | None:
+        """The window's right side, where an additive mask has to hide what is behind it."""
+        return None if self.is_causal else self.rules.window_right
+
     def hidden(self, device: torch.device) -> Tensor | None:
         """bool, broadcastable to (B, Hq, rows, columns): True = invisible. None where all is visible."""
         hidden = None
         first, last = self.rows.start + self.shift, self.rows.stop - 1 + self.shift
-        if self.rules.window_right is not None and self.columns.stop - 1 > first + self.rules.window_right:
+        right = self.right_to_hide
+        if right is not None and self.columns.stop - 1 > first + right:
             i, j = self.positions(device)
-            hidden = j > i + self.rules.window_right
+            hidden = j > i + right
         if self.rules.window_left is not None and self.columns.start < last - self.rules.window_left:
             i, j = self.positions(device)
             before = j < i - self.rules.window_left
@@ -102,9 +109,9 @@ class RowBlock:
 
     def _hiding(self, total: Tensor) -> Tensor:
         """`total` with -inf where invisible. Only the columns that a side of the window crosses are looked at for it."""
-        rows, columns, mask = len(self.rows), len(self.columns), self.rules.mask
+        rows, columns, mask, right = len(self.rows), len(self.columns), self.rules.mask, self.right_to_hide
         first, last = (row + self.shift - self.columns.start for row in (self.rows.start, self.rows.stop - 1))
-        start = columns if self.rules.window_right is None else max(first + self.rules.window_right + 1, 0)
+        start = columns if right is None else max(first + right + 1, 0)
         stop = 0 if self.rules.window_left is None else min(last - self.rules.window_left, columns)
         if start >= columns and stop <= 0 and mask is None:
             return total
@@ -114,7 +121,7 @@ class RowBlock:
         if mask is not None:
             out.masked_fill_(~mask, -math.inf)
         if start < columns:
-            crossed, diagonal = out[..., start:], first + (self.rules.window_right or 0) - start
+            crossed, diagonal = out[..., start:], first + (right or 0) - start
             crossed.tril_(diagonal).add_(crossed.new_full(crossed.shape[-2:], -math.inf).triu_(diagonal + 1))
         if stop > 0:
             crossed, diagonal = out[..., :stop], first - (self.rules.window_left or 0)
