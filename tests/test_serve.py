@@ -22,6 +22,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from fastattn.eager import attention_fused
 from fastattn.models import GPT, Classifier, ClassifierConfig, GPTConfig
 
 pytest.importorskip("fastapi")
@@ -119,6 +120,25 @@ def test_the_batch_gives_what_each_alone_would(settings: dict[str, Any]) -> None
             told = [events.get(timeout=30) for _ in range(count + 1)]
             assert told == [*expected[len(prompt) :], "length"]
             assert request.tokens == expected
+    finally:
+        engine.close()
+
+
+def test_sixteen_bits_stay_in_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on CPUs where a copy of the cache in fp32 would be read faster: new keys would be lost with the copy."""
+    import batching
+
+    monkeypatch.setattr(attention_fused, "faster_in_fp32", lambda dtype: dtype != torch.float32)
+    model, prompt = make_gpt().bfloat16(), [3, 5, 7, 9]
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    expected = model.generate(torch.tensor([prompt]), 20, temperature=0)[0].tolist()
+    engine = batching.Engine(model, None, rows=2)
+    try:
+        request, events = collect(engine, tokens=list(prompt), max_new_tokens=20, temperature=0.0)
+        while not isinstance(events.get(timeout=30), str):
+            pass
+        assert request.tokens == expected
     finally:
         engine.close()
 

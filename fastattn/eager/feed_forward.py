@@ -38,8 +38,22 @@ _EPILOGUES = {
 }
 
 
-def activated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """act(X Wᵀ + b) as `product`, for who does not need X Wᵀ + b."""
+def hidden_layer(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """`definition` of (rows, in), by products as `product`, for who does not need z and g."""
+    if gate_weight is None:
+        return _activated(x, weight, bias, activation)
+    return _activated(x, gate_weight, gate_bias, activation).mul_(product(x, weight, bias))
+
+
+def _activated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """act(X Wᵀ + b)"""
     if activation in _EPILOGUES and fuses(x, weight):
         name, variant = _EPILOGUES[activation]
         return onednn_linear(x, weight, bias, name, variant)
@@ -67,10 +81,8 @@ def forward(
         out = activate(z if gate_weight is None else g, activation)
         out = out.clone() if out is z or out is g else out
         out = out if gate_weight is None else out.mul_(z)
-    elif gate_weight is None:
-        out = activated(input, weight, bias, activation)
     else:
-        out = activated(input, gate_weight, gate_bias, activation).mul_(product(input, weight, bias))
+        out = hidden_layer(input, weight, bias, gate_weight, gate_bias, activation)
     if seed is not None:
         out = dropout_backward(out, seed, dropout_p)
     return (out if residual is None else out.add_(residual)), z, g

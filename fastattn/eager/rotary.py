@@ -34,12 +34,13 @@ def rotate(
     """(query, key) rotated, as `fastattn.ops.rotary` describes them."""
     c, s = (_of_tokens(table, positions, offset, query.shape[2]) for table in (cos, sin))
     s = -s if conjugate else s
-    found = [None if x is None else _rotated(x, c, s, interleaved, inplace) for x in (query, key)]
+    found = [None if x is None else rotated(x, c, s, interleaved, inplace) for x in (query, key)]
     assert found[0] is not None
     return found[0], found[1]
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inplace: bool) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inplace: bool) -> Tensor:
+    """`x` (B, H, N, D) rotated; cos and sin: fp32, what (B, H, N, half) broadcasts with."""
     half = cos.shape[-1]
     out = x if inplace else new_output(x, x.shape[3])
     if not inplace and x.shape[3] > 2 * half:
