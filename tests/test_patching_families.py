@@ -1,5 +1,7 @@
 """`patch` over many families of transformers: results stay, and `unpatch` is exact."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -114,6 +116,21 @@ def test_feed_forward_layers_that_clamp_are_left():
     expected = mlp(x)
     assert not fastattn.patch(mlp).swapped
     assert torch.equal(mlp(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [("llama.LlamaRMSNorm", "WideningRMSNorm"), ("gemma2.Gemma2RMSNorm", "RMSNormFromOne"), ("cohere.CohereLayerNorm", "LayerNorm")],
+)  # fmt: skip
+def test_wide_norms_are_swapped_for_their_own_kind(name, adapter, dtype):
+    """The mean of a wide row of random numbers is next to nothing: with 16 bits, an RMS norm seemed to be a layer norm."""
+    module, cls = name.split(".")
+    norm = getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), cls)(2048).to(dtype)
+    x = (2.0 + torch.randn(3, 2048)).to(dtype)
+    expected = norm(x)
+    assert fastattn.patch(norm).swapped == {"": f"fastattn.adapters.{adapter}"}
+    torch.testing.assert_close(norm(x), expected, rtol=2e-2, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
