@@ -271,15 +271,16 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: fl
     fits = len(kv_shape) == 4 and shape[0] == kv_shape[0] and shape[3] == kv_shape[3] and not shape[1] % kv_shape[1]
     if not fits or (causal and (shape[2] != kv_shape[2] or (scale is not None and scale <= 0.0))):
         return None
-    if shape[2] == 1 and attention_fused.slow_alone(query):
-        return None
     if not query.stride(3) == key.stride(3) == value.stride(3) == 1 or torch._C._is_any_autocast_enabled():
         return None
     if torch.autograd.forward_ad._current_level >= 0:
         return None
+    factor, alone = None if scale is None else float(scale), shape[2] == 1 and attention_fused.slow_alone(query)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return _Plain.apply(query, key, value, bool(causal), shape[3] ** -0.5 if scale is None else float(scale))
-    factor = None if scale is None else float(scale)
+        scale_now = shape[3] ** -0.5 if factor is None else factor
+        return None if alone else _Plain.apply(query, key, value, bool(causal), scale_now)
+    if alone:
+        return attention_fused.forward(query, key, value, False, factor)[0].contiguous()
     return torch._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, bool(causal), scale=factor)[0]
 
 

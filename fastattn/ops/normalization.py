@@ -16,7 +16,7 @@ from fastattn.dropout import draw_seed
 from fastattn.eager.normalization import modulate, normalise
 from fastattn.eager.random import drop
 from fastattn.ops.library import call, define, differentiate, needs_composite, tensors_only
-from fastattn.ops.normalization_cpu import layer_norm_by_torch
+from fastattn.ops.normalization_cpu import layer_norm_by_torch, rms_norm_by_torch
 from fastattn.replay import replay
 
 # Devices whose autocast runs torch's layer norm in fp32; on the others it runs in the input's dtype.
@@ -140,6 +140,11 @@ def rms_norm(
         tensor([[0.8485, 1.1314]])
     """
     eps = torch.finfo(torch.float32).eps if eps is None else eps
+    plain = bias is residual is residual_dtype is scale is shift is None and isinstance(weight_offset, float)
+    if plain and not (dropout_p or weight_offset) and isinstance(eps, float) and eps >= 0.0:
+        output = rms_norm_by_torch(input, normalized_shape, weight, eps)
+        if output is not None:
+            return output
     return _norm(
         input, normalized_shape, weight, bias, eps, centered=False, residual=residual, residual_dtype=residual_dtype,
         scale=scale, shift=shift, dropout_p=dropout_p, weight_offset=weight_offset,
