@@ -144,6 +144,21 @@ def test_models_that_compute_their_attention_themselves_are_refused():
         model(**inputs("llama"))
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_they_are_refused_under_a_compiler_too(fullgraph):
+    config = transformers.BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2)
+    model = transformers.AutoModel.from_config(config, attn_implementation="fastattn")
+    errors = (ValueError, torch._dynamo.exc.Unsupported)  # the latter has the former's message in it
+    with pytest.raises(errors, match="BloomModel computes its attention itself"):
+        torch.compile(model, fullgraph=fullgraph, backend="eager")(**inputs("llama"))
+
+
+def test_one_graph_of_a_model_that_is_supported():
+    model, batch = build("llama", "fastattn"), inputs("llama")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
+
+
 def test_packs_of_several_sequences_and_of_one():
     collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
     eager, ours = pair("llama")

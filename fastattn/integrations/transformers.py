@@ -67,8 +67,14 @@ def takes_others(model: Any) -> bool:
     )
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _refused(config: type) -> str:
+    """`_refused_model`, asked while a compiler traces, too: it would trace past the cache."""
+    return _refused_model(config)
+
+
+@cache
+def _refused_model(config: type) -> str:
     """The name of the model that is made of such configurations, where it does not ask for its implementation; else ""."""
     from transformers import MODEL_MAPPING
 
@@ -88,7 +94,7 @@ def attention_mask(*args: Any, config: Any = None, **options: Any) -> Tensor | N
     """
     from transformers.masking_utils import sdpa_mask
 
-    if not torch.compiler.is_compiling() and (name := _refused(config.__class__)):
+    if name := _refused(config.__class__):
         raise ValueError(
             f'{name} computes its attention itself: attn_implementation must be one of its own, got "{NAME}". '
             "fastattn.patch(model) replaces its other layers"
