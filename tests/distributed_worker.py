@@ -142,6 +142,61 @@ def shared_inputs() -> dict[str, tuple[Tensor, Tensor]]:
     return results
 
 
+def attention_of_shares() -> tuple[dict[str, tuple[list[Tensor], list[Tensor]]], dict[str, str]]:
+    """Outputs and gradients of attention over distributed tensors, and those of the whole; and the messages of errors."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    results, names = {}, ("query", "key", "value", "bias", "sinks")
+    batch, heads, length = Shard(0), Shard(1), Shard(2)
+    cases: dict[str, tuple[list[Any], int, int, tuple[int, ...]]] = {  # placements, heads, key heads, the bias's shape
+        "batch": ([batch] * 3, 4, 2, (4, LENGTH, LENGTH)),
+        "heads": ([heads] * 3, 4, 2, (3, 1, LENGTH, LENGTH)),
+        "one key head": ([heads, Replicate(), Replicate()], 4, 1, (3, 4, 1, LENGTH)),
+        "heads that cannot be shared": ([heads] * 3, 3, 3, (1, 1, LENGTH, LENGTH)),
+        "replicated": ([Replicate()] * 3, 4, 2, (LENGTH, LENGTH)),
+        "length": ([length] * 3, 4, 2, (4, LENGTH, LENGTH)),
+    }
+    for name, (placements, num_heads, kv_heads, bias_shape) in cases.items():
+        shape, kv_shape = ((3, n, LENGTH, 8) for n in (num_heads, kv_heads))  # three batches on two processes
+        whole = [random(*s) for s in (shape, kv_shape, kv_shape, bias_shape, (num_heads,))]
+        shares = [distribute_tensor(t, mesh, [p]) for t, p in zip(whole, placements)]
+        shares += [whole[3].clone(), distribute_tensor(whole[4], mesh, [Shard(0)])]
+        options = {
+            "mask": random(3, 1, LENGTH, LENGTH) > -1, "alibi_slopes": random(num_heads).abs(), "window": (4, 0), "softcap": 3.0,
+        }  # fmt: skip
+        found = []
+        for tensors in (shares, whole):
+            arguments = dict(zip(names, [t.requires_grad_() for t in tensors]), **options)
+            outputs = fastattn.attention(**arguments, return_lse=True)
+            outputs = [t.full_tensor() if isinstance(t, DTensor) else t for t in outputs]
+            grads = torch.autograd.grad(sum(t.sin().sum() for t in outputs), tensors, create_graph=True)
+            seconds = torch.autograd.grad(sum(g.square().sum() for g in grads[:3]), tensors[:3])
+            maps = {name: argument for name, argument in arguments.items() if name != "value"}
+            weights = [fastattn.attention_weights(**maps), fastattn.attention_column_sums(**maps)]
+            everything = [*outputs, *grads, *seconds, *weights]
+            found.append([t.full_tensor().detach() if isinstance(t, DTensor) else t.detach() for t in everything])
+        results[name] = found[0], found[1]
+    blocks = fastattn.BlockMask.document(torch.tensor([[0] * 4 + [1] * 2, [0] * 3 + [1] * 3]))
+    x = random(2, 2, LENGTH, 8)
+    shared = distribute_tensor(x, mesh, [batch])
+    got, expected = (fastattn.attention(t, t, t, mask=blocks) for t in (shared, x))
+    results["block mask"] = [got.full_tensor()], [expected]
+    messages = {}
+    for name, call in {
+        "mixed": lambda: fastattn.attention(shared, x, x),
+        "dropout": lambda: fastattn.attention(shared, shared, shared, dropout_p=0.5),
+    }.items():
+        try:
+            call()
+        except ValueError as error:
+            messages[name] = str(error)
+    return results, messages
+
+
 def train(name: str, how: str = "alone") -> list[float]:
     """The losses of `STEPS` steps over the same data, whatever the number of processes."""
     torch.manual_seed(0)
@@ -192,6 +247,7 @@ def run_all(rank: int, world: int, folder: str) -> None:
         "losses": {(name, how): train(name, how) for name, how in cases},
         "patched": patch_wrapped(),
         "shared": shared_inputs(),
+        "attention": attention_of_shares(),
     }
     if rank == 0:
         torch.save(results, Path(folder) / "results.pt")

@@ -73,3 +73,15 @@ def test_tensors_that_are_shared_among_processes(results):
     """Sequence parallelism gives norms distributed tensors, which no op of ours can read: PyTorch's operations do."""
     for got, expected in results["shared"].values():
         torch.testing.assert_close(got, expected)
+
+
+def test_attention_of_shared_batches_and_heads(results):
+    """Outputs, gradients, second derivatives and maps: every process computes its own part of them."""
+    found, messages = results["attention"]
+    assert len(found) == 7
+    for got, expected in found.values():
+        torch.testing.assert_close(got, expected)
+    assert messages["mixed"].endswith(
+        "must be DTensors over one mesh where one argument is one, got DTensor, Tensor, Tensor"
+    )
+    assert messages["dropout"] == "dropout_p must be 0 where query, key and value are DTensors, got 0.5"

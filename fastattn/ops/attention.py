@@ -29,6 +29,7 @@ from fastattn.dropout import draw_seed
 from fastattn.eager import attention as eager
 from fastattn.eager import attention_fused
 from fastattn.layout import new_gradient, new_output
+from fastattn.ops.distributed import in_shares, is_distributed
 from fastattn.ops.leading_dims import four_dims
 from fastattn.ops.library import call, define, differentiate, needs_composite, tensors_only
 from fastattn.score_rules import ScoreRules
@@ -247,6 +248,8 @@ def canonical(
 def attend(query: Tensor, key: Tensor, value: Tensor, rules: ScoreRules) -> tuple[Tensor, Tensor]:
     """(out, lse) of canonical arguments: the op, or its plain definition inside transforms and forward-mode AD."""
     if needs_composite(query, key, value, rules.bias, rules.sinks):
+        if is_distributed(query, key, value, rules.bias, rules.sinks):
+            return in_shares(attend, query, key, value, rules)
         return eager.definition(query, key, value, rules)
     return call(attention_op, query, key, value, *rule_arguments(rules))
 
@@ -347,6 +350,9 @@ def attention(
 
     Sources: Vaswani et al. 2017 (attention); Dao 2023, arXiv:2307.08691 (the algorithm); Press et al. 2021,
     arXiv:2108.12409 (ALiBi); Gemma 2, arXiv:2408.00118 (softcap); Xiao et al. 2023, arXiv:2309.17453 (sinks).
+
+    Of a DTensor query, key and value, sharded by batches or heads, each process computes its own (without dropout); a
+    length that is sharded is gathered. The other tensors may be plain: the same in every process.
 
     Args:
         query: (B, Hq, Nq, D), float32, float16 or bfloat16, any strides. D in 1..256.

@@ -12,6 +12,7 @@ from fastattn.block_mask import BlockMask
 from fastattn.checks import is_integer
 from fastattn.eager import attention_maps as eager
 from fastattn.ops.attention import RULES_SCHEMA, canonical, check_window, rule_arguments, rules_of
+from fastattn.ops.distributed import in_shares, is_distributed
 from fastattn.ops.library import call, define, differentiate, needs_composite, tensors_only
 from fastattn.score_rules import ScoreRules
 
@@ -77,6 +78,8 @@ differentiate(weights_backward_op, _double_gradient)
 def weights_of(query: Tensor, key: Tensor, rules: ScoreRules, rows: list[int] | None = None) -> Tensor:
     """The weights of canonical arguments: the op, or its plain definition inside transforms and forward-mode AD."""
     if needs_composite(query, key, rules.bias, rules.sinks):
+        if is_distributed(query, key, rules.bias, rules.sinks):
+            return in_shares(lambda q, k, _, rules: (weights_of(q, k, rules, rows),), query, key, key, rules)[0]
         return eager.weights(query, key, rules, rows)
     return call(weights_op, query, key, rows, *rule_arguments(rules))
 
@@ -169,6 +172,8 @@ def attention_column_sums(
     query, key, rules = _rules(
         query, key, causal, window, softcap, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, scale=scale
     )
+    if is_distributed(query, key, rules.bias, rules.sinks):
+        return in_shares(lambda q, k, _, rules: (eager.column_sums(q, k, rules),), query, key, key, rules)[0]
     return eager.column_sums(query, key, rules)
 
 

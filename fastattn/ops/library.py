@@ -162,13 +162,13 @@ def needs_composite(*tensors: Tensor | None) -> bool:
     if not _PLAIN.issuperset(map(type, tensors)) and any(hasattr(t, "device_mesh") for t in tensors):
         return True  # PyTorch knows how to share its own operations among processes
     if torch.compiler.is_compiling():
-        return _traced_in_transform()
+        return in_transform()
     if torch._C._are_functorch_transforms_active():
         return True
     return has_tangent(*tensors)
 
 
 @torch.compiler.assume_constant_result
-def _traced_in_transform() -> bool:
-    """`needs_composite` while a compiler traces, which guards on the transforms that are active."""
+def in_transform() -> bool:
+    """Whether a transform is active, also while a compiler traces: it guards on them."""
     return bool(torch._C._are_functorch_transforms_active()) or torch.autograd.forward_ad._current_level >= 0
