@@ -78,6 +78,14 @@ def check_integer(name: str, value: Any, least: int | None = 0) -> int:
     return value
 
 
+def check_pair(name: str, value: Any, allowed: str) -> None:
+    """TypeError unless `value` is a tuple or list, ValueError unless it has two entries; `allowed` says so in words."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name} {allowed}, got {type(value).__name__}")
+    if len(value) != 2:
+        raise ValueError(f"{name} {allowed}, got {value!r}")
+
+
 def check_probability(name: str, value: float) -> None:
     if type(value) is not float and not isinstance(value, bool):
         check_number(name, value)

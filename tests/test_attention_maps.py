@@ -105,11 +105,11 @@ def test_empty_and_bad_arguments():
     assert fastattn.attention_weights(query, key).shape == (1, 2, 3, 0)
     assert fastattn.attention_weights(query, query, rows=[]).shape == (1, 2, 0, 3)
     assert fastattn.attention_column_sums(key, query).tolist() == [[[0.0] * 3] * 2]
-    for row in (3, -1, 0.5, True):
-        with pytest.raises(ValueError, match=r"rows must be integers in \[0, 3\)"):
+    for row, error in ((3, ValueError), (-1, ValueError), (0.5, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="rows must be integers"):
             fastattn.attention_weights(query, query, rows=[row])
     for rows in (3, torch.tensor(3), slice(0, 2)):
-        with pytest.raises(ValueError, match=r"rows must be a sequence of integers in \[0, 3\)"):
+        with pytest.raises(TypeError, match=r"rows must be a sequence of integers in \[0, 3\)"):
             fastattn.attention_weights(query, query, rows=rows)
     for rows in (range(2), (np.int64(0), 1), np.arange(2)):
         assert fastattn.attention_weights(query, query, rows=rows).shape == (1, 2, 2, 3)

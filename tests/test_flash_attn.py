@@ -150,8 +150,8 @@ def test_what_is_not_supported_is_refused():
         flash_attn_varlen_qkvpacked_func(x, cu, 3)
     with pytest.raises(ValueError, match=r"kv must have shape \(length, 2, heads, head_dim\), got \(3, 2, 8\)"):
         flash_attn_varlen_kvpacked_func(x, x, cu, cu, 3, 3)
-    for window in (None, 3, (1, 2, 3)):
-        with pytest.raises(ValueError, match=r"window_size must be \(left, right\), -1 where unbounded, got "):
+    for window, error in ((None, TypeError), (3, TypeError), ((1, 2, 3), ValueError)):
+        with pytest.raises(error, match=r"window_size must be \(left, right\), -1 where unbounded, got "):
             flash_attn_func(q, q, q, window_size=window)
     with pytest.raises(TypeError, match=r"block_table must be a torch\.Tensor, got list"):
         flash_attn_with_kvcache(q, cache, cache, block_table=[[0]])

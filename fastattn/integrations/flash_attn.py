@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.checks import check_rank, check_shape, check_tensor
+from fastattn.checks import check_pair, check_rank, check_shape, check_tensor
 from fastattn.ops.attention import attention
 from fastattn.ops.decode import attention_with_kv_cache
 from fastattn.ops.rotary import rotary
@@ -23,8 +23,7 @@ Result = Tensor | tuple[Tensor, Tensor, None]
 
 
 def _window(window_size: tuple[int, int]) -> tuple[int | None, int | None]:
-    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise ValueError(f"window_size must be (left, right), -1 where unbounded, got {window_size!r}")
+    check_pair("window_size", window_size, "must be (left, right), -1 where unbounded")
     left, right = window_size
     return None if left == -1 else left, None if right == -1 else right
 

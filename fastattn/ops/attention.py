@@ -15,6 +15,7 @@ from fastattn.block_mask import BlockMask, Blocks
 from fastattn.checks import (
     as_int,
     autocast,
+    check_pair,
     check_probability,
     check_rank,
     check_same_device,
@@ -179,14 +180,15 @@ def _check_block_mask(mask: BlockMask, query: Tensor, key: Tensor) -> BlockMask:
     return mask
 
 
-def check_window(window: object, causal: bool) -> tuple[int | None, int | None]:
+def check_window(window: Any, causal: bool) -> tuple[int | None, int | None]:
     if window is None:
         return None, 0 if causal else None
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise ValueError(f"window must be None or (left, right), got {window!r}")
+    check_pair("window", window, "must be None or (left, right)")
     for name, side in zip(("left", "right"), window):
-        if side is not None and (not is_integer(side) or side < 0):
-            raise ValueError(f"window's {name} side must be None (unbounded) or an integer >= 0, got {side!r}")
+        if side is not None and not is_integer(side):
+            raise TypeError(f"window's {name} side must be None (unbounded) or an integer, got {type(side).__name__}")
+        if side is not None and side < 0:
+            raise ValueError(f"window's {name} side must be None (unbounded) or at least 0, got {side}")
     left, right = (None if side is None else torch.sym_min(as_int(side), FARTHEST) for side in window)
     return left, 0 if causal else right
 
@@ -378,7 +380,7 @@ def attention(
         differentiable. A row that sees nothing has out 0, lse -inf (the sink's logit with `sinks`) and zero gradients.
 
     Raises:
-        TypeError, ValueError: a tensor of the wrong dtype, rank, shape or device, or an option out of range.
+        TypeError, ValueError: a tensor of the wrong dtype, rank, shape or device; an option of the wrong type or out of range.
 
     Example:
         >>> q, k, v = (torch.randn(2, 8, 128, 64) for _ in range(3))

@@ -118,7 +118,7 @@ def attention_weights(
         nothing is 0.
 
     Raises:
-        TypeError, ValueError: as `attention`; a row out of range.
+        TypeError, ValueError: as `attention`; a row that is no integer or out of range.
 
     Example:
         >>> q, k = torch.randn(2, 1, 8, 10_000, 64)
@@ -135,10 +135,12 @@ def _chosen(rows: Sequence[int] | Tensor, count: int) -> list[int]:
     """The rows as a list, checked."""
     listed = rows.tolist() if hasattr(rows, "tolist") else rows
     if not isinstance(listed, Iterable):
-        raise ValueError(f"rows must be a sequence of integers in [0, {count}), the query's rows, got {rows!r}")
+        raise TypeError(f"rows must be a sequence of integers in [0, {count}), the query's rows, got {rows!r}")
     chosen = list(listed)
     for row in chosen:
-        if not is_integer(row) or not 0 <= row < count:
+        if not is_integer(row):
+            raise TypeError(f"rows must be integers, got {type(row).__name__}")
+        if not 0 <= row < count:
             raise ValueError(f"rows must be integers in [0, {count}), the query's rows, got {row!r}")
     return [int(row) for row in chosen]
 
