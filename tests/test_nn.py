@@ -39,6 +39,23 @@ def test_norms_are_torchs(name, backend):
     assert torch.equal(pickle.loads(pickle.dumps(ours))(x), ours(x))
 
 
+@pytest.mark.parametrize("kind", [fastattn.nn.LayerNorm, fastattn.nn.RMSNorm])
+@pytest.mark.parametrize(
+    ("shape", "error", "message"),
+    [
+        ((), ValueError, "must have at least one dimension"),
+        ((4, -1), ValueError, "must be at least 0, got -1"),
+        (4.0, TypeError, "must be an integer, got float"),
+        ((4.0,), TypeError, "must be an integer, got float"),
+        (True, TypeError, "must be an integer, got bool"),
+        ("4", TypeError, "must be an integer, got str"),
+    ],
+)
+def test_norms_of_no_shape(kind, shape, error, message):
+    with pytest.raises(error, match=f"normalized_shape {message}"):
+        kind(shape, elementwise_affine=False)
+
+
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_feed_forward_is_two_linear_layers(gated):
     make = fastattn.nn.GatedFeedForward if gated else fastattn.nn.FeedForward

@@ -261,7 +261,21 @@ ERRORS = {
         r"weight has dtype float64",
         dict(input=X, normalized_shape=4, weight=torch.ones(4).double()),
     ),
-    "no_dimension": (ValueError, r"normalized_shape must be the last dimensions", dict(input=X, normalized_shape=())),
+    "no_dimension": (
+        ValueError,
+        r"normalized_shape must have at least one dimension",
+        dict(input=X, normalized_shape=()),
+    ),
+    "float_entry": (
+        TypeError,
+        r"normalized_shape must be an integer, got float",
+        dict(input=X, normalized_shape=(3, 4.0)),
+    ),
+    "negative_entry": (
+        ValueError,
+        r"normalized_shape must be at least 0, got -4",
+        dict(input=X, normalized_shape=(3, -4)),
+    ),
     "other_width": (ValueError, r"got \(5,\) for input \(2, 3, 4\)", dict(input=X, normalized_shape=5)),
     "other_weight": (
         ValueError,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from fastattn.nn.plain import is_unhooked
-from fastattn.ops.normalization import layer_norm, rms_norm
+from fastattn.ops.normalization import checked_shape, layer_norm, rms_norm
 
 
 class LayerNorm(nn.LayerNorm):
@@ -17,6 +21,17 @@ class LayerNorm(nn.LayerNorm):
                 [0., 0., 0., 0.]])
     """
 
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(checked_shape(normalized_shape), eps, elementwise_affine, bias, device, dtype)
+
     def forward(self, input: Tensor) -> Tensor:
         """(..., *normalized_shape) → the same shape and dtype."""
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
@@ -24,6 +39,16 @@ class LayerNorm(nn.LayerNorm):
 
 class RMSNorm(nn.RMSNorm):
     """`nn.RMSNorm` with the same constructor, parameters and initialisation, over `fastattn.rms_norm`."""
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(checked_shape(normalized_shape), eps, elementwise_affine, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., *normalized_shape) → the same shape and dtype."""

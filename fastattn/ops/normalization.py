@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
@@ -166,7 +166,7 @@ def _norm(
     dropout_p: float,
     weight_offset: float,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    shape = _shape(normalized_shape)
+    shape = checked_shape(normalized_shape)
     _check(input, shape, weight, bias, eps, residual, residual_dtype, scale, shift, weight_offset)
     checks.check_probability("dropout_p", dropout_p)
     eps, weight_offset = float(eps), float(weight_offset)
@@ -187,10 +187,13 @@ def _norm(
     return y if residual is None else (y, h)
 
 
-def _shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(normalized_shape, Sequence):
-        return tuple(normalized_shape)
-    return (checks.check_integer("normalized_shape", normalized_shape),)
+def checked_shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+    """TypeError unless it is integers or one, ValueError where it is none of them or one is negative."""
+    entries = normalized_shape if isinstance(normalized_shape, Iterable) else (normalized_shape,)
+    shape = tuple([checks.check_integer("normalized_shape", entry) for entry in entries])
+    if not shape:
+        raise ValueError("normalized_shape must have at least one dimension, got ()")
+    return shape
 
 
 def _check(
@@ -438,7 +441,7 @@ differentiate(norm_backward_op, _second_gradient)
 def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[str]:
     """What `fastattn.explain` says of a call of this module's functions."""
     given = inspect.signature(function).bind(*args, **options).arguments
-    columns = math.prod(_shape(given["normalized_shape"]))
+    columns = math.prod(checked_shape(given["normalized_shape"]))
     kind, residual = given["input"].dtype, given.get("residual")
     mixed = residual is not None and (given.get("residual_dtype") or residual.dtype) != kind
     heavy = given.get("dropout_p", 0.0) > 0.0 or given.get("scale") is not None
