@@ -23,7 +23,7 @@ import torch
 
 import fastattn
 from bench import machine
-from bench.arguments import folder
+from bench.arguments import count, folder
 from bench.memory import growth, in_child
 
 WINDOW = 256
@@ -111,8 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(CURVES)}; default: all of them")
     parser.add_argument("--longest", type=int, default=16384, help="largest N (%(default)s)")
-    parser.add_argument("--heads", type=int, default=2, help="attention heads (%(default)s)")
-    parser.add_argument("--dim", type=int, default=64, help="head dimension (%(default)s)")
+    parser.add_argument("--heads", type=count, default=2, help="attention heads (%(default)s)")
+    parser.add_argument("--dim", type=count, default=64, help="head dimension (%(default)s)")
     parser.add_argument("--backward", action="store_true", help="forward and backward instead of forward alone")
     parser.add_argument("--out", type=folder, help="folder for scaling.png; default: bench/results/<machine>")
     arguments = parser.parse_args(argv)
@@ -120,6 +120,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"KIND must be one of {', '.join(CURVES)}, got {', '.join(unknown)}")
     if arguments.longest < 2048:
         parser.error(f"--longest must be at least 2048, got {arguments.longest}")
+    if arguments.dim > 256:
+        parser.error(f"--dim must be in 1..256, got {arguments.dim}")
     where = arguments.heads, arguments.dim, arguments.backward
     passes = "forward and backward" if arguments.backward else "forward"
     print(

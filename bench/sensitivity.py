@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from bench import machine
+from bench.arguments import seconds
 from bench.bench_normalization import Norm, ours, torch_nn
 from bench.contest import Run, race
 from bench.report import OURS, compare
@@ -58,9 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--planted", type=float, default=0.2, help="slowdown, as a share of the time (%(default)s)")
     parser.add_argument("--runs", type=int, default=6, help="runs of each kind (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="about how long each run may take (%(default)s)")
+    parser.add_argument("--seconds", type=seconds, default=3.0, help="about how long each run may take (%(default)s)")
     arguments = parser.parse_args(argv)
-    if arguments.runs < 2 or arguments.planted <= 0:
+    if arguments.runs < 2 or not arguments.planted > 0:
         parser.error("--runs must be at least 2 and --planted above 0")
     torch.set_num_threads(1)
     as_is, slow = verdicts(arguments.planted, arguments.runs, arguments.seconds)

@@ -98,7 +98,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
     for name in ("warmup", "weight_decay", "sample_tokens"):
-        if getattr(arguments, name) < 0:
+        if not getattr(arguments, name) >= 0:
             parser.error(f"--{name.replace('_', '-')} must be at least 0, got {getattr(arguments, name)}")
     for name in ("lr", "clip"):
         if not getattr(arguments, name) > 0:

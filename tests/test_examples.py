@@ -231,6 +231,7 @@ BAD_ARGUMENTS = {
     "folder without text": ("--data", EXAMPLES.parent / "fastattn", 1, "holds no text files"),
     "heads": ("--heads", 3, 1, "d_model must be a multiple of num_heads"),
     "steps": ("--steps", 0, 2, "--steps must be at least 1"),
+    "weight_decay": ("--weight-decay", "nan", 2, "--weight-decay must be at least 0, got nan"),
     "vocabulary": ("--vocab-size", 100, 1, "--vocab-size must be at least 257"),
     "fraction": ("--val-fraction", 1.5, 1, "--val-fraction must be in (0, 1)"),
     "device": ("--device", "cuda:99", 1, "--device cuda:99 cannot be used"),

@@ -239,6 +239,7 @@ def test_bad_arguments(finetune: Callable[..., str], start: Path, colours: Path,
     Tokenizer(models.BPE()).save(str(start / "tokenizer.json"))
     assert "has no token <|endoftext|>" in finetune(start, colours, tmp_path / "out", status=1)
     assert "--epochs must be at least 1" in finetune(start, colours, tmp_path / "out", "--epochs", 0, status=2)
+    assert "--weight-decay must be" in finetune(start, colours, tmp_path / "out", "--weight-decay", "nan", status=2)
 
 
 @pytest.mark.parametrize("task", ["sentiment", "topic", "headline", "trivia", "translation"])
