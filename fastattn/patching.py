@@ -128,7 +128,7 @@ def patch(model: nn.Module, *, include: Patterns = None, exclude: Patterns = Non
         ValueError: a pattern that matches no module.
 
     Example:
-        >>> model = torch.nn.Transformer(64, 4, 1, 1)
+        >>> model = torch.nn.Transformer(64, 4, 1, 1, batch_first=True)
         >>> report = fastattn.patch(model, exclude="decoder*")
         >>> report.swapped["encoder.layers.0.norm1"]
         'fastattn.nn.LayerNorm'

@@ -282,8 +282,8 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: fl
         return None
     factor, alone = None if scale is None else float(scale), shape[2] == 1 and attention_fused.slow_alone(query)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        scale_now = shape[3] ** -0.5 if factor is None else factor
-        return None if alone else _Plain.apply(query, key, value, bool(causal), scale_now)
+        factor = shape[3] ** -0.5 if factor is None else factor
+        return None if alone else _Plain.apply(query, key, value, bool(causal), factor)
     if alone:
         return attention_fused.forward(query, key, value, False, factor)[0].contiguous()
     return torch._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, bool(causal), scale=factor)[0]
