@@ -190,13 +190,33 @@ class ClassifierStep(TrainingStep):
 
 @dataclass(frozen=True)
 class Generation(GPTCase):
-    """Greedy, from a prompt of 32 tokens. A provider gives `continue(tokens, new)`."""
+    """Greedy, from a prompt of 32 tokens. A provider gives `continue(tokens, new)`. `llama`: the model is Llama's, with three query
+    heads for each key head and a gate."""
 
     new: int = 96
+    llama: bool = False
+
+    @property
+    def config(self) -> GPTConfig:
+        if not self.llama:
+            return super().config
+        return replace(
+            super().config, num_kv_heads=max(1, self.heads // 3), d_ff=8 * self.width // 3, norm="rms_norm", positions="rotary",
+            activation="silu", gated=True, bias=False, qkv_bias=False,
+        )  # fmt: skip
+
+    @property
+    def matrices(self) -> int:
+        if not self.llama:
+            return super().matrices
+        config = self.config
+        kv_width = self.width // self.heads * (config.num_kv_heads or self.heads)
+        of_block = self.width * (2 * self.width + 2 * kv_width) + 3 * self.width * (config.d_ff or 0)
+        return self.layers * of_block + self.vocab * self.width
 
     @property
     def name(self) -> str:
-        return f"GPT generate {self.new} tokens {self.size}"
+        return f"{'Llama' if self.llama else 'GPT'} generate {self.new} tokens {self.size}"
 
     @property
     def traffic(self) -> float:
@@ -302,7 +322,7 @@ CLASSIFYING = {
     "torch nn.TransformerEncoder": classify_torch_nn,
 }
 ClassifierStep.providers = CLASSIFYING
-GENERATION = {"fastattn": generate_ours, "Hugging Face GPT-2": generate_hugging_face}
+GENERATION = {"fastattn": generate_ours, "Hugging Face": generate_hugging_face}
 
 
 @comparison(TRAINING, [GPTStep("fp32"), GPTStep("bf16")])
@@ -320,6 +340,10 @@ def test_classifier_step(compare: Callable[..., None], case: ClassifierStep, pro
     compare(case, provider, CLASSIFYING)
 
 
-@comparison(GENERATION, [Generation(dtype, batch=batch) for dtype in ("fp32", "bf16") for batch in (1, 8)])
+GENERATIONS = [Generation(dtype, batch=batch) for dtype in ("fp32", "bf16") for batch in (1, 8)]
+LLAMAS = [replace(case, llama=True) for case in GENERATIONS]
+
+
+@comparison(GENERATION, [*GENERATIONS, *LLAMAS[::2]], LLAMAS[1::2])
 def test_generation(compare: Callable[..., None], case: Generation, provider: str) -> None:
     compare(case, provider, GENERATION)

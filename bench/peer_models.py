@@ -1,7 +1,8 @@
 """The GPT and the classifier of the benchmarks as others write them; each takes the weights of ours.
 
 PlainGPT is nanoGPT's recipe (https://github.com/karpathy/nanoGPT): one product for query, key and value, PyTorch's fused
-attention, all the logits and `F.cross_entropy`. TorchGPT is made of `nn.TransformerEncoder`, `hugging_face` is GPT-2.
+attention, all the logits and `F.cross_entropy`. TorchGPT is made of `nn.TransformerEncoder`; `hugging_face` is GPT-2, or Llama
+where our configuration is Llama's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.cases import need
-from fastattn.models import ClassifierConfig, GPTConfig
+from fastattn.models import ClassifierConfig, GPTConfig, hub
 
 State = Mapping[str, Tensor]
 
@@ -160,7 +161,22 @@ def _transformers() -> ModuleType:
 
 
 def hugging_face(config: GPTConfig, state: State, attention: str) -> Any:
-    """GPT-2 of transformers; its linear layers hold the transposed matrix."""
+    """The model of transformers with our weights."""
+    return _gpt2(config, state, attention) if config.positions == "learned" else _llama(config, state, attention)
+
+
+def _llama(config: GPTConfig, state: State, attention: str) -> Any:
+    transformers, exported = _transformers(), hub.export(config, state)
+    assert exported is not None
+    settings, tensors = exported
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings, attn_implementation=attention))
+    model.load_state_dict(tensors, strict=False)  # a tied output is not in the file
+    model.tie_weights()
+    return model
+
+
+def _gpt2(config: GPTConfig, state: State, attention: str) -> Any:
+    """Its linear layers hold the transposed matrix."""
     transformers = _transformers()
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
