@@ -180,3 +180,28 @@ def test_linear_cross_entropy_is_torchs():
     ours.load_state_dict(theirs.state_dict())
     x, target = torch.randn(5, 4), torch.randint(7, (5,))
     torch.testing.assert_close(ours(x, target), theirs(x, target))
+
+
+CHANGED = {
+    "attention": lambda x: fastattn.nn.MultiheadAttention(12, 2)(x, x, x)[0],
+    "encoder": lambda x: fastattn.nn.TransformerEncoderLayer(12, 2, 20, dropout=0.0)(x),
+    "feed_forward": lambda x: fastattn.nn.FeedForward(12)(x),
+    "norm": lambda x: fastattn.layer_norm(x, (12,), residual=x)[0],
+    "rotary": lambda x: fastattn.nn.RotaryEmbedding(4)(x.unflatten(2, (3, 4)).transpose(1, 2))[0],
+    "losses": lambda x: fastattn.nn.LinearCrossEntropyLoss(12, 7, reduction="none")(x, x.argmax(2) % 7),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CHANGED)
+def test_outputs_can_be_changed_in_place(name, backend):
+    """As torch's can: an output that autograd knows as a view, or that the backward reads again, cannot."""
+    x = torch.randn(2, 5, 12, requires_grad=True)
+    gradients = []
+    for change in (torch.Tensor.mul_, torch.mul):
+        torch.manual_seed(0)
+        with fastattn.backend.use(backend):
+            change(CHANGED[name](x), torch.arange(5.0).view(5, *(1,) * (name != "losses"))).square().sum().backward()
+        gradients.append(x.grad)
+        x.grad = None
+    torch.testing.assert_close(*gradients)

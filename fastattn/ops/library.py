@@ -69,6 +69,8 @@ def differentiate(
         def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
             ctx.set_materialize_grads(False)
             result = implementation(*arguments) if keyset is None else below_autograd(keyset, *arguments)
+            if isinstance(result, tuple):  # of several outputs, autograd lets no view be changed in place
+                result = tuple([output.detach() if output._is_view() else output for output in result])
             outputs = result if isinstance(result, tuple) else (result,)
             kept = [output if i in keep_outputs else None for i, output in enumerate(outputs)]
             tensors = [

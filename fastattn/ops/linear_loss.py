@@ -98,7 +98,7 @@ def linear_cross_entropy(
         total, losses, predictions, *_ = call(
             linear_cross_entropy_op, *tensors, labels, *rules, dtype, return_predictions, needs
         )
-    loss = losses.view(target.shape) if reduction == "none" else total
+    loss = losses.view(target.shape).clone() if reduction == "none" else total  # the backward keeps the losses
     loss = torch.where(count != 0, loss, torch.nan) if reduction == "mean" else loss
     return (loss, predictions.view(target.shape)) if return_predictions else loss
 
