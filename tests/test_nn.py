@@ -182,6 +182,13 @@ def test_linear_cross_entropy_is_torchs():
     torch.testing.assert_close(ours(x, target), theirs(x, target))
 
 
+def test_linear_cross_entropy_calls_a_layer_that_is_more_than_its_weight():
+    module, x, target = fastattn.nn.LinearCrossEntropyLoss(4, 7), torch.randn(2, 5, 4), torch.randint(7, (2, 5))
+    module.linear.register_forward_hook(lambda layer, inputs, logits: 2.0 * logits)  # as adapters and wrappers act
+    expected = nn.functional.cross_entropy(2.0 * (x @ module.linear.weight.t()).flatten(0, 1), target.flatten())
+    torch.testing.assert_close(module(x, target), expected)
+
+
 CHANGED = {
     "attention": lambda x: fastattn.nn.MultiheadAttention(12, 2)(x, x, x)[0],
     "encoder": lambda x: fastattn.nn.TransformerEncoderLayer(12, 2, 20, dropout=0.0)(x),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fastattn.loss_rules import IGNORE_INDEX
+from fastattn.nn.plain import is_plain_linear
 from fastattn.ops.linear_loss import linear_cross_entropy
 from fastattn.ops.loss import REDUCTIONS, cross_entropy
+
+_OPTIONS = ("reduction", "ignore_index", "label_smoothing", "z_loss", "softcap")
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -109,23 +114,19 @@ class LinearCrossEntropyLoss(nn.Module):
         self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """(..., in_features) and (...) → a scalar or the target's shape, fp32."""
+        """(..., in_features) and (...) → a scalar or the target's shape, fp32.
+
+        A linear layer with hooks, adapters or wrappers is called, and its logits exist.
+        """
+        options: dict[str, Any] = {name: getattr(self, name) for name in _OPTIONS}
+        if not is_plain_linear(self.linear):
+            return cross_entropy(self.linear(input), target, class_weight=self.weight, **options)
         return linear_cross_entropy(
-            input,
-            self.linear.weight,
-            target,
-            bias=self.linear.bias,
-            class_weight=self.weight,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            reduction=self.reduction,
+            input, self.linear.weight, target, bias=self.linear.bias, class_weight=self.weight, **options
         )
 
     def extra_repr(self) -> str:
-        options = ("reduction", "ignore_index", "label_smoothing", "z_loss", "softcap")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in _OPTIONS)
 
 
 def _check_reduction(reduction: str) -> None:
