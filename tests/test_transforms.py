@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch._dynamo import compiled_autograd
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -82,6 +83,20 @@ def test_forward_mode_in_a_compiled_function(name, backend):
         torch.testing.assert_close(forward_ad.unpack_dual(compiled(forward_ad.make_dual(x, v))).tangent, truth)
     gradient = torch.func.grad(lambda x: f(x).square().sum())
     torch.testing.assert_close(torch.compile(gradient, backend="eager")(x), gradient(x))
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo's own
+@pytest.mark.parametrize("name", OPS)
+def test_a_compiled_backward(name):
+    """Compiled autograd traces what a gradient does in Python; it is one graph, and nothing of it is left behind."""
+    x, f = random(3, 8).requires_grad_(), OPS[name]
+    expected = seeded(lambda x: torch.autograd.grad(f(x).sum(), x), x)
+    for _ in range(2):
+        with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+            seeded(lambda x: f(x).sum().backward(), x)
+        torch.testing.assert_close(x.grad, expected[0])
+        x.grad = None
     torch.compiler.reset()
 
 

@@ -112,6 +112,7 @@ def differentiate(
     LIBRARY.impl(op._schema.name.split("::")[1], autograd, "Autograd", with_keyset=True)
 
 
+@torch.compiler.assume_constant_result  # compiled autograd would trace the increment and leave it to what runs next
 def in_batch() -> int:
     """How many batches of gradients autograd takes through the graph at once: `is_grads_batched`, `vectorize=True`."""
     torch._C._vmapmode_increment_nesting()  # there is no getter

@@ -253,8 +253,9 @@ def _gradient(
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """factor · gradient; where this is its last use, in its own memory: the weight's gradient is the largest tensor here."""
     factor = factor.to(gradient.dtype)
-    kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    if torch.is_grad_enabled() or observed((gradient,)) or kept or in_batch():
+    if torch.is_grad_enabled() or observed((gradient,)) or in_batch():
+        return gradient * factor
+    if torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient * factor
     return gradient if gradient.is_cpu and factor.item() == 1.0 else gradient.mul_(factor)
 
