@@ -73,6 +73,7 @@ def test_outputs_weights_and_gradients_equal_torchs(name, call):
         results.append((out, weights))
         grads.append(torch.autograd.grad(loss, [*leaves, *module.parameters()]))
     assert_same(results[1], results[0])
+    assert results[1][0].is_contiguous()  # out.view(...) works, as with torch's layer where the length comes first
     assert_same(grads[1], grads[0], atol=1e-5)
 
 

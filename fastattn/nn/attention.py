@@ -91,14 +91,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             query, key, value, mask, bias, None, None, None, None, right, None, dropout_p
         )
         out, _ = attend(query, key, value, rules)
-        out = call_linear(self.out_proj, out.transpose(1, 2).flatten(2))
+        rows = out.transpose(1, 2) if self.batch_first or not batched else out.permute(2, 0, 1, 3)
+        out = call_linear(self.out_proj, rows.flatten(2))
         weights = None
         if need_weights:
             weights = weights_of(query, key, rules)
             weights = weights.mean(1) if average_attn_weights else weights
         if not batched:
             return out.squeeze(0), None if weights is None else weights.squeeze(0)
-        return (out if self.batch_first else out.transpose(0, 1)), weights
+        return out, weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """The input projections, in one product where the inputs are one tensor."""
