@@ -97,13 +97,14 @@ def _plain_errors(op: Op, dtype: torch.dtype, result: int) -> Iterator[float]:
 
 
 def check_strides(op: Op, backend: str) -> None:
-    """Inputs and incoming gradients that are not contiguous give what contiguous ones do."""
+    """Inputs and incoming gradients that are not contiguous, or stored as their negatives, give what plain ones do."""
     tensors = op.tensors()
     with fastattn.backend.use(backend):
         expected = _differentiated(op, op.ours, tensors)
-        got = _differentiated(op, op.ours, [_scattered(t) for t in tensors], _scattered)
-    for a, b in zip(got[0] + got[1], expected[0] + expected[1]):
-        assert max_error(a, b) <= 1e-5 * max(1.0, b.abs().max().item() if b.numel() else 0.0)
+        for stored in (_scattered, _negated):
+            got = _differentiated(op, op.ours, [stored(t) for t in tensors], stored)
+            for a, b in zip(got[0] + got[1], expected[0] + expected[1]):
+                assert max_error(a, b) <= 1e-5 * max(1.0, b.abs().max().item() if b.numel() else 0.0)
 
 
 def check_determinism(op: Op, backend: str) -> None:
@@ -231,3 +232,8 @@ def _scattered(tensor: Tensor) -> Tensor:
     memory = tensor.new_full((*reversed_sizes, 2), float("nan"))
     view = memory[..., 0].permute(tuple(reversed(range(tensor.dim()))))
     return view.copy_(tensor)
+
+
+def _negated(tensor: Tensor) -> Tensor:
+    """The same numbers, whose memory holds their negatives, as that of `z.conj().imag` does."""
+    return torch._neg_view(-tensor)

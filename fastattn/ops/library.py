@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.interpreting import interpreting
 from fastattn.tracing import listening
 
 LIBRARY = torch.library.Library("fastattn", "DEF")
 _DIRECT: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+_INTERPRETING = interpreting()
 _PLAIN = {Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, int, float, str, list}
 Gradient = Callable[[Sequence[bool], Sequence[Tensor | None], Sequence[Any], Sequence[Tensor]], Sequence[Tensor | None]]
 
@@ -42,8 +44,15 @@ def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
 
 
 def observed(arguments: Sequence[Any]) -> bool:
-    """True where an op has to be seen as an op, or where its implementation cannot run on these tensors."""
-    return listening() or not _PLAIN.issuperset(map(type, arguments)) or bool(arguments[0].is_meta)
+    """True where an op has to be seen as an op, or where its implementation cannot run on these tensors.
+
+    Kernels cannot where memory holds a tensor's negatives, as that of `z.conj().imag` does: the dispatcher resolves it.
+    """
+    first = arguments[0]
+    if listening() or not _PLAIN.issuperset(map(type, arguments)) or first.is_meta:
+        return True
+    kernels = _INTERPRETING or not first.is_cpu
+    return kernels and any(argument.is_neg() for argument in arguments if isinstance(argument, Tensor))
 
 
 def tensors_only(like: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
