@@ -494,10 +494,14 @@ MUTANTS = (
     Mutant(
         "stored gradients are scaled although they are asked for again",
         "ops/linear_loss.py",
-        " or kept",
-        "",
+        "torch._C._autograd._get_current_graph_task_keep_graph()",
+        "False",
         ("tests/test_loss.py",),
     ),
+    Mutant(
+        "outputs are views", "ops/library.py", "output.detach() if output._is_view() else", "", ("tests/test_nn.py",)
+    ),
+    Mutant("kernels read negatives", "ops/library.py", "_INTERPRETING or not first.is_cpu", "False", ROTARY),
     Mutant("rotary's gradient turns forward", "kernels/rotary.py", "sin = -sin", "sin = sin", ROTARY),
     Mutant("rotary: rows outside the table are read", "kernels/rotary.py", "& (offs_n < rows)", "", ROTARY),
     Mutant(
