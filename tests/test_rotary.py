@@ -403,6 +403,15 @@ def test_tables_follow_the_device_context():
     assert torch.equal(module(query)[0], fastattn.nn.RotaryEmbedding(8, 4)(query)[0])
 
 
+def test_tables_leave_the_meta_device_with_parameters_that_have_left_it():
+    with torch.device("meta"):
+        model = torch.nn.ModuleDict({"linear": torch.nn.Linear(2, 2), "rotary": fastattn.nn.RotaryEmbedding(8, 4)})
+    model.load_state_dict(torch.nn.ModuleDict({"linear": torch.nn.Linear(2, 2)}).state_dict(), assign=True)
+    assert model.bfloat16()["rotary"].cos.is_meta
+    made = fastattn.nn.RotaryEmbedding(8, 4)
+    torch.testing.assert_close(dict(model.to("cpu")["rotary"].named_buffers()), dict(made.named_buffers()))
+
+
 def test_module_names_an_offset_that_is_no_integer():
     with pytest.raises(TypeError, match="offset must be an int"):
         fastattn.nn.RotaryEmbedding(8, 4)(torch.ones(1, 1, 3, 8), offset=2.5)

@@ -79,7 +79,11 @@ class RotaryEmbedding(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         """`.to(...)`, `.half()`, `.to_empty(...)`: only the device changes, and the numbers are always right."""
-        self._make_tables(self.cos.shape[0], fn(self.cos).device)
+        try:
+            device = fn(self.cos).device
+        except NotImplementedError:  # a copy from meta, where there are no numbers and none are needed
+            device = fn(torch.empty(0)).device
+        self._make_tables(self.cos.shape[0], device)
         return self
 
     def extra_repr(self) -> str:
