@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastattn.ops.attention import attend, canonical, scaled_dot_product_attention
 from fastattn.ops.attention_maps import weights_of
+from fastattn.tracing import constant_to_compilers
 
 NAME = "fastattn"
 MAPS = "_fastattn_maps"  # an attention layer's attribute: the model's `Maps`
@@ -67,7 +67,7 @@ def takes_others(model: Any) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
+@constant_to_compilers
 def _refused(config: type) -> str:
     """`_refused_model`, asked while a compiler traces, too: it would trace past the cache."""
     return _refused_model(config)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastattn.interpreting import interpreting
-from fastattn.tracing import listening
+from fastattn.tracing import constant_to_compilers, listening
 
 LIBRARY = torch.library.Library("fastattn", "DEF")
 _DIRECT: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
@@ -121,7 +121,7 @@ def differentiate(
     LIBRARY.impl(op._schema.name.split("::")[1], autograd, "Autograd", with_keyset=True)
 
 
-@torch.compiler.assume_constant_result  # compiled autograd would trace the increment and leave it to what runs next
+@constant_to_compilers  # compiled autograd would trace the increment and leave it to what runs next
 def in_batch() -> int:
     """How many batches of gradients autograd takes through the graph at once: `is_grads_batched`, `vectorize=True`."""
     torch._C._vmapmode_increment_nesting()  # there is no getter
@@ -180,7 +180,7 @@ def needs_composite(*tensors: Tensor | None) -> bool:
     return has_tangent(*tensors)
 
 
-@torch.compiler.assume_constant_result
+@constant_to_compilers
 def in_transform() -> bool:
     """Whether a transform is active, also while a compiler traces: it guards on them."""
     return bool(torch._C._are_functorch_transforms_active()) or torch.autograd.forward_ad._current_level >= 0
