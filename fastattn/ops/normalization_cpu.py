@@ -52,7 +52,9 @@ def rms_norm_by_torch(
 ) -> Tensor | None:
     """Plain RMS norm of few numbers on the CPU without a gradient, as one call of PyTorch's, which takes several passes in a third
     of the time of our dispatch; None elsewhere, or where the arguments are wrong."""
-    if type(input) is not Tensor or not input.is_cpu or not eager_on_cpu() or observed((input, weight)):
+    if torch.compiler.is_compiling() or type(input) is not Tensor or not input.is_cpu:
+        return None
+    if not eager_on_cpu() or observed((input, weight)):
         return None
     if input.dtype not in checks.FLOAT_DTYPES or input.numel() > BLOCK_NUMBERS:
         return None
