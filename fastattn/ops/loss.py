@@ -186,7 +186,7 @@ def _gradient(
     if grad_outputs[0] is None or not needs[0]:
         return []
     tensors = (grad_outputs[0], input, outputs[1])
-    if inplace and not torch.is_grad_enabled() and not observed((input,)) and not in_batch():
+    if inplace and not torch.is_grad_enabled() and not observed(tensors) and not in_batch():
         gradient = _backward(*tensors, target, *rules, inplace=True)
         torch.autograd.graph.increment_version(input)  # a kernel's writes are invisible to autograd
         return [gradient.detach()]
