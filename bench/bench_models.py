@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastattn
 from bench import machine
 from bench.cases import DTYPES, Case, comparison, in_one_graph
 from bench.contest import Run
@@ -297,8 +298,10 @@ def generate_ours(case: GPTCase) -> Callable[[Tensor, int], Tensor]:
     return lambda prompt, new: model.generate(prompt, new, temperature=0)
 
 
-def generate_hugging_face(case: GPTCase) -> Callable[[Tensor, int], Tensor]:
+def generate_hugging_face(case: GPTCase, patched: bool = False) -> Callable[[Tensor, int], Tensor]:
     model = _hugging_face(case, "sdpa").to(DTYPES[case.dtype]).eval()
+    if patched:
+        fastattn.patch(model)
 
     def generate(prompt: Tensor, new: int) -> Tensor:
         mask = torch.ones_like(prompt)
@@ -322,7 +325,11 @@ CLASSIFYING = {
     "torch nn.TransformerEncoder": classify_torch_nn,
 }
 ClassifierStep.providers = CLASSIFYING
-GENERATION = {"fastattn": generate_ours, "Hugging Face": generate_hugging_face}
+GENERATION = {
+    "fastattn": generate_ours,
+    "Hugging Face": generate_hugging_face,
+    "Hugging Face, patched": partial(generate_hugging_face, patched=True),
+}
 
 
 @comparison(TRAINING, [GPTStep("fp32"), GPTStep("bf16")])
@@ -344,6 +351,6 @@ GENERATIONS = [Generation(dtype, batch=batch) for dtype in ("fp32", "bf16") for 
 LLAMAS = [replace(case, llama=True) for case in GENERATIONS]
 
 
-@comparison(GENERATION, [*GENERATIONS, *LLAMAS[::2]], LLAMAS[1::2])
+@comparison(GENERATION, [*GENERATIONS, *LLAMAS[::2]], LLAMAS[1::2], slow=lambda case, name: "patched" in name)
 def test_generation(compare: Callable[..., None], case: Generation, provider: str) -> None:
     compare(case, provider, GENERATION)
