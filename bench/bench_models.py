@@ -119,7 +119,10 @@ class GPTCase(ModelCase):
     @property
     def matrices(self) -> int:
         """Numbers in all the matrices that a token is multiplied with."""
-        return self.layers * 12 * self.width**2 + self.vocab * self.width
+        config: Any = self.config
+        attention = 2 * self.width * (self.width + config.num_kv_heads * config.head_dim)
+        mlp = (3 if config.gated else 2) * self.width * config.d_ff
+        return self.layers * (attention + mlp) + self.vocab * self.width
 
 
 @dataclass(frozen=True)
@@ -205,15 +208,6 @@ class Generation(GPTCase):
             super().config, num_kv_heads=max(1, self.heads // 3), d_ff=8 * self.width // 3, norm="rms_norm", positions="rotary",
             activation="silu", gated=True, bias=False, qkv_bias=False,
         )  # fmt: skip
-
-    @property
-    def matrices(self) -> int:
-        if not self.llama:
-            return super().matrices
-        config = self.config
-        kv_width = self.width // self.heads * (config.num_kv_heads or self.heads)
-        of_block = self.width * (2 * self.width + 2 * kv_width) + 3 * self.width * (config.d_ff or 0)
-        return self.layers * of_block + self.vocab * self.width
 
     @property
     def name(self) -> str:

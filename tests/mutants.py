@@ -613,8 +613,8 @@ MUTANTS = (
     Mutant(
         "eager: a causal row of padding alone is one that sees",
         "eager/attention_fused.py",
-        "        blind = blind | (shown",
-        "        blind = blind & (shown",
+        "        blind = blind | (first_shown",
+        "        blind = blind & (first_shown",
         ("tests/test_attention_arguments.py", "-k", "causal_bias"),
     ),
     Mutant(

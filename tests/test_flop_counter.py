@@ -70,7 +70,10 @@ def test_attention():
 def test_packed_and_cached():
     q, k, v = (torch.randn(12, 2, 8, requires_grad=True) for _ in range(3))
     offsets = torch.tensor([0, 5, 12], dtype=torch.int32)
-    run = lambda: fastattn.varlen_attention(q, k, v, offsets, offsets, 7, 7, causal=True)  # noqa: E731
+
+    def run():
+        return fastattn.varlen_attention(q, k, v, offsets, offsets, 7, 7, causal=True)
+
     pairs = 2 * 2 * (25 + 49)
     assert counted(run) == pairs * 16
     assert counted(lambda: run().sum().backward()) == pairs * (16 + 40)

@@ -124,7 +124,7 @@ def forward(
             found = _attend(q, k, v, block)
             parts.append(_attend(q, k, v, replace(block, concrete=False)) if found[1].isnan().any() else found)
             continue
-        out, lse = attention_fused.attend(q, k, v, block)
+        out, lse = attention_fused.block_forward(q, k, v, block)
         if rules.sinks is not None:
             with_sink = torch.logaddexp(lse, rules.sinks.float()[:, None])
             out = (out * torch.exp(lse - with_sink)[..., None].nan_to_num(0.0)).to(out.dtype)

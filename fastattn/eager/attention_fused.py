@@ -172,7 +172,7 @@ def better_in_fp32(query: Tensor) -> bool:
     return query.dtype == torch.float16 and query.is_cpu and faster_in_fp32(torch.float16)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, block: RowBlock) -> tuple[Tensor, Tensor]:
+def block_forward(query: Tensor, key: Tensor, value: Tensor, block: RowBlock) -> tuple[Tensor, Tensor]:
     """(out, lse) of a block, whose rows and columns these are."""
     additive = additive_mask(block, query)
     out, lse = forward(query, key, value, block.is_causal, block.rules.scale, additive)
@@ -180,7 +180,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, block: RowBlock) -> tuple[
         return out, lse
     if block.is_causal and block.rules.bias is not None and lse.isnan().any():
         # PyTorch adds the bias to a hidden pair's -inf, which is NaN where the bias is NaN or infinite (its backward does not)
-        return attend(query, key, value, replace(block, is_causal=False))
+        return block_forward(query, key, value, replace(block, is_causal=False))
     return _mended(out, lse, additive, block.is_causal)
 
 
@@ -197,10 +197,11 @@ def _mended(out: Tensor, lse: Tensor, additive: Tensor, is_causal: bool) -> tupl
     # (the fused kernel says 0 for such a row, or NaN where the query does)
     if bool((lse.abs() > 0.0).all()):
         return out, lse
-    shown = (additive[:, :, :1] if additive.stride(2) == 0 else additive) != float("-inf")
-    blind = ~shown.any(-1)
+    additive = additive[:, :, :1] if additive.stride(2) == 0 else additive  # one row, where all are the same
+    blind = additive.amax(-1) == float("-inf")
     if is_causal:
-        blind = blind | (shown.to(torch.int8).argmax(-1) > torch.arange(lse.shape[2]))
+        first_shown = (additive != float("-inf")).view(torch.int8).argmax(-1)
+        blind = blind | (first_shown > torch.arange(lse.shape[2]))
     unknown = lse.isnan()
     blind = blind & ((lse == 0.0) | unknown)
     if unknown.any():

@@ -18,10 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# The formulas have the names and take the arguments of the ops; of tensors, PyTorch gives the shapes.
 Shape = tuple[int, ...]
-Optional = (
-    Shape | None
-)  # the formulas are of the ops' arguments, whose names they have; PyTorch passes shapes for tensors
 
 
 def register() -> None:
@@ -56,29 +54,21 @@ def linear(input: Shape, weight: Shape, *_: Any, **__: Any) -> int:
 
 
 def linear_backward(
-    grad: Shape, input: Shape, weight: Shape, bias: Optional, z: Shape, activation: str, needs: Sequence[bool], **_: Any
+    grad: Shape, input: Shape, weight: Shape, bias: Any, z: Shape, activation: str, needs: Sequence[bool], **_: Any
 ) -> int:
     repeated = activation != "identity" and _is_empty(z)
     return _product(input, weight) * (needs[0] + needs[1] + repeated)
 
 
 def feed_forward(
-    input: Shape,
-    weight1: Shape,
-    bias1: Optional,
-    gate: Optional,
-    gate_bias: Optional,
-    weight2: Shape,
-    *_: Any,
-    **__: Any,
+    input: Shape, weight1: Shape, bias1: Any, gate: Shape | None, gate_bias: Any, weight2: Shape, *_: Any, **__: Any
 ) -> int:
     return _product(input, weight1) * (1 if gate is None else 2) + _product(input, weight2)
 
 
 def feed_forward_backward(
-    grad: Shape, input: Shape, weight1: Shape, bias1: Optional, gate: Optional, gate_bias: Optional, weight2: Shape,
-    bias2: Optional, seed: Optional, z: Shape, g: Shape, hidden: Shape, activation: str, dropout_p: float, needs: Sequence[bool],
-    **_: Any,
+    grad: Shape, input: Shape, weight1: Shape, bias1: Any, gate: Shape | None, gate_bias: Any, weight2: Shape, bias2: Any,
+    seed: Any, z: Shape, g: Shape, hidden: Shape, activation: str, dropout_p: float, needs: Sequence[bool], **_: Any,
 ) -> int:  # fmt: skip
     of_first, of_second = _product(input, weight1), _product(grad, weight2)
     layers = 1 if gate is None else 2
@@ -101,9 +91,7 @@ def attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int
     return _pairs(query, key) * (query[3] + value[3])
 
 
-def attention_backward(
-    grad: Shape, grad_lse: Optional, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any
-) -> int:
+def attention_backward(grad: Shape, grad_lse: Any, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
     """Q Kᵀ, dQ and dK; dP and dV."""
     return _pairs(query, key) * (3 * query[3] + 2 * value[3])
 
@@ -146,5 +134,5 @@ def kv_cache_attention(
 ) -> int:
     """The lengths, where they are a tensor, are read."""
     batch, heads, rows, dim = query.shape
-    keys = batch * more if lengths is None else int(lengths.sum()) + batch * more
+    keys = batch * more + (0 if lengths is None else int(lengths.sum()))
     return 2 * heads * rows * keys * (dim + value_cache.shape[-1])

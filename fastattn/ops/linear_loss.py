@@ -253,9 +253,9 @@ def _gradient(
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """factor · gradient; where this is its last use, in its own memory: the weight's gradient is the largest tensor here."""
     factor = factor.to(gradient.dtype)
-    if torch.is_grad_enabled() or observed((gradient,)) or in_batch():
-        return gradient * factor
-    if torch._C._autograd._get_current_graph_task_keep_graph():
+    # (in this order: while a compiler looks on, there is no graph task to ask)
+    shared = torch.is_grad_enabled() or observed((gradient,)) or in_batch()
+    if shared or torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient * factor
     return gradient if gradient.is_cpu and factor.item() == 1.0 else gradient.mul_(factor)
 
