@@ -19,7 +19,8 @@ import torch
 Run = Callable[[], object]
 
 LONG_ROUND, FEWEST_ROUNDS = 4.0, 3  # a round of more seconds than that is not repeated more often than it must be
-SHORTEST = 2e-3  # seconds: a shorter run is repeated, so that the clock and the caches of the others do not matter
+SHORTEST = 2e-3  # seconds: a shorter run is repeated, so that the clock does not matter
+WARMED = 20e-3  # seconds: before a shorter run goes one that is not timed, so that what the others left in the caches does not matter
 RESAMPLES = 400
 L2_FLUSH_BYTES = 256 << 20  # larger than the L2 cache of any GPU
 
@@ -81,14 +82,15 @@ def race(contestants: Mapping[str, Run], device: torch.device, seconds: float, r
         rounds: the fewest rounds; three where a round takes more than four seconds.
     """
     clock = _events(device) if device.type == "cuda" else _wall_clock
-    repeats, once = {}, 0.0
+    repeats, warmed, once = {}, set[str](), 0.0
     for name, run in contestants.items():
         run()
         taken = clock(run, 1)
-        if taken < 10 * SHORTEST:  # (what takes longer is not repeated in any case)
+        if taken < WARMED:
             taken = min(taken, clock(run, 1))
+            warmed.add(name)
         repeats[name] = 1 if device.type == "cuda" else max(1, round(SHORTEST / taken))
-        once += taken * repeats[name]
+        once += taken * (repeats[name] + (name in warmed))
     names, shuffle = list(contestants), Random(0).shuffle
     times: dict[str, list[float]] = {name: [] for name in names}
     rounds = min(rounds, FEWEST_ROUNDS) if once > LONG_ROUND else rounds
@@ -96,6 +98,8 @@ def race(contestants: Mapping[str, Run], device: torch.device, seconds: float, r
     while len(times[names[0]]) < rounds or time.perf_counter() < end:
         shuffle(names)  # nobody always runs in the caches that the same one left
         for name in names:
+            if name in warmed:
+                contestants[name]()
             times[name].append(clock(contestants[name], repeats[name]))
     return Times(times)
 

@@ -4,11 +4,14 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
+from itertools import groupby
 
 import pytest
 import torch
 
-from bench.contest import Estimate, Times, fast, fast_ratio
+from bench.bench_normalization import Norm
+from bench.contest import Estimate, Times, fast, fast_ratio, race
 from bench.report import change, compare
 from bench.scaling import exponent
 from bench.sensitivity import slowed, verdicts
@@ -68,6 +71,22 @@ def test_a_planted_slowdown_takes_that_much_longer():
     rounds = [(clock(work), clock(planted)) for _ in range(30)]  # in turn: the machine's own speed changes, too
     plain, slow = map(min, zip(*rounds))
     assert 1.3 < slow / plain < 1.8
+
+
+def test_short_runs_are_timed_behind_one_of_their_own():
+    """Otherwise a run is timed with what another left in the caches."""
+    log = []
+    run = lambda name: (log.append(name), time.sleep(3e-3))  # noqa: E731
+    race({name: partial(run, name) for name in "ab"}, torch.device("cpu"), seconds=0.0, rounds=5)
+    assert min(len([*runs]) for _, runs in groupby(log)) == 2
+
+
+def test_all_providers_get_the_same_memory():
+    seen = []
+    case = Norm("fp32", False, 4, 8)
+    for _ in range(2):
+        case.job(lambda case: lambda x, *_: seen.append(x.data_ptr()) or x)()
+    assert seen[0] == seen[1]
 
 
 REFUSED = [
