@@ -18,7 +18,9 @@ ON_GPU = os.environ.get("FASTATTN_TEST_GPU") == "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # each process of `make test` has a core of its own
     torch.set_num_threads(1)
 
-if not ON_GPU:
+if ON_GPU:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses to be deterministic
+else:
     os.environ["TRITON_INTERPRET"] = "1"  # read at triton's first import
     os.environ.setdefault("FASTATTN_BACKEND", "eager")  # kernel tests opt in: `with fastattn.backend.use("triton")`
 

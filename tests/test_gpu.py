@@ -1,4 +1,4 @@
-"""The same definitions on a real GPU: `make gpu`. Skipped, visibly, everywhere else."""
+"""The same cases and definitions on a real GPU, and what only one can show: `make gpu`. Skipped, visibly, everywhere else."""
 
 import copy
 
@@ -7,17 +7,117 @@ import torch
 
 import fastattn
 from fastattn.models import GPT, GPTConfig
+from tests import (
+    contract,
+    elsewhere,
+    test_attention_calculus,
+    test_block_mask,
+    test_decode,
+    test_feed_forward,
+    test_loss,
+    test_normalization,
+    test_rotary,
+    test_varlen,
+)
 from tests.compare import assert_close
 from tests.test_attention import CASES, DTYPES, check, run
 
 pytestmark = pytest.mark.gpu
 
 
+FAMILIES = {
+    "normalization": test_normalization.CASES | test_normalization.WIDE,
+    "feed forward": test_feed_forward.CASES,
+    "rotary": test_rotary.CASES,
+    "loss": test_loss.CASES,
+}
+FEATURES = {
+    "normalization": [*test_normalization.FEATURES, *test_normalization.DROPOUT],
+    "feed forward": [*test_feed_forward.FEATURES, *test_feed_forward.DROPOUT],
+    "rotary": test_rotary.SOME,
+    "loss": ["mean", "none", "everything", "everything_none", "logits", "logits_everything_none"],
+}
+FEATURES_OF = [(family, name) for family, names in FEATURES.items() for name in names]
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Ours runs on the GPU; inputs, definitions and comparisons stay on the CPU."""
+    elsewhere.install(monkeypatch, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family, cases in FAMILIES.items() for name in cases])
+def test_values(family, name, dtype, on_gpu):
+    contract.check_values(FAMILIES[family][name], "triton", dtype)
+
+
+@pytest.mark.parametrize(("family", "name"), FEATURES_OF)
+def test_contract(family, name, on_gpu):
+    contract.check_determinism(FAMILIES[family][name], "triton")
+    contract.check_double_backward(FAMILIES[family][name], "triton")
+
+
+@pytest.mark.parametrize(("family", "name"), [at for at in FEATURES_OF if at[0] != "loss"])
+def test_registration(family, name, on_gpu):
+    contract.check_registration(FAMILIES[family][name], "triton")
+
+
+def test_registration_of_losses(on_gpu):
+    test_loss.test_registration("none", "triton")
+    test_loss.test_registration_of_cross_entropy("triton")
+
+
+@pytest.mark.parametrize(("family", "name"), [at for at in FEATURES_OF if "dropout" not in at[1]])
+def test_transforms(family, name, on_gpu):
+    contract.check_transforms(FAMILIES[family][name], "triton")
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("normalization", "everything"), ("feed forward", "gated"), ("rotary", "halves"), ("loss", "mean")],
+)
+def test_compiles(family, name, dynamic, on_gpu):
+    contract.check_compiles(FAMILIES[family][name], "triton", dynamic)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_attention_matches_the_definition(name, dtype):
-    with torch.device("cuda"):
-        check(CASES[name], dtype, "triton")
+def test_attention_matches_the_definition(name, dtype, on_gpu):
+    check(CASES[name], dtype, "triton")
+
+
+@pytest.mark.parametrize("name", test_attention_calculus.FEATURES)
+def test_double_backward_of_attention(name, on_gpu):
+    test_attention_calculus.test_double_backward_matches_fp64(name, "triton")
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "vmap_of_grad", "jvp", "forward_ad", "hessian"])
+def test_transforms_of_attention(transform, on_gpu):
+    test_attention_calculus.test_transforms_match_fp64_and_are_never_silently_zero(transform)
+
+
+@pytest.mark.parametrize("name", test_block_mask.MASKS)
+def test_block_masks(name, on_gpu):
+    test_block_mask.test_attention_is_that_with_the_dense_mask(name, "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", test_varlen.CASES)
+def test_packed_sequences(name, dtype, on_gpu):
+    test_varlen.test_matches_the_definition(name, dtype, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", test_decode.CASES)
+def test_decoding(name, dtype, on_gpu):
+    test_decode.test_matches_the_definition(name, dtype, "triton")
+
+
+@pytest.mark.parametrize("name", ["one_token", "all_of_one_length", "several_tokens", "paged_odd"])
+def test_decoding_appends_in_place(name, on_gpu):
+    test_decode.test_appends_in_place_and_nothing_else(name, "triton")
 
 
 @pytest.mark.parametrize("name", ["gqa", "bias_shared_by_batch", "pair_all"])
@@ -76,3 +176,63 @@ def test_a_gpt_trains_to_the_same_losses_as_on_the_cpu():
             losses.append(loss.item())
         curves.append(torch.tensor(losses))
     assert torch.allclose(*curves, atol=1e-3)
+
+
+def small_gpt():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=97, context_length=64, num_layers=2, num_heads=4, d_model=64)).cuda()
+    return model, torch.randint(97, (4, 65), device="cuda")
+
+
+def test_the_host_never_waits_in_a_training_step():
+    model, tokens = small_gpt()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(tokens[:, :-1], tokens[:, 1:])[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    first = step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        last = [step() for _ in range(3)][-1]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert last < first
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_compiled_gpt_is_the_plain_one():
+    model, tokens = small_gpt()
+    results = []
+    for run_model in (model, torch.compile(model, fullgraph=True)):
+        loss = run_model(tokens[:, :-1], tokens[:, 1:])[1]
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_decoding_step_in_a_cuda_graph():
+    """Replayed with other queries and lengths in the same memory."""
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 3, 2, 256, 64, device="cuda").unbind()
+    query, key, value = (torch.randn(3, heads, 1, 64, device="cuda") for heads in (8, 2, 2))
+    lengths = torch.tensor([5, 100, 0], dtype=torch.int32, device="cuda")
+
+    def step():
+        return fastattn.attention_with_kv_cache(query, keys, values, lengths, key=key, value=value)
+
+    step()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for _ in range(2):
+        query.normal_()
+        lengths += 7
+        graph.replay()
+        replayed = out.clone()
+        assert torch.equal(replayed, step())

@@ -1,7 +1,6 @@
 """Layer norm and RMS norm: the contract over every option, and the numbers that are hard."""
 
 import math
-from functools import partial
 from itertools import product
 
 import numpy as np
@@ -24,8 +23,7 @@ def norm(shape, dims=1, *, weight=True, bias=True, rms=False, offset=0.0, dropou
     shapes |= {"weight": normalized} if weight else {}
     shapes |= {"bias": normalized} if bias else {}
     shapes |= others
-    op = fastattn.rms_norm if rms else fastattn.layer_norm
-    op = partial(op, normalized_shape=normalized, eps=eps, weight_offset=offset)
+    options = {"normalized_shape": normalized, "eps": eps, "weight_offset": offset, "dropout_p": dropout_p}
     seed = int(torch.randint(torch.iinfo(torch.int64).max, (1,), generator=torch.manual_seed(3)))
     keep = reference.philox_keep_rows(seed, math.prod(shape[:-dims]), math.prod(normalized), dropout_p)
     factors = keep.reshape(shape) / (1 - dropout_p)
@@ -33,7 +31,7 @@ def norm(shape, dims=1, *, weight=True, bias=True, rms=False, offset=0.0, dropou
     def ours(**tensors):
         if dropout_p:
             torch.manual_seed(3)
-        return op(**tensors, dropout_p=dropout_p)
+        return (fastattn.rms_norm if rms else fastattn.layer_norm)(**tensors, **options)
 
     def plain(input, weight=None, bias=None, residual=None, scale=None, shift=None):
         input = input * factors.to(input.dtype) if dropout_p else input
