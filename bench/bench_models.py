@@ -266,6 +266,12 @@ def gpt2(attention: str, case: GPTCase) -> tuple[nn.Module, LossOf]:
     return model, loss_of
 
 
+def gpt2_patched(case: GPTCase) -> tuple[nn.Module, LossOf]:
+    model = _hugging_face(case, "sdpa")
+    fastattn.patch(model, fused_loss=True)
+    return model, lambda tokens, targets: model(input_ids=tokens, labels=targets, shift_labels=targets).loss
+
+
 def compiled(provider: Callable[[Any], tuple[nn.Module, LossOf]], case: TrainingStep) -> tuple[nn.Module, LossOf]:
     """Another provider's, under torch.compile."""
     model, loss_of = provider(case)
@@ -309,6 +315,7 @@ TRAINING = {
     "nanoGPT's recipe": nano_gpt,
     "Hugging Face GPT-2, SDPA": partial(gpt2, "sdpa"),
     "Hugging Face GPT-2, eager": partial(gpt2, "eager"),
+    "Hugging Face GPT-2, patched": gpt2_patched,
     "torch nn.TransformerEncoder": torch_nn,
 }
 GPTStep.providers = TRAINING
@@ -319,6 +326,12 @@ CLASSIFYING = {
     "torch nn.TransformerEncoder": classify_torch_nn,
 }
 ClassifierStep.providers = CLASSIFYING
+
+
+def if_patched(case: ModelCase, name: str) -> bool:
+    return "patched" in name
+
+
 GENERATION = {
     "fastattn": generate_ours,
     "Hugging Face": generate_hugging_face,
@@ -326,7 +339,7 @@ GENERATION = {
 }
 
 
-@comparison(TRAINING, [GPTStep("fp32"), GPTStep("bf16")])
+@comparison(TRAINING, [GPTStep("fp32"), GPTStep("bf16")], slow=if_patched)
 def test_gpt_step(compare: Callable[..., None], case: GPTStep, provider: str) -> None:
     compare(case, provider, TRAINING)
 
@@ -345,6 +358,6 @@ GENERATIONS = [Generation(dtype, batch=batch) for dtype in ("fp32", "bf16") for 
 LLAMAS = [replace(case, llama=True) for case in GENERATIONS]
 
 
-@comparison(GENERATION, [*GENERATIONS, *LLAMAS[::2]], LLAMAS[1::2], slow=lambda case, name: "patched" in name)
+@comparison(GENERATION, [*GENERATIONS, *LLAMAS[::2]], LLAMAS[1::2], slow=if_patched)
 def test_generation(compare: Callable[..., None], case: Generation, provider: str) -> None:
     compare(case, provider, GENERATION)

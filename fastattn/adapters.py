@@ -30,12 +30,14 @@ class Adapter(nn.Module):
         others: the names of other children that it may have.
         scales: how large the inputs are that it is compared on: a clamp shows in large ones alone.
         mean: of these inputs, in deviations.
+        prefix: what the class's name gets in front.
     """
 
     linears: ClassVar[tuple[str, ...]] = ()
     others: ClassVar[tuple[str, ...]] = ()
     scales: ClassVar[tuple[float, ...]] = (1.0, 1e-4, 1e3)
     mean: ClassVar[float] = 0.0
+    prefix: ClassVar[str] = "Fastattn"
     _fastattn_parts: ClassVar[tuple[type, type]]
 
     if TYPE_CHECKING:  # children and attributes are those of the class behind
@@ -72,7 +74,7 @@ def adapted(adapter: type[Adapter], base: type[nn.Module]) -> type[nn.Module]:
     parts = adapter, base
     if parts not in _ADAPTED:
         body = {"_fastattn_parts": parts, "__module__": __name__}
-        _ADAPTED[parts] = type(f"Fastattn{base.__name__}", parts, body)
+        _ADAPTED[parts] = type(adapter.prefix + base.__name__, parts, body)
     return _ADAPTED[parts]
 
 

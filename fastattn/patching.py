@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import product
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 import fastattn.nn as ours
-from fastattn.adapters import ADAPTERS, Adapter, adapted
+from fastattn.adapters import ADAPTERS, adapted
+from fastattn.causal_loss import CausalLoss, difference_of_losses, is_causal_model
 from fastattn.checks import FLOAT_DTYPES, name_of
+from fastattn.comparing import difference
 from fastattn.integrations.transformers import MAPS, NAME, Maps, register, takes_others
-from fastattn.nn.modes import evaluating
-from fastattn.nn.plain import is_plain_linear
 
 Patterns = str | type | Sequence[str | type] | None
 
@@ -39,7 +35,6 @@ _TORCH: dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]] = {
     nn.TransformerDecoder: (ours.TransformerDecoder, {}),
     nn.Transformer: (ours.Transformer, {}),
 }
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of a sequence's largest element
 _OWN = ("eager", "sdpa")  # compared with by layers of transformers that prepare something for all others
 _ORIGINAL, _ATTENTION = "_fastattn_original", "_fastattn_attention"  # where a module keeps what it was
 
@@ -99,7 +94,14 @@ class _Plan:
     became: str
 
 
-def patch(model: nn.Module, *, include: Patterns = None, exclude: Patterns = None, dry_run: bool = False) -> Report:
+def patch(
+    model: nn.Module,
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    fused_loss: bool = False,
+    dry_run: bool = False,
+) -> Report:
     """Let the modules of `model` that fastattn knows compute with fastattn, in place.
 
     Known are torch's MultiheadAttention, transformer layers and stacks, LayerNorm and RMSNorm; norms and feed-forward layers
@@ -119,13 +121,16 @@ def patch(model: nn.Module, *, include: Patterns = None, exclude: Patterns = Non
         include: only modules whose name matches one of these shell patterns ("encoder.*"), whose class's name is one of
             them, or that are instances of one of these classes. None = all.
         exclude: no module that matches one of these.
+        fused_loss: a causal language model of transformers that is called in training with labels computes its loss by
+            `linear_cross_entropy`, and its logits never exist: `outputs.logits` is None then. Calls in evaluation, or without
+            labels, are as before.
         dry_run: only report what would be done.
 
     Returns:
         the report, which names every module: `print(report)`, `report.swapped`, `report.left`.
 
     Raises:
-        ValueError: a pattern that matches no module.
+        ValueError: a pattern that matches no module; `fused_loss` where there is no causal language model of transformers.
 
     Example:
         >>> model = torch.nn.Transformer(64, 4, 1, 1, batch_first=True)
@@ -140,10 +145,15 @@ def patch(model: nn.Module, *, include: Patterns = None, exclude: Patterns = Non
     named = list(model.named_modules(remove_duplicate=False))
     chosen = _chosen(named, include, exclude)
     kinds = {module: _class_name(module) for _, module in named}
+    if fused_loss and not any(is_causal_model(module) for _, module in named):
+        raise ValueError(
+            "fused_loss is for causal language models of transformers with a linear output layer and the usual loss, "
+            f"and there is none in this {_class_name(model)}"
+        )
     decisions: dict[nn.Module, _Plan | str] = {}
     for name, module in named:
         if module not in decisions:
-            decisions[module] = _decide(module) if name in chosen else "not chosen by include and exclude"
+            decisions[module] = _decide(module, fused_loss) if name in chosen else "not chosen by include and exclude"
     _forbid_nested_tensors(decisions)
     attention = _attention_decisions(named, chosen)
     if not dry_run:
@@ -217,11 +227,16 @@ def _chosen(named: list[tuple[str, nn.Module]], include: Patterns, exclude: Patt
     return (everything if include is None else matched("include", include)) - matched("exclude", exclude)
 
 
-def _decide(module: nn.Module) -> _Plan | str:
+def _decide(module: nn.Module, fused_loss: bool) -> _Plan | str:
     """The plan for one module, or the reason why there is none."""
     kind = type(module)
     if _ORIGINAL in vars(module) or kind.__module__.startswith("fastattn."):
         return "is fastattn's already"
+    if fused_loss and is_causal_model(module):
+        cls = adapted(CausalLoss, kind)
+        return difference_of_losses(module, cls) or _Plan(
+            cls, {}, "itself, with fastattn.linear_cross_entropy in training"
+        )
     known = _TORCH.get(kind)
     adapters = [] if known else [adapter for adapter in ADAPTERS if adapter.fits(module)]
     if known is None and not adapters:
@@ -239,76 +254,10 @@ def _decide(module: nn.Module) -> _Plan | str:
         return _Plan(cls, attributes, f"fastattn.nn.{cls.__name__}")
     differences = []
     for adapter in adapters:
-        differences.append(_difference(module, adapter))
+        differences.append(difference(module, adapter))
         if not differences[-1]:
             return _Plan(adapted(adapter, kind), {}, f"fastattn.adapters.{adapter.__name__}")
     return differences[0]
-
-
-def _difference(module: nn.Module, adapter: type[Adapter]) -> str:
-    """Why the adapter does not compute what `module` computes; "" where it does."""
-    for name in adapter.linears:
-        if not is_plain_linear(getattr(module, name)):
-            return f"{name} is no plain linear layer, or has hooks: it has to be called"
-    like = next(module.parameters())
-    if like.is_meta:
-        return "its parameters are on the meta device: load them first"
-    original = type(module)
-    cls = adapted(adapter, original)
-    try:
-        with _probing(module, like.device):
-            for inputs, training in product(adapter.probes(module, like), (False, True)):
-                module.training = training
-                state = _random_state(like.device)
-                expected = original.forward(module, *inputs)
-                if not all(map(torch.equal, state, _random_state(like.device))):
-                    return "draws random numbers that are not those of an nn.Dropout inside"
-                module.__class__ = cls
-                got = cls.forward(module, *inputs)
-                module.__class__ = original
-                if not isinstance(expected, Tensor) or expected.dtype != got.dtype or expected.shape != got.shape:
-                    return "looks like a known structure, but its result is of another shape or dtype"
-                if error := _error(got, expected, max(_TOLERANCE[inputs[0].dtype], _TOLERANCE[expected.dtype])):
-                    when = " in training" if training else ""
-                    return f"looks like a known structure, but computes something else{when} (by {error:.1e})"
-    except Exception as error:  # whatever a stranger's forward may raise
-        return f"looks like a known structure, but raised {type(error).__name__} when compared"
-    finally:
-        module.__class__ = original
-    return ""
-
-
-def _error(got: Tensor, expected: Tensor, tolerance: float) -> float:
-    """The largest error among the sequences where it is not within tolerance; 0.0 where all are.
-
-    Each is measured by its own largest element, for each has a scale of its own. Where `expected` overflows, there is
-    nothing to compare; where the smallest normal number is as large as the error, neither.
-    """
-    floor = torch.finfo(expected.dtype).tiny
-    finite = expected.isfinite()
-    got, expected = (torch.where(finite, x, 0.0).double().flatten(1) for x in (got, expected))
-    error, size = (got - expected).abs().amax(1), expected.abs().amax(1)
-    return max([0.0, *error[~(error <= tolerance * size + floor)].nan_to_num(nan=torch.inf).tolist()])
-
-
-@contextmanager
-def _probing(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Without gradients and autocast; what is inside is in evaluation mode, no nn.Dropout drops, and no draw counts."""
-    shares = [(m, m.p) for m in module.modules() if isinstance(m, _DropoutNd)]
-    generators = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
-    try:
-        for dropout, _ in shares:
-            dropout.p = 0.0
-        with evaluating(module), torch.no_grad(), torch.autocast(device.type, enabled=False), generators:
-            yield
-    finally:
-        for dropout, share in shares:
-            dropout.p = share
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return states if device.type == "cpu" else [*states, torch.get_device_module(device).get_rng_state(device)]
 
 
 def _forbid_nested_tensors(decisions: dict[nn.Module, _Plan | str]) -> None:
