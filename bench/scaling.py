@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _plot(curves: dict[str, tuple[list[int], list[float], list[int]]], folder: Path) -> Path:
-    from bench.report import pyplot
+    from bench.report import label_plainly, pyplot
 
     plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -155,8 +155,12 @@ def _plot(curves: dict[str, tuple[list[int], list[float], list[int]]], folder: P
         label = f"{kind} ({CURVES[kind].letter})"
         panels[0].plot(sizes, [1e3 * t for t in times], marker="o", label=label)
         panels[1].plot(sizes, [m / 2**20 for m in memory], marker="o", label=label)
+    ticks = sorted({size for sizes, _, _ in curves.values() for size in sizes})
     for panel, label in zip(panels, ("time (ms)", "memory growth (MiB)")):
         panel.set(xscale="log", yscale="log", xlabel="length N or vocabulary V", ylabel=label)
+        panel.set_xticks(ticks, [str(size) for size in ticks], rotation=45)
+        panel.set_xticks([], minor=True)
+        label_plainly(panel.yaxis)
         panel.grid(alpha=0.3)
         panel.legend()
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ Writes OUT.png and OUT.html, one file each that loads nothing. "received" is the
 that see it; "last" is what the last word of a prompt attends to, from which a GPT tells the next one. The bars compare with a
 model that attends to all that it sees alike (in a GPT, the first words are seen with few others). Memory grows with
 the length of the text, not with its square. Attention says what was read, not why a label was given.
+The picture draws a box for a character that its font lacks (as of Chinese); the page shows it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import html
 import json
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +32,8 @@ from training import TrainingError
 
 from fastattn.models import GPT, Classifier, attention_maps
 from fastattn.models.pretrained import atomic_write
+
+MEANINGS = {"received": "attention that a word receives", "last": "attention of the last word"}
 
 
 @dataclass(frozen=True)
@@ -111,15 +115,16 @@ def draw(found: TextMap, path: Path, title: str) -> None:
         heat.set_yticks(range(layers * heads), [f"layer {i // heads}, head {i % heads}" for i in range(layers * heads)])
         if shown:
             heat.set_xticks(range(len(words)), [label(word) for word in words], rotation=90)
-        heat.set(title=f"attention {name} (each row up to its largest)", xlabel="" if shown else "token")
+        heat.set(title=f"{MEANINGS[name]} (black: 0, brightest: the most of its row)", xlabel="" if shown else "token")
         relative = found.relative(name)
         top = np.argsort(-relative, kind="stable")[:20]
         bars.bar(range(len(top)), relative[top], color="tab:orange")
         bars.axhline(1, color="gray", linestyle="--", linewidth=0.8)
         bars.set_xticks(range(len(top)), [label(words[i]) for i in top], rotation=90)
-        bars.set(title=f"attention {name}: the most, mean of all heads (dashed: if all were alike)")
+        bars.set(title="the words with the most, mean of all heads (dashed: an even share)", ylabel="÷ even share")
     figure.suptitle(title)
-    with atomic_write(path) as file:
+    with atomic_write(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box stands there; the page has them
         figure.savefig(file, format="png", dpi=110)
     plt.close(figure)
 

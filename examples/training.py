@@ -356,7 +356,7 @@ def plot_losses(metrics: Metrics, baselines: dict[str, float], path: Path, title
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     steps, losses = metrics.series("loss")
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(steps, _smooth(losses), color="tab:blue", label="training (smoothed)")
+    axes.plot(steps, smooth(losses), color="tab:blue", label="training (smoothed)")
     steps, losses = metrics.series("val_loss")
     axes.plot(steps, losses, color="tab:orange", marker="o", markersize=4, label="validation, a part of it")
     steps, losses = metrics.series("final_val_loss")
@@ -389,8 +389,12 @@ def plot_progress(metrics: Metrics, path: Path) -> None:
     plt.close(figure)
 
 
-def _smooth(values: list[float], keep: float = 0.95) -> list[float]:
-    """Exponential moving average, corrected for its start at zero."""
+def smooth(values: list[float]) -> list[float]:
+    """Exponential moving average over a fiftieth of the values, at most 20; corrected for its start at zero.
+
+    A longer one would lag so far behind in a short run that training seems worse than validation.
+    """
+    keep = 1 - 1 / min(20, max(1, len(values) / 50))
     smoothed, average = [], 0.0
     for count, value in enumerate(values, 1):
         average = keep * average + (1 - keep) * value

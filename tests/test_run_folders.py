@@ -187,6 +187,17 @@ def test_the_picture_tells_a_part_from_all(tmp_path: Path, monkeypatch: pytest.M
     assert not axes.texts
 
 
+def test_the_smoothed_curve_stays_with_the_loss_of_a_short_run() -> None:
+    """With a fixed length of 20 steps it stood far above the loss of a run of 60, as if training were behind validation."""
+    import training
+
+    falling = [6.0 - 0.05 * step for step in range(60)]
+    assert all(abs(a - b) < 0.1 for a, b in zip(training.smooth(falling), falling))
+    noisy = [3.0 + (-1) ** step for step in range(1000)]
+    assert abs(training.smooth(noisy)[-1] - 3.0) < 0.1
+    assert training.smooth([]) == []
+
+
 def test_a_new_run_that_fails_leaves_the_old_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import train_gpt
 

@@ -51,7 +51,8 @@ def plot_occupancy(rows: Sequence[dict[str, Any]], directory: Path) -> list[Path
     positions = [(row["resources"]["registers"], row["occupancy"]["warps"]) for row in spilled]
     if positions:
         axes.plot(*zip(*positions), "x", color="red", markersize=10, label="spills")
-    axes.set(xlabel="registers per thread", ylabel="resident warps per multiprocessor")
+    axes.set(title="a point is a kernel", xlabel="registers per thread", ylabel="resident warps per multiprocessor")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     return [_save(figure, directory / "occupancy.png")]
 
