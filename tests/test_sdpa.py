@@ -178,6 +178,23 @@ def test_kernels_asked_for_by_the_environment_need_a_gpu_or_the_interpreter(monk
         choose("cpu", None)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without a GPU")
+def test_kernels_without_a_gpu_say_what_to_do_instead():
+    """Triton says "0 active drivers ([]). There should only be one."; attention asks for the target, a norm launches at once."""
+    code = """
+import torch, fastattn
+q = torch.zeros(1, 1, 4, 8)
+with fastattn.backend.use("triton"):
+    for call in (lambda: fastattn.attention(q, q, q), lambda: fastattn.layer_norm(q, 8)):
+        try:
+            call()
+        except RuntimeError as error:
+            print("needs a GPU" in str(error) and "TRITON_INTERPRET=1" in str(error))
+"""
+    run = in_a_fresh_process(code)
+    assert run.stdout == "True\nTrue\n", run.stdout + run.stderr
+
+
 def test_import_needs_no_triton_and_touches_no_gpu():
     code = """
 import sys

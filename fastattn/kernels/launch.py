@@ -29,6 +29,13 @@ class Target:
     processors: int
 
 
+# Triton's own message is "0 active drivers ([]). There should only be one."
+_NO_GPU = (
+    "the Triton backend needs a GPU, and Triton finds none here; for tensors on the CPU set TRITON_INTERPRET=1 (slow), or "
+    "take the backend 'auto' or 'eager'"
+)
+
+
 @cache
 def _target(device: int) -> Target:
     driver = triton.runtime.driver.active
@@ -39,10 +46,18 @@ def _target(device: int) -> Target:
 
 
 def current_target() -> Target:
-    """The target that launches compile for now (under the interpreter: small blocks suffice)."""
+    """The target that launches compile for now (under the interpreter: small blocks suffice).
+
+    Raises:
+        RuntimeError: there is no GPU.
+    """
     if INTERPRETING:
         return Target("interpreter", 0, 4)
-    return _target(triton.runtime.driver.active.get_current_device())
+    try:
+        driver = triton.runtime.driver.active
+    except RuntimeError as error:
+        raise RuntimeError(_NO_GPU) from error
+    return _target(driver.get_current_device())
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -67,4 +82,9 @@ def launch(
         return
     if max_registers is not None and current_target().backend == "cuda":
         constexprs["maxnreg"] = max_registers
-    kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+    try:
+        kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+    except RuntimeError as error:
+        if "0 active drivers" not in str(error):
+            raise
+        raise RuntimeError(_NO_GPU) from error
