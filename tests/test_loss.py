@@ -388,3 +388,13 @@ def test_a_view_of_a_parameter_is_not_overwritten():
 def test_meta_tensors():
     x, weight = torch.zeros(2, 8, device="meta"), torch.zeros(5, 8, device="meta")
     assert fastattn.linear_cross_entropy(x, weight, torch.zeros(2, dtype=torch.long, device="meta")).shape == ()
+
+
+@pytest.mark.parametrize("name", ["eager", "triton"])
+def test_explain_speaks_of_chunks_where_there_are_some(name):
+    logits, target, weight = torch.zeros(4, 10), torch.zeros(4, dtype=torch.int64), torch.zeros(10, 8)
+    with fastattn.backend.use(name):
+        assert "rows of logits" not in fastattn.explain(fastattn.cross_entropy, logits, target)
+        assert "rows of logits at a time" in fastattn.explain(
+            fastattn.linear_cross_entropy, logits[:, :8], weight, target
+        )

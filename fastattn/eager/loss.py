@@ -187,6 +187,10 @@ def add_to(total: Tensor, part: Tensor) -> None:
         block += room[: len(block)].copy_(flat_part[start : start + len(room)])
 
 
-def explain(classes: int) -> list[str]:
-    """The chunks of logits over this many classes, in words."""
-    return [f"PyTorch; linear_cross_entropy: {chunk_rows(classes)} rows of logits at a time"]
+def explain(classes: int, projected: bool) -> list[str]:
+    """The chunks of logits over this many classes where they are the result of a projection, in words."""
+    return [
+        f"PyTorch, up to {chunk_rows(classes)} rows of logits at a time"
+        if projected
+        else "PyTorch, a block of rows after the other"
+    ]

@@ -315,10 +315,8 @@ def _weights(class_weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]
     return (None, None) if class_weight is None else (class_weight.contiguous(), class_weight.sum(dtype=torch.float32))
 
 
-def explain(classes: int) -> list[str]:
-    """The chunks and blocks of logits over this many classes."""
+def explain(classes: int, projected: bool) -> list[str]:
+    """The blocks of logits over this many classes, and the chunks of those that are the result of a projection."""
     groups, lanes, vector, num_warps = cross_entropy_config(current_target(), classes, 2)
-    return [
-        f"a program takes a row, {groups * lanes * vector} classes a step, {num_warps} warps",
-        f"linear_cross_entropy: {chunk_rows(classes)} rows of logits at a time",
-    ]
+    blocks = f"a program takes a row, {groups * lanes * vector} classes a step, {num_warps} warps"
+    return [blocks, f"up to {chunk_rows(classes)} rows of logits at a time"] if projected else [blocks]

@@ -270,4 +270,4 @@ differentiate(linear_cross_entropy_op, _gradient, keep_outputs=(1, 3, 4, 5))
 def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[str]:
     """What `fastattn.explain` says of a call of this module's functions."""
     given = inspect.signature(function).bind(*args, **options).arguments
-    return implementation("loss", given["input"].device).explain(given["weight"].shape[0])
+    return implementation("loss", given["input"].device).explain(given["weight"].shape[0], projected=True)

@@ -232,4 +232,4 @@ differentiate(cross_entropy_backward_op, _second_gradient)
 def explain(function: Callable[..., Any], *args: Any, **options: Any) -> list[str]:
     """What `fastattn.explain` says of a call of this module's functions."""
     given = inspect.signature(function).bind(*args, **options).arguments
-    return implementation("loss", given["input"].device).explain(given["input"].shape[-1])
+    return implementation("loss", given["input"].device).explain(given["input"].shape[-1], projected=False)
