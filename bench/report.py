@@ -249,6 +249,9 @@ def main(argv: list[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             parser.error(str(error))
         print(table)
+        print(
+            "\nnew / old: of fastattn's time ÷ that of the peer under 'against' in the same run; above 1 it became slower"
+        )
         return 1 if slower else 0
     from bench import machine
 

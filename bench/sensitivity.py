@@ -1,6 +1,6 @@
 """Does comparing results (`bench.report --compare`) find a slowdown, and nothing where there is none? Tried out here and now.
 
-    python -m bench.sensitivity                 five runs as they are, five in which fastattn is 20 % slower: about a minute
+    python -m bench.sensitivity                 six runs as they are, six in which fastattn is 20 % slower: about a minute
     python -m bench.sensitivity --planted 0.1   how small a slowdown is still found
 
 Each run times a case against PyTorch as the benchmarks do. Runs as they are, compared with the first of them, must give no verdict;

@@ -153,13 +153,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     from fastattn.kernels.targets import TARGETS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kernel", choices=KERNELS)
-    parser.add_argument("--targets", default="sm_80,sm_90,sm_100,sm_120")
-    parser.add_argument("--head-dims", default="64,128,256")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
-    parser.add_argument("--flags", default="causal", help="features that are on, separated by commas")
-    parser.add_argument("--jobs", type=count, default=os.cpu_count())
-    parser.add_argument("--show", type=count, default=6, help="rows per table")
+    add = parser.add_argument
+    add("kernel", choices=KERNELS, help="the kernel whose tiles are searched")
+    add("--targets", default="sm_80,sm_90,sm_100,sm_120", help="GPUs, separated by commas (%(default)s)")
+    add("--head-dims", default="64,128,256", help="widths of a head, separated by commas (%(default)s)")
+    add(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="bfloat16",
+        help="of query, key, value (%(default)s)",
+    )
+    add(
+        "--flags",
+        default="causal",
+        help=f"features that are on, separated by commas, of {', '.join(FLAGS)} (%(default)s)",
+    )
+    add("--jobs", type=count, default=os.cpu_count(), help="processes that compile; default: a core each")
+    add("--show", type=count, default=6, help="rows per table (%(default)s)")
     options = parser.parse_args(argv)
     options.targets, options.flags = (text.split(",") if text else [] for text in (options.targets, options.flags))
     for name, known in (("targets", tuple(TARGETS)), ("flags", FLAGS)):

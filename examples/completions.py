@@ -79,7 +79,10 @@ def _read_jsonl(path: Path) -> list[Example]:
         except DataError as error:
             raise DataError(f"{path}, line {number}: {error}") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"{path}, line {number}: needs the fields prompt and completion ({error!r})") from error
+            reason = f"{error} is missing" if isinstance(error, KeyError) else f"{error}"
+            raise DataError(
+                f"{path}, line {number}: needs the fields prompt and completion, in JSON ({reason})"
+            ) from error
         examples.append(example)
     return examples
 
@@ -96,7 +99,10 @@ def split(examples: list[Example], val_fraction: float) -> tuple[list[Example], 
     """(training, validation), in a fixed random order; no prompt is in both, and at least one example in each."""
     count = int(len(examples) * val_fraction)
     if not 0 < count < len(examples):
-        raise DataError(f"--val-fraction {val_fraction} of {len(examples)} examples leaves none for one of the parts")
+        raise DataError(
+            f"--val-fraction {val_fraction} of {len(examples)} examples leaves none for one of the parts"
+            " (an example that occurs twice is taken once)"
+        )
     order = np.random.default_rng(0).permutation(len(examples))
     val = [examples[i] for i in order[:count]]
     asked = {example.prompt for example in val if example.prompt}

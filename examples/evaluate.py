@@ -49,7 +49,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data", required=True, help="examples, see finetune_gpt.py; for a classifier see train_classifier.py")
     add("--metrics", help=f"of a GPT, with commas: {', '.join(METRICS)} (perplexity)")
     add("--limit", type=int, help="measure that many examples only, the first ones")
-    add("--held-out", type=int, help="classifier: only that many texts, those that its training left out of the data")
+    add(
+        "--held-out",
+        type=int,
+        help="classifier: only that many texts, the test texts of its training if it had this --data; without it, all",
+    )
     add("--max-new-tokens", type=int, default=64, help="longest answer (%(default)s)")
     add("--out", type=Path, help="file for the result (default: evaluation.json in the model's folder)")
     add("--device", default="auto", help="auto takes the GPU if there is one")

@@ -32,7 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("model", type=Path, help="folder with config.json, model.safetensors and tokenizer.json")
     either = parser.add_mutually_exclusive_group().add_argument
-    either("--prompt", default="\n", help="the text to continue; - reads it from standard input")
+    either("--prompt", default="\n", help="the text to continue; - reads it from standard input (an empty line)")
     either("--prompts", type=Path, help="a file of prompts; the result is a line of JSON for each")
     either("--interactive", action="store_true", help="ask for one prompt after the other")
     add("--tokens", type=int, default=300, help="tokens to write (%(default)s)")

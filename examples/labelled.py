@@ -56,7 +56,11 @@ def read(source: str) -> Labelled:
     """The labelled texts of a source of `corpus.read_documents`."""
     documents = read_documents(source)
     if any(document.label is None for document in documents):
-        raise DataError(f"{source}: a classifier needs a label for every text")
+        raise DataError(
+            f"{source}: a classifier needs a label for every text (a .csv or .jsonl file with text and label)"
+        )
+    if nameless := [document.text for document in documents if not str(document.label).strip()]:
+        raise DataError(f"{source}: an empty label in {len(nameless)} of the texts, first that of {nameless[0][:60]!r}")
     names = sorted({str(document.label) for document in documents})
     labels = np.array([names.index(str(document.label)) for document in documents])
     return Labelled([document.text for document in documents], labels, names)

@@ -68,6 +68,34 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+HELP = {
+    "vocab_size": "words that are told apart, the most frequent ones",
+    "context_length": "words of a text that are read, from both ends of a longer one",
+    "num_layers": "encoder blocks",
+    "num_heads": "attention heads a block; must divide --d-model",
+    "d_model": "width of the encoder",
+    "d_ff": "width of its feed-forward layers; default: 4 times --d-model",
+    "dropout": "of embeddings, of each block's outputs and of the pooled text",
+    "attention_dropout": "of attention weights",
+    "activation": "of the feed-forward layers: relu, gelu, gelu_tanh, silu, ...",
+    "norm_first": "pre-norm instead of post-norm blocks",
+    "positions": "learned or sinusoidal",
+    "pooling": "how a text becomes one vector: mean, cls or attention",
+    "bigram_buckets": "size of the hashed embedding of neighbouring pairs of words; 0: none",
+    "label_smoothing": "share of the label that the encoder's loss gives to all classes alike",
+    "ngram_votes": "words, pairs and triples that vote beside the encoder; 0: none",
+    "vote_share": "their share of the decision, in [0, 1]",
+    "epochs": "passes over the training texts and their labels",
+    "pretrain_epochs": "passes over the training texts before, guessing hidden words without labels",
+    "batch_size": "texts a step",
+    "lr": "peak learning rate",
+    "pretrain_lr": "that of --pretrain-epochs",
+    "weight_decay": "AdamW's, on matrices only",
+    "average": "decay of the moving average of the weights that is evaluated; 0: none",
+    "word_dropout": "share of the words that are hidden, in training and pre-training",
+}
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -80,25 +108,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if field.name in ("num_classes", "bias"):
             continue
         kind = {"float": float, "str": str}.get(str(field.type), int)
-        if field.name == "norm_first":
-            add("--norm-first", action=argparse.BooleanOptionalAction, help="pre-norm instead of post-norm blocks")
-        else:
-            add(f"--{field.name.replace('_', '-')}", type=kind, help=f"see ClassifierConfig.{field.name}")
-    add(
-        "--pretrain-epochs",
-        type=int,
-        help="passes over the training texts before, guessing hidden words without labels",
-    )
-    add("--pretrain-lr", type=float, help="peak learning rate of these")
-    add("--epochs", type=int, help="passes over the training texts and their labels")
-    add("--batch-size", type=int)
-    add("--lr", type=float, help="peak learning rate")
-    add("--weight-decay", type=float)
-    add("--average", type=float, help="decay of the moving average of the weights that is evaluated; 0: none")
-    add("--word-dropout", type=float, help="share of the words that are hidden, in training and pre-training")
-    add("--seed", type=training.seed_number, default=0)
-    add("--device", default="auto")
-    add("--dtype", choices=("auto", "fp32", "bf16"), help="auto: bf16 autocast where it is fast")
+        how: dict[str, Any] = (
+            {"action": argparse.BooleanOptionalAction} if field.name == "norm_first" else {"type": kind}
+        )
+        value = PRESETS["quick"]["model"].get(field.name, field.default)
+        told = f"{HELP[field.name]} (quick: {value})" if value is not None else HELP[field.name]
+        add(f"--{field.name.replace('_', '-')}", **how, help=told)
+    for name, value in PRESETS["quick"].items():
+        if name in HELP:
+            add(f"--{name.replace('_', '-')}", type=type(value), help=f"{HELP[name]} (quick: {value})")
+    add("--seed", type=training.seed_number, default=0, help="of weights, data's order and dropout (%(default)s)")
+    add("--device", default="auto", help="auto takes the GPU if there is one; or cpu, cuda, cuda:1, ...")
+    add("--dtype", choices=("auto", "fp32", "bf16"), help="auto: bf16 autocast where it is fast (quick: fp32)")
     add("--baseline", action=argparse.BooleanOptionalAction, default=True, help="fit the logistic regression as well")
     add("--tensorboard", action=argparse.BooleanOptionalAction, help="write --out/tensorboard (if it is installed)")
     either = parser.add_mutually_exclusive_group().add_argument
@@ -369,8 +390,8 @@ class Trainer:
             report["baseline_accuracy"] = baseline_accuracy(self.train, self.test)
         except ValueError as error:
             return f"is left out, the data is too small for it: {str(error).splitlines()[0]}"
-        difference = report["accuracy"] - report["baseline_accuracy"]
-        verdict = f"{abs(difference):.2%} {'better' if difference > 0 else 'WORSE'}"
+        points = round(100 * (report["accuracy"] - report["baseline_accuracy"]), 2)
+        verdict = f"{abs(points):.2f} points {'better' if points > 0 else 'WORSE'}" if points else "as good"
         return f"{report['baseline_accuracy']:.2%}: the model is {verdict}"
 
     def examples(self, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, str]:

@@ -146,6 +146,7 @@ def test_report_files(compile_worker, tmp_path):
         (f"{__file__}:no_such_name", "", "has no 'no_such_name'"),
         ("tests/toy_launches.py:double", "x=*fp7", "unknown type"),
         ("tests/toy_launches.py:double", "x", "not NAME=VALUE"),
+        ("tests/toy_launches.py:double", "", "double is a kernel: its arguments are given by --signature"),
     ],
 )
 def test_bad_places_are_named(place, signature, message):

@@ -142,13 +142,25 @@ def test_long_texts_keep_both_ends_and_batches_every_text() -> None:
         ("a.csv", b"words,label\nx,y\n", "every row needs the field text, row 1 has words, label"),
         ("a.csv", b"text,mark\nx,y\n", "needs a label for every text"),
         ("a.csv", b"text,label\nx,y\n", "needs at least two classes"),
+        ("a.csv", b"text,label\nx,y\nu,\nv,z\n", "an empty label in 1 of the texts, first that of 'u'"),
         ("a.csv", "text,label\ncaf\u00e9,y\n".encode("latin-1"), "is not UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n', "needs a label for every text"),
         ("a.jsonl", b'{"text": "x", "label": 1}\n{', "row 2 cannot be read: Expecting property name"),
         ("a.jsonl", b"[1]", "every row needs the field text, row 1 has no fields at all"),
         ("a.jsonl", b'{"text": 1}', "every row needs the field text, row 1 has text"),
     ],
-    ids=["empty", "columns", "no labels", "one class", "latin-1", "no label", "broken", "list", "number"],
+    ids=[
+        "empty",
+        "columns",
+        "no labels",
+        "one class",
+        "empty label",
+        "latin-1",
+        "no label",
+        "broken",
+        "list",
+        "number",
+    ],
 )
 def test_bad_files(train: Callable[..., str], tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
@@ -188,6 +200,19 @@ def test_a_baseline_that_the_data_is_too_small_for() -> None:
         said = train_classifier.Trainer.baseline(trainer, report)
         assert said.startswith("is left out, the data is too small for it: ")
         assert report == {}
+
+
+@pytest.mark.parametrize(
+    ("reached", "words"), [(0.9, "1.00 points WORSE"), (0.89, "as good"), (0.875, "1.50 points better")]
+)
+def test_the_comparison_with_the_baseline_in_words(reached: float, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    import train_classifier
+
+    monkeypatch.setattr(train_classifier, "baseline_accuracy", lambda *_: reached)
+    said = train_classifier.Trainer.baseline(SimpleNamespace(train=None, test=None), {"accuracy": 0.89})
+    assert said.endswith(f"the model is {words}")
 
 
 def test_long_names_of_classes_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

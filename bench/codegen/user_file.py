@@ -37,7 +37,7 @@ def launch(place: str, signature: str, constants: str) -> None:
         constants: for a kernel, constexprs and launch options: "BLOCK=128,num_warps=8".
 
     Raises:
-        ValueError: a malformed place or signature, a name that the file does not have.
+        ValueError: a malformed place or signature, a name that the file does not have, a kernel without a signature.
     """
     file, colon, name = place.rpartition(":")
     if not colon or not Path(file).is_file():
@@ -47,6 +47,10 @@ def launch(place: str, signature: str, constants: str) -> None:
     if target is None:
         raise ValueError(f"{file} has no {name!r}")
     if hasattr(target, "run") and hasattr(target, "__getitem__"):  # a kernel, possibly autotuned
+        if not signature:
+            raise ValueError(
+                f"{name} is a kernel: its arguments are given by --signature 'x=*fp32,n=i32' and --constants"
+            )
         values = {key: _literal(value, module) for key, value in _pairs(constants).items()}
         arguments = {key: _argument(key, kind) for key, kind in _pairs(signature).items()}
         target[(1,)](**arguments, **values)
