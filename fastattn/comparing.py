@@ -26,28 +26,62 @@ def difference(module: nn.Module, adapter: type[Adapter]) -> str:
     if like.is_meta:
         return "its parameters are on the meta device: load them first"
     original = type(module)
-    cls = adapted(adapter, original)
     try:
         with probing(module, like.device):
-            for inputs, training in product(adapter.probes(module, like), (False, True)):
-                module.training = training
-                state = _random_state(like.device)
-                expected = original.forward(module, *inputs)
-                if not all(map(torch.equal, state, _random_state(like.device))):
-                    return "draws random numbers that are not those of an nn.Dropout inside"
-                module.__class__ = cls
-                got = cls.forward(module, *inputs)
-                module.__class__ = original
-                if not isinstance(expected, Tensor) or expected.dtype != got.dtype or expected.shape != got.shape:
-                    return "looks like a known structure, but its result is of another shape or dtype"
-                if error := error_of(got, expected, max(TOLERANCE[inputs[0].dtype], TOLERANCE[expected.dtype])):
-                    when = " in training" if training else ""
-                    return f"looks like a known structure, but computes something else{when} (by {error:.1e})"
+            with _redrawn(module):
+                difference = _compared(module, adapter, redrawn=True)
+            return difference or _compared(module, adapter, redrawn=False)
     except Exception as error:  # whatever a stranger's forward may raise
         return f"looks like a known structure, but raised {type(error).__name__} when compared"
     finally:
         module.__class__ = original
+
+
+def _compared(module: nn.Module, adapter: type[Adapter], *, redrawn: bool) -> str:
+    """As `difference`, with the parameters that the module has now; `redrawn` ones say nothing about dtypes and training."""
+    like, original = next(module.parameters()), type(module)
+    cls = adapted(adapter, original)
+    for inputs, training in product(adapter.probes(module, like), (False,) if redrawn else (False, True)):
+        if redrawn and inputs[0].dtype != like.dtype:
+            continue
+        module.training = training
+        state = _random_state(like.device)
+        expected = original.forward(module, *inputs)
+        if not all(map(torch.equal, state, _random_state(like.device))):
+            return "draws random numbers that are not those of an nn.Dropout inside"
+        module.__class__ = cls
+        got = cls.forward(module, *inputs)
+        module.__class__ = original
+        if not isinstance(expected, Tensor) or expected.dtype != got.dtype or expected.shape != got.shape:
+            return "looks like a known structure, but its result is of another shape or dtype"
+        if error := error_of(got, expected, max(TOLERANCE[inputs[0].dtype], TOLERANCE[expected.dtype])):
+            when = " in training" if training else ""
+            return f"looks like a known structure, but computes something else{when} (by {error:.1e})"
     return ""
+
+
+@contextmanager
+def _redrawn(module: nn.Module) -> Iterator[None]:
+    """With random parameters in fp32: initial zeros and ones hide what they are multiplied with, one large element hides
+    all others, and 16 bits hide small differences."""
+    generator = torch.Generator(next(module.parameters()).device).manual_seed(0)
+    kept = [(part, part._parameters.copy()) for part in module.modules()]
+    try:
+        for part, parameters in kept:
+            drawn = {name: _draw(p, generator) for name, p in parameters.items() if p is not None}
+            part._parameters.update(drawn)
+        yield
+    finally:
+        for part, parameters in kept:
+            part._parameters.update(parameters)
+
+
+def _draw(like: Tensor, generator: torch.Generator) -> nn.Parameter:
+    """Normally distributed, in fp32; large ones repeat a part of a prime length, for drawing takes longer than comparing."""
+    part = torch.randn(min(like.numel(), 65521), generator=generator, device=like.device)
+    part *= like.shape[-1] ** -0.5 if like.ndim > 1 else 1.0
+    repeated = part.repeat(-(-like.numel() // max(part.numel(), 1)))
+    return nn.Parameter(repeated[: like.numel()].view(like.shape), requires_grad=False)
 
 
 def error_of(got: Tensor, expected: Tensor, tolerance: float) -> float:

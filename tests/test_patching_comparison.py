@@ -75,6 +75,45 @@ class DroppingNorm(EpsOutsideNorm):
         return F.dropout(F.layer_norm(x, (8,), self.weight, self.bias, self.eps), 0.01, self.training)
 
 
+class SwappedGateMLP(ScaledMLP):
+    """Nothing of it shows while the last layer has its initial zeros."""
+
+    def __init__(self):
+        super().__init__()
+        nn.init.zeros_(self.down_proj.weight)
+        nn.init.zeros_(self.down_proj.bias)
+
+    def forward(self, x):
+        return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
+
+
+class LayerScaledMLP(ScaledMLP):
+    """A parameter that begins with ones and is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return self.gamma * 2 * super().forward(x)
+
+
+class AlmostMLP(ScaledMLP):
+    def forward(self, x):
+        return 1.98 * super().forward(x)
+
+
+class OffsetNorm(nn.LayerNorm):
+    """As NemotronLayerNorm1P; beside a large weight, 1 is little."""
+
+    def __init__(self):
+        super().__init__(64)
+        self.weight.data[7] = 300.0
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
 def replaced_forward():
     module = nn.LayerNorm(8)
     module.forward = lambda x: x
@@ -93,6 +132,10 @@ def replaced_forward():
         (lambda: EpsOutsideNorm(1e-12, 1e-12), "computes something else"),
         (lambda: OtherEpsNorm(1e-5, 1e-6), "computes something else"),
         (DroppingNorm, "random numbers"),
+        (SwappedGateMLP, "computes something else"),
+        (LayerScaledMLP, "computes something else"),
+        (lambda: AlmostMLP().bfloat16(), "computes something else"),
+        (lambda: OffsetNorm().bfloat16(), "computes something else"),
         (Hooked, "up_proj is no plain linear layer, or has hooks"),
         (lambda: nn.GroupNorm(1, 8), "when compared"),
         (lambda: nn.LayerNorm(8, dtype=torch.float64), "float64"),
@@ -111,6 +154,10 @@ def replaced_forward():
         "tiny_eps",
         "other_eps",
         "norm_drops",
+        "zeros",
+        "layer_scale",
+        "almost",
+        "large_weight",
         "hooks",
         "group",
         "fp64",
@@ -122,10 +169,11 @@ def replaced_forward():
 )
 def test_what_is_left_and_why(make, reason):
     module = make()
-    kind = type(module)
+    kind, parameters = type(module), list(module.parameters())
     report = fastattn.patch(module)
     assert reason in report.left[""]
     assert type(module) is kind
+    assert all(a is b for a, b in zip(parameters, module.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
