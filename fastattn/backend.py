@@ -128,8 +128,8 @@ def device_guard(device: torch.device) -> AbstractContextManager[object]:
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """How fp32 tiles are multiplied: "ieee", or "tf32" where torch's matmul precision setting allows it."""
-    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    """How fp32 tiles are multiplied: "ieee", or "tf32" where torch's settings, the old ones or the new, allow it for matmuls."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 

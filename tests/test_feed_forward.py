@@ -244,15 +244,31 @@ def test_autocast_leaves_what_is_no_tensor_to_the_checks(wrong):
             fastattn.attention(X[None], X[None], wrong)
 
 
-def test_tf32_only_where_torch_allows_it(monkeypatch):
+@pytest.mark.parametrize(
+    ("owner", "name", "settings"),
+    [
+        (torch.backends.cuda.matmul, "allow_tf32", (False, True)),
+        (torch.backends.cuda.matmul, "fp32_precision", ("ieee", "tf32")),  # torch forbids asking the other two then
+        (torch, "set_float32_matmul_precision", ("highest", "high")),
+    ],
+    ids=["allow_tf32", "fp32_precision", "matmul_precision"],
+)
+def test_tf32_only_where_torch_allows_it(owner, name, settings, monkeypatch):
     from fastattn.kernels import feed_forward as kernels
 
-    seen = []
+    def set_to(setting):
+        getattr(torch, name)(setting) if owner is torch else setattr(owner, name, setting)
+
+    seen, before = [], torch.backends.cuda.matmul.fp32_precision
     monkeypatch.setattr(kernels, "launch", lambda *args, **constants: seen.append(constants["PRECISION"]))
-    for setting, dtype in (("highest", torch.float32), ("high", torch.float32), ("high", torch.bfloat16)):
-        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda setting=setting: setting)
-        with fastattn.backend.use("triton"):
-            fastattn.linear(torch.ones(2, 2, dtype=dtype), torch.ones(2, 2, dtype=dtype))
+    try:
+        for setting, dtype in zip((*settings, settings[1]), (torch.float32, torch.float32, torch.bfloat16)):
+            set_to(setting)
+            with fastattn.backend.use("triton"):
+                fastattn.linear(torch.ones(2, 2, dtype=dtype), torch.ones(2, 2, dtype=dtype))
+    finally:
+        set_to(settings[0])
+        torch.backends.cuda.matmul.fp32_precision = before
     assert seen == ["ieee", "tf32", "ieee"]
 
 
