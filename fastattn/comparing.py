@@ -99,15 +99,18 @@ def error_of(got: Tensor, expected: Tensor, tolerance: float) -> float:
 
 @contextmanager
 def probing(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Without gradients and autocast; what is inside is in evaluation mode, no nn.Dropout drops, and no draw counts."""
+    """Without gradients, autocast and TF32; what is inside is in evaluation mode, no nn.Dropout drops, and no draw counts."""
+    matmul, precision = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
     shares = [(m, m.p) for m in module.modules() if isinstance(m, _DropoutNd)]
     generators = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
     try:
         for dropout, _ in shares:
             dropout.p = 0.0
+        matmul.fp32_precision = "ieee"  # its rounding is not the same everywhere
         with evaluating(module), torch.no_grad(), torch.autocast(device.type, enabled=False), generators:
             yield
     finally:
+        matmul.fp32_precision = precision
         for dropout, share in shares:
             dropout.p = share
 

@@ -33,6 +33,11 @@ class ScaledMLP(nn.Module):
         return 0.5 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+class PlainMLP(ScaledMLP):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 class Hooked(ScaledMLP):
     def __init__(self):
         super().__init__()
@@ -197,3 +202,15 @@ def test_a_class_that_only_derives_from_a_norm_is_swapped_and_a_second_time_is_n
     assert fastattn.patch(module).left[""] == "is fastattn's already"
     assert fastattn.unpatch(module) == 1
     assert fastattn.unpatch(module) == 0
+
+
+@pytest.mark.parametrize("setting", ["highest", "high"])
+def test_tf32_is_no_difference(setting):
+    """Interpreted kernels round to TF32 where it is allowed; the products of torch on a CPU do not."""
+    torch.set_float32_matmul_precision(setting)
+    try:
+        with fastattn.backend.use("triton"):
+            assert fastattn.patch(PlainMLP()).swapped
+        assert torch.get_float32_matmul_precision() == setting
+    finally:
+        torch.set_float32_matmul_precision("highest")
