@@ -119,6 +119,13 @@ class LayerNorm(Norm):
         return layer_norm(input, tuple(self.weight.shape), self.weight, getattr(self, "bias", None), _eps(self) or 0.0)
 
 
+class WideningLayerNorm(LayerNorm):
+    """The same in the wider dtype of the two: DeBERTa."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.to(torch.promote_types(input.dtype, self.weight.dtype)))
+
+
 class RMSNorm(Norm):
     """weight · x̂, in the dtype of x: gpt-oss."""
 
@@ -234,6 +241,6 @@ class TimmAttention(Adapter):
 
 
 ADAPTERS = (
-    *(LayerNorm, WideningRMSNorm, NarrowingRMSNorm, RMSNorm, RMSNormFromOne),
+    *(LayerNorm, WideningLayerNorm, WideningRMSNorm, NarrowingRMSNorm, RMSNorm, RMSNormFromOne),
     *(GatedMLP, GPT2MLP, VisionMLP, TimmMLP, DenseActivation, DenseAddNorm, TimmAttention),
 )

@@ -38,12 +38,10 @@ def difference(module: nn.Module, adapter: type[Adapter]) -> str:
 
 
 def _compared(module: nn.Module, adapter: type[Adapter], *, redrawn: bool) -> str:
-    """As `difference`, with the parameters that the module has now; `redrawn` ones say nothing about dtypes and training."""
+    """As `difference`, with the parameters that the module has now; `redrawn` ones say nothing about training."""
     like, original = next(module.parameters()), type(module)
     cls = adapted(adapter, original)
     for inputs, training in product(adapter.probes(module, like), (False,) if redrawn else (False, True)):
-        if redrawn and inputs[0].dtype != like.dtype:
-            continue
         module.training = training
         state = _random_state(like.device)
         expected = original.forward(module, *inputs)

@@ -133,6 +133,23 @@ def test_wide_norms_are_swapped_for_their_own_kind(name, adapter, dtype):
     torch.testing.assert_close(norm(x), expected, rtol=2e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("now", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("later", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name", ["llama.LlamaRMSNorm", "olmo2.Olmo2RMSNorm", "gemma.GemmaRMSNorm", "deberta.DebertaLayerNorm"]
+)
+def test_norms_give_the_same_dtypes_where_they_are_cast_after_patching(name, now, later):
+    """As where the norms of a patched model in bf16 are kept in fp32: Llama's give fp32 then, Olmo's bf16 for bf16."""
+    module, cls = name.split(".")
+    norm = getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), cls)(24).to(now)
+    torch.nn.init.normal_(norm.weight)
+    inputs = [torch.randn(2, 3, 24), torch.randn(2, 3, 24).bfloat16()]
+    assert fastattn.patch(norm).swapped
+    got = [norm.to(later)(x) for x in inputs]
+    fastattn.unpatch(norm)
+    torch.testing.assert_close(got, [norm(x) for x in inputs], rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_norms_of_t5_give_the_dtype_of_their_weight(dtype):
     """In fp16, T5 keeps the products behind which its sums are made, and so these, in fp32."""
