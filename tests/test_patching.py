@@ -181,6 +181,19 @@ def test_patched_models_copy_pickle_and_train_as_before(name):
         assert not any(type(m).__module__.startswith("fastattn") for m in clone.modules())
 
 
+def test_unpickling_a_patched_model_registers_the_attention(monkeypatch):
+    """A process that loads one has registered nothing yet."""
+    import transformers
+
+    model, batch = make("llama")
+    fastattn.patch(model)
+    expected, pickled = run(model, batch), pickle.dumps(model)
+    for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
+        monkeypatch.delitem(interface._global_mapping, "fastattn")
+    clone = pickle.loads(pickled)
+    assert all(torch.equal(a, b) for a, b in zip(run(clone, batch), expected) if a is not None)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2_softcap_window"])
 def test_patched_models_generate_the_same_tokens(name):
     model, batch = build(name), inputs(name, "left")

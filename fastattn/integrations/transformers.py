@@ -37,6 +37,10 @@ class Maps:
 
     asked: str | None = None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        register()  # whoever unpickles a patched model need not have patched one
+        vars(self).update(state)
+
 
 def register() -> str:
     """Make "fastattn" an attention implementation of transformers, and return the name.
