@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import fastattn.nn as ours
@@ -21,6 +22,7 @@ from fastattn.causal_loss import CausalLoss, difference_of_losses, is_causal_mod
 from fastattn.checks import FLOAT_DTYPES, name_of
 from fastattn.comparing import difference
 from fastattn.integrations.transformers import MAPS, NAME, Maps, register, takes_others
+from fastattn.ops.attention import MAX_HEAD_DIM
 
 Patterns = str | type | Sequence[str | type] | None
 
@@ -35,6 +37,8 @@ _TORCH: dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]] = {
     nn.TransformerDecoder: (ours.TransformerDecoder, {}),
     nn.Transformer: (ours.Transformer, {}),
 }
+# What layers of torch and transformers call the numbers of a head.
+_HEAD_DIMS = ("head_dim", "qk_head_dim", "v_head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 _OWN = ("eager", "sdpa")  # compared with by layers of transformers that prepare something for all others
 _ORIGINAL, _ATTENTION = "_fastattn_original", "_fastattn_attention"  # where a module keeps what it was
 
@@ -249,6 +253,8 @@ def _decide(module: nn.Module, fused_loss: bool) -> _Plan | str:
             return f"its parameters are {type(parameter.data).__name__}: patch before they are distributed"
         if parameter.dtype not in FLOAT_DTYPES:
             return f"its parameters are {name_of(parameter.dtype)}: only float32, float16 and bfloat16 are supported"
+    if isinstance(module, nn.MultiheadAttention) and _head_dim(module) > MAX_HEAD_DIM:
+        return f"its heads have {_head_dim(module)} numbers, more than {MAX_HEAD_DIM}"
     if known:
         cls, attributes = known
         return _Plan(cls, attributes, f"fastattn.nn.{cls.__name__}")
@@ -306,6 +312,10 @@ def _attention_decisions(named: list[tuple[str, nn.Module]], chosen: set[str]) -
             reason = (
                 "its configuration asks for attention maps (output_attentions), which transformers allows its own alone"
             )
+        elif (widest := max(_head_dim(layer) for _, layer in layers)) > MAX_HEAD_DIM:
+            reason = f"one implementation serves the whole model, and there are heads of {widest} numbers, more than {MAX_HEAD_DIM}"
+        elif any(p.dtype == torch.float64 for _, layer in layers for p in layer.parameters()):
+            reason = "its parameters are float64: only float32, float16 and bfloat16 are supported"
         elif missing := [n for n, _ in layers if n not in chosen]:
             reason = f"one implementation serves the whole model, and {missing[0]} was not chosen"
         else:
@@ -319,6 +329,11 @@ def _calls_the_interface(module: nn.Module) -> bool:
     """Whether this is an attention layer that asks transformers for its implementation."""
     code = getattr(type(module).forward, "__code__", None)
     return code is not None and {"_attn_implementation", "get_interface"}.issubset(code.co_names)
+
+
+def _head_dim(layer: nn.Module) -> int:
+    """How many numbers an attention layer's heads have, as far as its attributes say."""
+    return max(dim for name in _HEAD_DIMS if isinstance(dim := getattr(layer, name, 0), int))
 
 
 def _configs(root: Any) -> dict[str, Any]:

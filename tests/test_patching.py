@@ -316,6 +316,30 @@ def test_errors():
         fastattn.unpatch(norm)
 
 
+@pytest.mark.parametrize("why", ["heads of 264 numbers", "float64"])
+def test_a_model_whose_attention_ours_refuses_keeps_its_own(why):
+    import transformers
+
+    config = CAUSAL["llama"]()
+    config.head_dim = 264 if "264" in why else 8
+    model = transformers.AutoModelForCausalLM.from_config(config).to(torch.float64 if why == "float64" else None).eval()
+    expected = run(model, inputs("llama"))
+    report = fastattn.patch(model)
+    assert why in report.left["model.layers.0.self_attn"]
+    assert bool(report.swapped) == ("264" in why)
+    for a, b in zip(run(model, inputs("llama")), expected):
+        torch.testing.assert_close(a, b)
+
+
+def test_heads_of_a_torch_module_that_are_too_long_are_left_in_a_layer_that_is_swapped():
+    layer, x = nn.TransformerEncoderLayer(528, 2, 16, 0.0), torch.randn(3, 2, 528)
+    expected = layer(x)
+    report = fastattn.patch(layer)
+    assert "264 numbers" in report.left["self_attn"]
+    assert "" in report.swapped
+    torch.testing.assert_close(layer(x), expected)
+
+
 def test_one_attention_layer_that_is_excluded_leaves_them_all():
     model, _ = make("llama")
     report = fastattn.patch(model, exclude="model.layers.1.self_attn")
