@@ -167,6 +167,31 @@ def test_packs_of_several_sequences_and_of_one():
         torch.testing.assert_close(*(model(**batch, use_cache=False).logits for model in (ours, eager)))
 
 
+@pytest.mark.parametrize("family", ["Bart", "T5"])
+def test_an_encoder_gets_the_labels_of_a_batch_that_is_generated_from(family):
+    """As Seq2SeqTrainer's predict_with_generate gives them."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, d_model=24, num_layers=1, encoder_layers=1, decoder_layers=1, decoder_start_token_id=2)
+    heads = (
+        dict(num_heads=2, d_kv=12, d_ff=32)
+        if family == "T5"
+        else dict(encoder_attention_heads=2, decoder_attention_heads=2)
+    )
+    config = getattr(transformers, f"{family}Config")(**sizes, **heads)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager").eval()
+    batch = {**inputs("bert"), "labels": torch.ones(2, 7, dtype=torch.long)}
+    expected = model.generate(**batch, max_new_tokens=5)
+    model.set_attn_implementation(register())
+    assert torch.equal(model.generate(**batch, max_new_tokens=5), expected)
+
+
+def test_types_of_tokens_that_a_model_does_not_know_are_ignored_as_by_sdpa():
+    """Many tokenizers give them, whatever the model."""
+    model, batch = build("llama", register()), inputs("llama")
+    expected = model(**batch).logits
+    assert torch.equal(model(**batch, token_type_ids=torch.zeros_like(batch["input_ids"])).logits, expected)
+
+
 def test_arguments_against_their_meaning():
     module = torch.nn.Identity()  # has no is_causal: causal
     dense = MASK.expand(2, 4, 5, 5)

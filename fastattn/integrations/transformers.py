@@ -24,9 +24,9 @@ MAPS = "_fastattn_maps"  # an attention layer's attribute: the model's `Maps`
 
 # What models pass along that says nothing about which pairs are attended to, or says what the mask says as well.
 _HARMLESS = {
-    *("cache_position", "deterministic", "grid_thw", "input_ids", "logits_to_keep", "num_items_in_batch"),
+    *("cache_position", "deterministic", "grid_thw", "input_ids", "labels", "logits_to_keep", "num_items_in_batch"),
     *("output_hidden_states", "output_router_logits", "position_embeddings", "position_ids"),
-    *("return_dict", "use_cache"),
+    *("return_dict", "shift_labels", "token_type_ids", "use_cache"),
 }
 _PACKED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
