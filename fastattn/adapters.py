@@ -29,14 +29,12 @@ class Adapter(nn.Module):
         linears: the names of the linear layers that the structure has; the first reads the module's input.
         others: the names of other children that it may have.
         scales: how large the inputs are that it is compared on: a clamp shows in large ones alone.
-        mean: of these inputs, in deviations.
         prefix: what the class's name gets in front.
     """
 
     linears: ClassVar[tuple[str, ...]] = ()
     others: ClassVar[tuple[str, ...]] = ()
     scales: ClassVar[tuple[float, ...]] = (1.0, 1e-4, 1e3)
-    mean: ClassVar[float] = 0.0
     prefix: ClassVar[str] = "Fastattn"
     _fastattn_parts: ClassVar[tuple[type, type]]
 
@@ -59,7 +57,7 @@ class Adapter(nn.Module):
     def random(cls, like: Tensor, features: int, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:
         """(scales, 5, features), normally distributed times the scale of each sequence."""
         generator = torch.Generator().manual_seed(seed)
-        x = cls.mean + torch.randn(len(cls.scales), 5, features, generator=generator, device="cpu")
+        x = torch.randn(len(cls.scales), 5, features, generator=generator, device="cpu")
         return (x * torch.tensor(cls.scales, device="cpu")[:, None, None]).to(like.device, dtype or like.dtype)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -86,11 +84,10 @@ def _rebuild(adapter: type[Adapter], base: type[nn.Module]) -> nn.Module:
 class Norm(Adapter):
     """A module of one input whose only parameters are a weight, and perhaps a bias, of one dimension.
 
-    What is done with eps shows in inputs that are not much larger than its root; and whether the mean is subtracted, in inputs that
-    have one: the mean of many random numbers without is next to nothing in 16 bits.
+    What is done with eps shows in inputs that are not much larger than its root.
     """
 
-    scales, mean = (1.0, 1e-4, 1e-6, 1e3), 1.0
+    scales = (1.0, 1e-4, 1e-6, 1e3)
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
