@@ -8,7 +8,8 @@
 
 A GPT reads what finetune_gpt.py reads. `perplexity` is that of the completions' tokens; `accuracy` takes the likeliest of
 all completions that occur in the data; the other metrics compare the greedy answer with the completion (and with the
-further `answers`). A classifier reads what train_classifier.py reads. The result is a table, and JSON in --out.
+further `answers`). A classifier reads what train_classifier.py reads, and
+of the data that it was trained on it is given the texts that were held out. The result is a table, and JSON in --out.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import torch
 import training
 from completions import Example
 from corpus import DataError
+from labelled import Labelled
 from tokenizers import Tokenizer
 from training import TrainingError
 
@@ -52,7 +54,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--held-out",
         type=int,
-        help="classifier: only that many texts, the test texts of its training if it had this --data; without it, all",
+        help="classifier: that many texts, held out as its training does (default: the texts that it held out of this "
+        "--data; all, if it was trained on other data)",
     )
     add("--max-new-tokens", type=int, default=64, help="longest answer (%(default)s)")
     add("--out", type=Path, help="file for the result (default: evaluation.json in the model's folder)")
@@ -192,28 +195,48 @@ def evaluate_gpt(arguments: argparse.Namespace, device: torch.device) -> dict[st
     return result
 
 
+def unseen(arguments: argparse.Namespace, data: Labelled) -> tuple[Labelled, str]:
+    """The texts that a classifier is measured on, and which these are, in words."""
+    run, size, count = labelled.trained_on(arguments.model), arguments.held_out, len(data.texts)
+    own = run is not None and run["sha256"] == data.digest()
+    if size:
+        _, test = data.split(size, seed=0)  # the first of them are the test texts of a training on this data
+        told = f"{size:,} of {count:,} texts, chosen by --held-out"
+        if run is not None and own and size > run["test_size"]:
+            told += f"; only {run['test_size']:,} of these are test texts of the training"
+        return test, told
+    if run is not None and own:
+        _, test = labelled.parts(data, run["test_size"], run["validate"])
+        return test, f"the {len(test.texts):,} of {count:,} texts that the training held out"
+    if run is None:
+        return data, f"all {count:,} texts; no checkpoint.pt in the model's folder tells whether it was trained on them"
+    return data, f"all {count:,} texts; this is not the data that the model was trained on"
+
+
 def evaluate_classifier(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     if arguments.metrics:
         raise DataError("--metrics is of a GPT; a classifier's accuracy, F1 and confusion are always measured")
     metrics = need("sklearn.metrics", "scikit-learn", "accuracy")
     model, tokenizer, names = labelled.load_classifier(arguments.model, device)
     data = labelled.read(arguments.data)
-    if arguments.held_out:
-        _, data = data.split(arguments.held_out, seed=0)  # as train_classifier.py does
-    data = data.select(np.arange(len(data.texts))[: arguments.limit])
+    data, measured = unseen(arguments, data)
+    if arguments.limit and arguments.limit < len(data.texts):
+        data = data.select(np.arange(arguments.limit))
+        measured = f"the first {arguments.limit:,} of {measured}"
+    print(f"measures {measured}")
     if unknown := sorted(set(data.names) - set(names)):
         raise DataError(f"the data has the classes {unknown}, which the model does not know: {names}")
     tokens = labelled.encode(tokenizer, data.texts, model.config.context_length)
     predicted = labelled.probabilities(model, tokens).argmax(1).tolist()
     truth = [names.index(data.names[label]) for label in data.labels]
-    return {"examples": len(truth)} | classification(metrics, truth, predicted, names)
+    return {"examples": len(truth), "measured": measured} | classification(metrics, truth, predicted, names)
 
 
 def table(result: dict[str, Any]) -> str:
     """A line for each number; the confusion matrix below."""
     lines = []
     for name, value in result.items():
-        if name not in ("classes", "confusion"):
+        if name not in ("measured", "classes", "confusion"):
             lines.append(f"  {name:<32} {value:.4f}" if isinstance(value, float) else f"  {name:<32} {value}")
     if "confusion" in result:
         width = max(8, *(len(name) + 1 for name in result["classes"]))

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,6 +65,22 @@ def read(source: str) -> Labelled:
     names = sorted({str(document.label) for document in documents})
     labels = np.array([names.index(str(document.label)) for document in documents])
     return Labelled([document.text for document in documents], labels, names)
+
+
+def parts(data: Labelled, test_size: int, validate: bool) -> tuple[Labelled, Labelled]:
+    """(texts that a run trains on, texts that it measures): with `validate` the second are a fifth of the training part."""
+    train, test = data.split(test_size, seed=0)
+    return train.split(len(train.texts) // 5, seed=1) if validate else (train, test)
+
+
+def trained_on(folder: Path) -> dict[str, Any] | None:
+    """The data of the run in a folder: {"sha256", "test_size", "validate"}; None where no checkpoint tells."""
+    try:
+        state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+        data = state["identity"]["data"]
+        return {"sha256": data["sha256"], "test_size": int(data["test_size"]), "validate": bool(data["validate"])}
+    except Exception:  # torch.load raises many classes; the model is measured without it as well
+        return None
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:

@@ -180,9 +180,7 @@ class Trainer:
         size = arguments.test_size
         if size is None:
             size = 4904 if arguments.data == "imdb" else len(data.texts) // 5
-        self.train, self.test = data.split(size, seed=0)
-        if arguments.validate:
-            self.train, self.test = self.train.split(len(self.train.texts) // 5, seed=1)
+        self.train, self.test = labelled.parts(data, size, arguments.validate)
         self.tokenizer = labelled.train_tokenizer(self.train.texts, arguments.model["vocab_size"])
         self.unknown = self.tokenizer.token_to_id(labelled.UNKNOWN)
         settings = arguments.model | {"vocab_size": self.tokenizer.get_vocab_size(), "num_classes": len(data.names)}

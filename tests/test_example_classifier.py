@@ -85,6 +85,35 @@ def test_it_learns_and_an_interrupted_run_ends_alike(
     assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("validate", [False, True])
+def test_a_run_is_evaluated_on_what_it_held_out(
+    train: Callable[..., str], reviews: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], validate: bool
+) -> None:
+    """The same texts as at the end of its training; all texts of other data, or where nothing tells."""
+    pytest.importorskip("sklearn")
+    import evaluate
+
+    def evaluated(data: Path, *more: object) -> tuple[dict[str, Any], str]:
+        given = (tmp_path, "--data", data, "--out", tmp_path / "e.json", "--device", "cpu", *more)
+        assert evaluate.main([str(argument) for argument in given]) == 0
+        return json.loads((tmp_path / "e.json").read_text()), capfd.readouterr().out
+
+    train(reviews, tmp_path, "--epochs", 1, "--lr", 0.003, "--test-size", 50, *["--validate"] * validate)
+    report, count = json.loads((tmp_path / "report.json").read_text()), 30 if validate else 50
+    result, printed = evaluated(reviews)
+    assert result["examples"] == count
+    assert result["confusion"] == report["confusion"]
+    assert f"measures the {count} of 200 texts that the training held out\n" in printed
+    assert evaluated(reviews, "--limit", 7)[0]["measured"].startswith(f"the first 7 of the {count} of 200 texts")
+    assert "only 50 of these are test texts of the training" in evaluated(reviews, "--held-out", 60)[1]
+    assert "only" not in evaluated(reviews, "--held-out", 50)[1]
+    other = tmp_path / "other.csv"
+    other.write_text("".join(reviews.read_text().splitlines(keepends=True)[:-1]))
+    assert "all 199 texts; this is not the data that the model was trained on" in evaluated(other)[1]
+    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
+    assert "all 200 texts; no checkpoint.pt" in evaluated(reviews)[1]
+
+
 def test_a_killed_run_resumes_to_the_same_curve(train: Callable[..., str], reviews: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(reviews, whole, "--epochs", 15)
