@@ -191,6 +191,8 @@ class Corpus:
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     path = Path(folder) / "tokenizer.json"
+    if not path.parent.exists():
+        raise DataError(f"the folder {folder} does not exist")
     if not path.is_file():
         raise DataError(f"{folder} holds no tokenizer.json: it is not a folder that a training script wrote")
     try:

@@ -76,6 +76,16 @@ def test_an_incomplete_file_is_named(
     assert str(gpt / name) in fails(script, gpt, *SCRIPTS[script])
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_model_folder_that_is_not_there(
+    script: str, fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if script == "serve":
+        pytest.importorskip("uvicorn")
+    monkeypatch.chdir(tmp_path)
+    assert "the folder runs/mistyped does not exist" in fails(script, "runs/mistyped", *SCRIPTS[script])
+
+
 @pytest.mark.parametrize("content", ["[", "3", '["good"]'])
 def test_labels_that_do_not_fit(content: str, classifier: Path, fails: Callable[..., str]) -> None:
     (classifier / "labels.json").write_text(content)

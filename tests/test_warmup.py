@@ -69,7 +69,7 @@ def test_a_warm_cache_has_every_kernel_of_a_later_run(saved, tmp_path):
     [
         (["--arch", "sm_91"], "unknown architecture 'sm_91'; known: sm_80 (A100)"),
         (["--arch", "sm_90", "--steps", "training,flying"], "got flying"),
-        (["/nowhere", "--arch", "sm_90"], "/nowhere holds no config.json"),
+        (["/nowhere", "--arch", "sm_90"], "the folder /nowhere does not exist"),
         ([], "--arch must be given"),
     ],
 )

@@ -169,6 +169,8 @@ class Pretrained(nn.Module):
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    if not path.parent.exists():
+        raise FileNotFoundError(f"the folder {path.parent} does not exist")
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} holds no {path.name}: it is not a folder with a saved model")
     try:
