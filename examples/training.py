@@ -124,7 +124,11 @@ def drop_stdout() -> None:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keep other runs out of `folder`; the system takes the lock away when the process ends, however it ends."""
+    """Keep other runs out of `folder`; the system takes the lock away when the process ends, however it ends.
+
+    The folder is made where it is missing, and taken away again where nothing was put into it.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "wb") as file:
         try:
@@ -135,7 +139,14 @@ def lock(folder: Path) -> Iterator[None]:
             pass
         except BlockingIOError as error:
             raise TrainingError(f"another process is training into {folder}") from error
-        yield
+        try:
+            yield
+        finally:
+            if made and [path.name for path in folder.iterdir()] == [".lock"]:
+                with suppress(OSError):  # Windows deletes no open file; or somebody else's file is there by now
+                    (folder / ".lock").unlink()
+                    for path in made:
+                        path.rmdir()
 
 
 def run_script(held: AbstractContextManager[Any], make: Callable[[Any], Any], process: int = 0) -> int:

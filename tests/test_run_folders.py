@@ -48,6 +48,32 @@ def test_only_what_a_run_wrote_is_deleted(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoint-5").exists()
 
 
+SCRIPTS: dict[str, list[str]] = {"train_gpt": [], "train_classifier": [], "finetune_gpt": ["no_model"]}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_that_cannot_begin_leaves_no_folder(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [*SCRIPTS[script], "--data", "mistyped.csv", "--device", "cpu", "--out"]
+    assert __import__(script).main([*given, "runs/new"]) == 1
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "mine").mkdir()
+    assert __import__(script).main([*given, "mine"]) == 1
+    assert (tmp_path / "mine").is_dir()
+    error = capfd.readouterr().err
+    assert ("the folder no_model does not exist" if script == "finetune_gpt" else "'mistyped.csv' is neither") in error
+
+
+def test_a_folder_with_files_stays(tmp_path: Path) -> None:
+    import training
+
+    with training.lock(tmp_path / "out"):
+        (tmp_path / "out" / "tokens").write_text("")
+    assert (tmp_path / "out" / "tokens").exists()
+
+
 def test_only_event_files_are_deleted(tmp_path: Path) -> None:
     import training
 
