@@ -113,6 +113,7 @@ REFUSED = [
     ("bench.codegen.__main__", ["--jobs", "0"], "--jobs: must be at least 1, got 0"),
     ("bench.codegen.__main__", ["--kernels", "zzz"], "no case has 'zzz' in its name"),
     ("bench.codegen.__main__", ["--output", "FILE"], "--output: cannot be a folder"),
+    ("bench.codegen.schedule", ["--heads", "8"], "unrecognized arguments: --heads 8"),
 ]
 SAID = """
 import contextlib, importlib, io, json, sys

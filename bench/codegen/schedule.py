@@ -10,9 +10,10 @@ after head, and for the order of `fastattn/kernels/order.py`. What another order
 
 from __future__ import annotations
 
+import argparse
 import heapq
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from fastattn.kernels.attention_config import attention_forward_config
 from fastattn.kernels.launch import Target
@@ -53,7 +54,12 @@ def forward(gpu: str, heads: int, tokens: int, mixed: bool) -> float:
     return unevenness(costs, processors * RESIDENT_WARPS // config.num_warps)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(
+        prog="python -m bench.codegen.schedule",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(argv)
     print("| heads, tokens | " + " | ".join(f"{gpu}: head after head | mixed" for gpu in GPUS) + " |")
     print("| --- |" + " --- | --- |" * len(GPUS))
     for heads, tokens in SIZES:
