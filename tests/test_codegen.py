@@ -144,6 +144,7 @@ def test_report_files(compile_worker, tmp_path):
     [
         ("nowhere.py:kernel", "", "existing file"),
         (f"{__file__}:no_such_name", "", "has no 'no_such_name'"),
+        ("tests/toy_launches.py:__name__", "", "is neither a function nor a kernel, but str"),
         ("tests/toy_launches.py:double", "x=*fp7", "unknown type"),
         ("tests/toy_launches.py:double", "x", "not NAME=VALUE"),
         ("tests/toy_launches.py:double", "", "double is a kernel: its arguments are given by --signature"),
@@ -183,12 +184,21 @@ def test_predictions_are_near_published_figures(compile_worker, figure):
 
 
 def test_the_command(pytestconfig):
-    places = ["tests/toy_launches.py:launch_matmul", "no.py:x"]
-    command = [sys.executable, "-m", "bench.codegen", "--targets", "sm_90", "--jobs", "1", *places]
-    result = subprocess.run(command, cwd=pytestconfig.rootpath, capture_output=True, text=True, check=False)
-    assert "matmul_tile" in result.stdout
-    assert "! no.py:x on sm_90: ValueError: 'no.py:x' is not path/to/file.py:name of an existing file" in result.stdout
-    assert result.returncode == 1
+    command = [sys.executable, "-m", "bench.codegen", "--targets", "sm_90,sm_80", "--jobs", "1"]
+
+    def run(*places):
+        return subprocess.run(
+            [*command, *places], cwd=pytestconfig.rootpath, capture_output=True, text=True, check=False
+        )
+
+    assert "matmul_tile" in run("tests/toy_launches.py:launch_matmul").stdout
+    result = run("tests/toy_launches.py:launch_matmul", "no.py:x", "tests/toy_launches.py:double")
+    assert result.stderr.splitlines() == [
+        "'no.py:x' is not path/to/file.py:name of an existing file",
+        "tests/toy_launches.py:double: ValueError: double is a kernel: "
+        "its arguments are given by --signature 'x=*fp32,n=i32' and --constants",
+    ]
+    assert (result.stdout, result.returncode) == ("", 1)
 
 
 @pytest.mark.parametrize("window", [(None, None), (None, 0), (3, 0), (2, 5), (None, 1)])

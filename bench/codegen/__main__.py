@@ -28,6 +28,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # read at triton's first import; the proce
 from bench.arguments import count, folder
 from bench.codegen import budgets, cases, measure, published, report, timeline, user_file
 from bench.codegen.worker import report_launches
+from fastattn.kernels.stand_in import stand_in
 from fastattn.kernels.targets import TARGETS, find_target
 from fastattn.warmup import this_machines
 
@@ -42,6 +43,17 @@ def report_place(place: str, target: str, signature: str, constants: str) -> lis
     """The same for a function or kernel of a user's file."""
     rows = report_launches(lambda: user_file.launch(place, signature, constants), target)
     return _distinct(place.rpartition("/")[2], rows)
+
+
+def check_place(place: str, target: str, signature: str, constants: str) -> str | None:
+    """What is wrong with a user's file, or with what is asked of it, before anything of it is compiled."""
+    try:
+        with stand_in(target):  # some files ask for the GPU when they are imported
+            user_file.find(place, signature, constants)
+    except (Exception, SystemExit) as error:  # the file is the user's: it may raise anything
+        said = next(iter(str(error).splitlines()), "")
+        return said if isinstance(error, ValueError) and place in said else f"{place}: {type(error).__name__}: {said}"
+    return None
 
 
 def _distinct(name: str, rows: list[dict[str, Any]]) -> list[report.Row]:
@@ -125,6 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[report.Row] = []
     failures: list[str] = []
     with ProcessPoolExecutor(options.jobs) as pool:
+        checks = [
+            pool.submit(check_place, place, targets[0], options.signature, options.constants)
+            for place in options.places
+        ]
+        if wrong := [problem for check in checks if (problem := check.result())]:
+            sys.exit("\n".join(wrong))
         jobs: list[Any] = []
         for target in targets:
             if options.places:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,8 +30,8 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def launch(place: str, signature: str, constants: str) -> None:
-    """Call the function, or launch the kernel, at `place` ("file.py:name").
+def find(place: str, signature: str, constants: str) -> Callable[[], object]:
+    """What calls the function, or launches the kernel, at `place` ("file.py:name").
 
     Args:
         signature: for a kernel, its run-time arguments: "x=*bf16,n=i32,scale=fp32".
@@ -53,9 +54,15 @@ def launch(place: str, signature: str, constants: str) -> None:
             )
         values = {key: _literal(value, module) for key, value in _pairs(constants).items()}
         arguments = {key: _argument(key, kind) for key, kind in _pairs(signature).items()}
-        target[(1,)](**arguments, **values)
-    else:
-        target()
+        return lambda: target[(1,)](**arguments, **values)
+    if not callable(target):
+        raise ValueError(f"{name!r} of {file} is neither a function nor a kernel, but {type(target).__name__}")
+    return target  # type: ignore[no-any-return]
+
+
+def launch(place: str, signature: str, constants: str) -> None:
+    """Do what `find` finds."""
+    find(place, signature, constants)()
 
 
 def _pairs(text: str) -> dict[str, str]:
