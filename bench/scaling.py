@@ -2,6 +2,7 @@
 
     python -m bench.scaling            N 512 to 16384, full, causal and windowed attention, V 8192 to 131072: a few minutes
     python -m bench.scaling loss       the loss alone
+    python -m bench.scaling --longest 2048    in seconds; the exponents of time are not judged below 8192
 
 Each exponent is printed with what is expected of it: for attention memory 1 and time 2, or 1 with a window; for the loss time 1, and
 memory between 0 and 1 (the weight's gradient grows with V, the chunk of logits does not).
@@ -49,6 +50,8 @@ CURVES = {
     "loss": Curve("V", tuple(8192 * 2**i for i in range(5)), 1.0, 1.0),
 }
 TOKENS, WIDTH = 1024, 128  # of the loss
+POINTS = 3  # fewer times decide no exponent: the noise of one is as large as what is looked for
+JUDGED = LENGTHS[2 * POINTS - 2]  # the smallest --longest with so many in its longer half
 
 
 def exponent(lengths: Sequence[int], costs: Sequence[float]) -> float:
@@ -102,8 +105,10 @@ def peak(kind: str, size: int, heads: int, dim: int, backward: bool) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def verdict(found: float, expected: float) -> str:
+def verdict(found: float, expected: float, judged: bool = True) -> str:
     """An exponent beside the one that it should not exceed."""
+    if not judged:
+        return f"{found:.2f} (expected {expected:.1f}, not judged: too few lengths, --longest {JUDGED} has enough)"
     return f"{found:.2f} (expected {expected:.1f}{', EXCEEDED' if found > expected + TOLERANCE else ''})"
 
 
@@ -138,8 +143,10 @@ def main(argv: list[str] | None = None) -> int:
         for size, t, m in zip(sizes, times, memory):
             print(f"  {kind:8} {curve.letter} {size:6}  {1e3 * t:10.2f} ms  {m / 2**20:8.2f} MiB")
         half = len(sizes) // 2  # the short ones are dominated by the constant cost of a call
-        fits = [verdict(exponent(sizes[half:], costs[half:]), expected)
-                for costs, expected in ((times, curve.time), (memory, curve.memory))]  # fmt: skip
+        fits = [
+            verdict(exponent(sizes[half:], times[half:]), curve.time, judged=len(sizes[half:]) >= POINTS),
+            verdict(exponent(sizes[half:], memory[half:]), curve.memory),  # bytes do not vary: two lengths are enough
+        ]
         exceeded |= any("EXCEEDED" in fit for fit in fits)
         print(f"  {kind:8} exponents: time {fits[0]}, memory {fits[1]}", flush=True)
     print(f"plot: {_plot(curves, arguments.out or Path(__file__).parent / 'results' / machine.slug())}")

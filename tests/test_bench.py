@@ -13,12 +13,33 @@ import torch
 from bench.bench_normalization import Norm
 from bench.contest import Estimate, Times, fast, fast_ratio, race
 from bench.report import change, compare
-from bench.scaling import exponent
+from bench.scaling import CURVES, JUDGED, POINTS, exponent, verdict
 from bench.sensitivity import slowed, verdicts
 
 
 def test_exponent():
     assert exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2.0)
+
+
+def test_two_times_decide_no_exponent():
+    assert verdict(2.6, 2.0).endswith("EXCEEDED)")
+    told = verdict(2.6, 2.0, judged=False)
+    assert "EXCEEDED" not in told
+    assert f"not judged: too few lengths, --longest {JUDGED} has enough" in told
+    for longest, judged in ((JUDGED // 2, False), (JUDGED, True)):
+        sizes = [size for size in CURVES["full"].sizes if size <= longest]
+        assert (len(sizes[len(sizes) // 2 :]) >= POINTS) == judged
+
+
+def test_short_lengths_are_not_judged_by_their_times(monkeypatch, tmp_path, capsys):
+    from bench import scaling
+
+    monkeypatch.setattr(scaling, "seconds", lambda kind, size, *_: 1e-9 * size**3)
+    monkeypatch.setattr(scaling, "in_child", lambda _, kind, size, *__: size)
+    monkeypatch.setattr(scaling, "peak", lambda kind, size, *_: size)
+    assert scaling.main(["full", "--longest", "2048", "--out", str(tmp_path)]) == 0
+    assert "time 3.00 (expected 2.0, not judged" in capsys.readouterr().out
+    assert scaling.main(["full", "--longest", str(JUDGED), "--out", str(tmp_path)]) == 1
 
 
 def result(ours, theirs):
