@@ -141,6 +141,8 @@ class Trainer:
         ]
         if self.cut:
             lines.append(f"note   {self.cut:,} completions do not fit into the context: their ends are left out")
+        if note := training.warmup_note(self.arguments.warmup, len(self.plan)):
+            lines.append(note)
         return "\n".join(lines)
 
     def _loss(self, sequences: list[Tokens]) -> torch.Tensor:

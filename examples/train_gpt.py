@@ -168,7 +168,7 @@ class Trainer:
         manifest, config = self.corpus.manifest, self.config
         precision = "fp32" if self.dtype == torch.float32 else "bf16 autocast"
         baselines = ", ".join(f"{name} {loss:.3f}" for name, loss in self.baselines.items())
-        return (
+        lines = (
             f"data   {manifest['source']}: {manifest['train_tokens']:,} training tokens, "
             f"{manifest['val_tokens']:,} validation tokens, vocabulary {config.vocab_size:,}\n"
             f"model  {self.model.num_parameters():,} parameters: {config.num_layers} layers, {config.num_heads} heads, "
@@ -177,6 +177,8 @@ class Trainer:
             f"on {self.processes} in {precision}, into {self.out}\n"
             f"loss of guessing, in nats per token: {baselines}"
         )
+        note = training.warmup_note(self.arguments.warmup, self.arguments.steps)
+        return f"{lines}\n{note}" if note else lines
 
     def train_step(self) -> dict[str, float]:
         arguments = self.arguments

@@ -76,6 +76,16 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * (0.55 + 0.45 * math.cos(math.pi * min(1.0, progress)))
 
 
+def warmup_note(warmup: int, steps: int) -> str:
+    """A line for the start of a run that is over before its warm-up; empty for others."""
+    if warmup < steps:
+        return ""
+    return (
+        f"note   --warmup {warmup} is not less than the {steps:,} steps of the run: the learning rate only rises, and little "
+        f"is learnt; try --warmup {steps // 10}"
+    )
+
+
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW; matrices decay, biases and norms do not."""
     parameters = [p for p in model.parameters() if p.requires_grad]

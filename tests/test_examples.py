@@ -141,6 +141,17 @@ def test_a_llama_trains_and_is_saved_as_one(text: Path, tmp_path: Path, train: C
     assert losses[-1] < losses[0]
 
 
+def test_a_run_that_never_leaves_its_warm_up_says_so(
+    text: Path, tmp_path: Path, scripts: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import train_gpt
+
+    for steps, warmup in ((20, 20), (20, 19)):
+        assert train_gpt.main(settings(text, tmp_path, steps, "--warmup", warmup, "--overwrite")) == 0
+        note = "note   --warmup 20 is not less than the 20 steps of the run: the learning rate only rises"
+        assert (note in capfd.readouterr().out) == (warmup == 20)
+
+
 def test_accumulation_is_a_larger_batch(train: Callable[..., str], text: Path, tmp_path: Path) -> None:
     losses = []
     for size, accumulate in ((8, 1), (2, 4)):

@@ -242,6 +242,14 @@ def test_bad_arguments(finetune: Callable[..., str], start: Path, colours: Path,
     assert "--weight-decay must be" in finetune(start, colours, tmp_path / "out", "--weight-decay", "nan", status=2)
 
 
+def test_a_run_that_never_leaves_its_warm_up_says_so(
+    finetune: Callable[..., str], start: Path, colours: Path, tmp_path: Path
+) -> None:
+    told = "is not less than the"
+    assert told in finetune(start, colours, tmp_path / "out", "--warmup", 500, "--epochs", 1)
+    assert told not in finetune(start, colours, tmp_path / "out", "--warmup", 1, "--epochs", 1, "--overwrite")
+
+
 @pytest.mark.parametrize("task", ["sentiment", "topic", "headline", "trivia", "translation"])
 def test_a_task_without_its_data_says_how_to_get_it(
     finetune: Callable[..., str], start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
