@@ -7,8 +7,10 @@ of its tests runs; every test then replays its own times through pytest-benchmar
 from __future__ import annotations
 
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -92,6 +94,7 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case, s
     def run(case: Case, name: str, providers: Providers) -> None:
         if case not in results:
             wanted = {provider: providers[provider] for provider in config.stash[SELECTED][case]}
+            _announce(config, case.name, len(results) + 1)
             results[case] = _compare(case, wanted, config.getoption("--seconds"))
         found = results[case]
         if name in found.absent:
@@ -110,6 +113,13 @@ def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case, s
         benchmark.extra_info.update(figures, case=case.name, provider=name, rounds=seconds)
 
     return run
+
+
+def _announce(config: pytest.Config, case: str, number: int) -> None:
+    """Name the case that is timed from now on, past pytest's capture; pytest's dots follow it."""
+    capture = config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture else nullcontext():
+        print(f"\n{number}/{len(config.stash[SELECTED])} {case} ", end="", file=sys.stderr, flush=True)
 
 
 def _compare(case: Case, providers: Providers, seconds: float) -> Comparison:

@@ -28,6 +28,12 @@ from bench.table import OURS, text
 SUITES = ("attention", "varlen", "decode", "normalization", "feed_forward", "rotary", "loss", "modules", "models")
 FLAGGED = 1.05  # a change that may be smaller gets no verdict
 
+SHARES = (
+    "`limit ms` is the time that the case would take at the speed of this machine's matrix product or of its copy of a large "
+    "array, whichever is longer; `share of limit` is the case's own speed relative to that. Above 100 % is no error: data "
+    "that stays in the caches, as that of small cases does, moves faster than a large array is copied."
+)
+
 Rows = list[dict[str, Any]]
 
 
@@ -39,6 +45,7 @@ def run(suites: list[str], everything: bool, seconds: float, memory: bool, threa
             *(sys.executable, "-m", "pytest", *(f"bench/bench_{suite}.py" for suite in suites)),
             *("-q", "-m", "slow or not slow" if everything else "not slow", f"--benchmark-json={found}"),
             *("--benchmark-columns=min,median,iqr,rounds", "--benchmark-quiet", f"--seconds={seconds}"),
+            *("-o", "console_output_style=classic"),  # no percentages between the cases that conftest.py names
             *([] if memory else ["--no-memory"]),
             *([] if threads is None else [f"--threads={threads}"]),
         ]
@@ -59,7 +66,7 @@ def write(result: dict[str, Any], folder: Path) -> None:
         writer.writeheader()
         writer.writerows(flat)
     (folder / "results.md").write_text(_markdown(result))
-    _plot_bars(result["rows"], folder)
+    _plot_bars(result["rows"], result["machine"], folder)
     _plot_lengths(result["rows"], folder)
     _plot_roofline(result["rows"], result["machine"], folder)
 
@@ -82,7 +89,7 @@ def _markdown(result: dict[str, Any]) -> str:
     warning = "\n**The machine was noisy: trust the bounds, not the last digit.**\n" if about["noisy"] else ""
     return (
         "# Benchmarks\n\nTime relative to fastattn's, with the contestants in turn: above 1 is slower than fastattn. "
-        f"Medians, with the bounds of 95 %.\n{warning}\n{text(by_case(result['rows']))}\n\n"
+        f"Medians, with the bounds of 95 %.\n\n{SHARES}\n{warning}\n{text(by_case(result['rows']))}\n\n"
         f"## Machine\n\n{facts}\n"
     )
 
@@ -94,6 +101,10 @@ def pyplot() -> Any:
     return plt
 
 
+def _where(about: dict[str, Any]) -> str:
+    return f"{about['device']}, {about['threads']} threads"
+
+
 def label_plainly(axis: Any) -> None:
     """Ticks 0.5, 1, 2, 5 on a logarithmic axis, instead of powers of ten that overlap or are missing in a short range."""
     from matplotlib.ticker import LogLocator, NullLocator
@@ -103,7 +114,7 @@ def label_plainly(axis: Any) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _plot_bars(rows: Rows, folder: Path) -> None:
+def _plot_bars(rows: Rows, about: dict[str, Any], folder: Path) -> None:
     """peers.png: the time of every peer relative to ours, with its bounds."""
     plt, cases = pyplot(), by_case([row for row in rows if "times_ours" in row])
     peers = [(case, row) for case, found in cases.items() for name, row in found.items() if name != OURS]
@@ -119,6 +130,7 @@ def _plot_bars(rows: Rows, folder: Path) -> None:
     axes.set_ylim(len(peers) - 0.4, -0.6)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set(xscale="log", xlabel="its time / fastattn's, with 95 % bounds (right of 1: fastattn is faster)")
+    axes.set_title(f"Time of others relative to fastattn's\n{_where(about)}", fontsize=10)
     label_plainly(axes.xaxis)
     figure.savefig(folder / "peers.png", dpi=120)
     plt.close(figure)
@@ -177,6 +189,7 @@ def _plot_roofline(rows: Rows, about: dict[str, Any], folder: Path) -> None:
             dtype, (span[1], min(peak, span[1] * about["copy_GB_per_s"])), fontsize=7, ha="right", va="bottom"
         )
     axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s")
+    axes.set_title(f"Speed of each case below this machine's limits (lines)\n{_where(about)}", fontsize=10)
     axes.legend(fontsize=6)
     axes.grid(alpha=0.3)
     figure.savefig(folder / "roofline.png", dpi=120)

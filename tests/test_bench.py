@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic: exponents, and comparisons that see a slowdown and nothing where there is none."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import torch
 
 from bench.bench_normalization import Norm
 from bench.contest import Estimate, Times, fast, fast_ratio, race
-from bench.report import change, compare
+from bench.report import _markdown, _plot_bars, _plot_roofline, change, compare, pyplot
 from bench.scaling import CURVES, JUDGED, POINTS, exponent, verdict
 from bench.sensitivity import slowed, verdicts
 
@@ -40,6 +41,43 @@ def test_short_lengths_are_not_judged_by_their_times(monkeypatch, tmp_path, caps
     assert scaling.main(["full", "--longest", "2048", "--out", str(tmp_path)]) == 0
     assert "time 3.00 (expected 2.0, not judged" in capsys.readouterr().out
     assert scaling.main(["full", "--longest", str(JUDGED), "--out", str(tmp_path)]) == 1
+
+
+MACHINE = {
+    "device": "a CPU", "threads": 2, "noisy": False, "copy_GB_per_s": 10.0, "matmul_GFLOP_per_s": {"float32": 100}
+}  # fmt: skip
+
+
+def test_pictures_and_table_say_what_they_show(monkeypatch, tmp_path):
+    figures = {"times_ours_low": 0.9, "times_ours_high": 1.1, "TFLOP/s": 0.05, "GB/s": 20.0, "share_of_copy": 2.0}
+    rows = [{"case": "c", "provider": name, "times_ours": 1.0, **figures} for name in ("fastattn", "torch")]
+    plt, drawn = pyplot(), []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    _plot_bars(rows, MACHINE, tmp_path)
+    _plot_roofline(rows, MACHINE, tmp_path)
+    titles = [figure.axes[0].get_title() for figure in drawn]
+    assert titles[0] == "Time of others relative to fastattn's\na CPU, 2 threads"
+    assert titles[1] == "Speed of each case below this machine's limits (lines)\na CPU, 2 threads"
+    head, _, table = _markdown({"machine": MACHINE, "rows": rows}).partition("| case")
+    assert "Above 100 % is no error" in head
+    assert "200%" in table
+
+
+NAMED = """
+from bench.conftest import SELECTED, _announce
+def test_case(request):
+    request.config.stash[SELECTED] = {"a": [], "b": []}
+    _announce(request.config, "rotary", 1)
+"""
+
+
+def test_the_case_that_is_timed_is_named(tmp_path, pytestconfig):
+    """On standard error, past pytest's capture."""
+    (tmp_path / "test_named.py").write_text(NAMED)
+    command = [sys.executable, "-m", "pytest", "-q", str(tmp_path), "-p", "no:cacheprovider"]
+    environment = {**os.environ, "PYTHONPATH": str(pytestconfig.rootpath)}
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert found.stderr == "\n1/2 rotary "
 
 
 def result(ours, theirs):
