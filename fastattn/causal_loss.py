@@ -14,18 +14,10 @@ from fastattn.comparing import error_of, probing
 from fastattn.nn.plain import is_plain_linear
 from fastattn.ops.linear_loss import linear_cross_entropy
 
-_OF_THE_LOSS = (
-    "labels",
-    "shift_labels",
-    "num_items_in_batch",
-    "ignore_index",
-    "logits_to_keep",
-)  # arguments, beside the model's own
-_TOLERANCE = {
-    torch.float32: 1e-4,
-    torch.float16: 4e-3,
-    torch.bfloat16: 4e-3,
-}  # of a mean, in which the logits' rounding errors cancel
+# arguments that are the loss's, not the model's inside
+_OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index", "logits_to_keep")
+# of a mean, in which the rounding errors of the logits cancel
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 4e-3}
 _LARGE = 50.0  # deviation of the logits in which a softcap shows
 
 
@@ -57,10 +49,15 @@ class CausalLoss(Adapter):
 
 def _is_plain(model: Any, options: dict[str, Any]) -> bool:
     """Whether a call's loss is the cross entropy of the shifted labels alone, and nobody asks for logits or a tuple."""
-    asked = any(options.get(name) for name in ("logits_to_keep", "output_router_logits"))
+    keep = options.get("logits_to_keep", 0)
+    some_logits = isinstance(keep, Tensor) or keep != 0
     as_tuple = options.get("return_dict") is False or model.config.return_dict is False
-    adds = getattr(model.config, "output_router_logits", False)
-    return not (asked or as_tuple or adds) and _is_causal_loss(model) and is_plain_linear(model.get_output_embeddings())
+    adds = options.get("output_router_logits") or getattr(model.config, "output_router_logits", False)
+    return (
+        not (some_logits or as_tuple or adds)
+        and _is_causal_loss(model)
+        and is_plain_linear(model.get_output_embeddings())
+    )
 
 
 def _is_causal_loss(model: Any) -> bool:

@@ -710,8 +710,8 @@ MUTANTS = (
     Mutant(
         "patch: logits that somebody asks for are missing",
         "causal_loss.py",
-        '("logits_to_keep", "output_router_logits")',
-        '("output_router_logits",)',
+        "isinstance(keep, Tensor) or keep != 0",
+        "False",
         ("tests/test_causal_loss.py",),
     ),
     Mutant("unpatch: attributes stay", "patching.py", "vars(module).update(attributes)", "pass", PATCHING),

@@ -90,6 +90,9 @@ CALLS = {
     "evaluation": _evaluate,
     "no labels": lambda model: model(input_ids=TOKENS),
     "some logits": lambda model: model(input_ids=TOKENS[:, :3], labels=LABELS[:, :3], logits_to_keep=3),
+    "chosen logits": lambda model: model(
+        input_ids=TOKENS[:, :3], labels=LABELS[:, :3], logits_to_keep=torch.tensor([2, 0, 1])
+    ),
     "a tuple": lambda model: model(input_ids=TOKENS, labels=LABELS, return_dict=False),
     "the router's loss": lambda model: model(input_ids=TOKENS, labels=LABELS, output_router_logits=True),
     "another loss": _replace_the_loss,
