@@ -199,7 +199,7 @@ MUTANTS = (
         "kernels/launch.py",
         'constexprs["maxnreg"] = max_registers',
         "pass",
-        (*BUDGETS, "sm_90 and everything"),
+        ("tests/test_tiles.py", "-k", "limit_on_registers"),
     ),
     Mutant("delta dropped", "kernels/recompute.py", "dp += minus_delta", "dp += 0.0", ATTENTION),
     Mutant("dK's scores begin with 0", BACKWARD, "k, q, minus_lse if PLAIN else None", "k, q, None", ATTENTION),

@@ -1,8 +1,11 @@
 """Which class of scores a call belongs to, and that the class decides its tiles."""
 
+from collections import defaultdict
+
 import pytest
 import torch
 
+from fastattn.kernels import launch as launching
 from fastattn.kernels.attention_config import (
     attention_backward_key_config,
     attention_backward_query_config,
@@ -66,3 +69,12 @@ def test_light_scores_take_larger_tiles_than_heavy_ones(arch):
             assert size(choose, scores, 128) > size(choose, "heavy", 128)
     for scores in ("loaded", "dropped"):
         assert size(attention_backward_key_config, scores, 128) > size(attention_backward_key_config, "heavy", 128)
+
+
+@pytest.mark.parametrize(("backend", "limit"), [("cuda", 64), ("cuda", None), ("hip", 64)])
+def test_the_limit_on_registers_reaches_nvidias_compiler_alone(backend, limit, monkeypatch):
+    given = {}
+    kernel = defaultdict(lambda: lambda **options: given.update(options))
+    monkeypatch.setattr(launching, "current_target", lambda: launching.Target(backend, 90, 132))
+    launching.launch(kernel, (1,), max_registers=limit)
+    assert given.get("maxnreg") == (limit if backend == "cuda" else None)
