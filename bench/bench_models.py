@@ -310,6 +310,10 @@ def generate_hugging_face(case: GPTCase, patched: bool = False) -> Callable[[Ten
     return generate
 
 
+def if_patched(case: ModelCase, name: str) -> bool:
+    return "patched" in name
+
+
 TRAINING = {
     "fastattn": ours,
     "nanoGPT's recipe": nano_gpt,
@@ -326,12 +330,6 @@ CLASSIFYING = {
     "torch nn.TransformerEncoder": classify_torch_nn,
 }
 ClassifierStep.providers = CLASSIFYING
-
-
-def if_patched(case: ModelCase, name: str) -> bool:
-    return "patched" in name
-
-
 GENERATION = {
     "fastattn": generate_ours,
     "Hugging Face": generate_hugging_face,

@@ -57,8 +57,8 @@ def read_documents(source: str) -> list[Document]:
     """What a source holds: each text once, without the blank ones, in the source's order.
 
     Args:
-        source: a text file; a folder, of which all .txt, .md and .text files are read, with its subfolders; a .csv or .jsonl file with the field
-            `text` and perhaps `label`; or a built-in source: "shakespeare" (38 plays), "imdb" (25,000 film reviews),
+        source: a text file; a folder, of which all .txt, .md and .text files are read, with its subfolders; a .csv or .jsonl
+            file with the field `text` and perhaps `label`; or a built-in source: "shakespeare" (38 plays), "imdb" (25,000 film reviews),
             "bbc" (2,225 news articles).
     """
     path = Path(source)

@@ -8,8 +8,8 @@
 
 A GPT reads what finetune_gpt.py reads. `perplexity` is that of the completions' tokens; `accuracy` takes the likeliest of
 all completions that occur in the data; the other metrics compare the greedy answer with the completion (and with the
-further `answers`). A classifier reads what train_classifier.py reads, and
-of the data that it was trained on it is given the texts that were held out. The result is a table, and JSON in --out.
+further `answers`). A classifier reads what train_classifier.py reads; of the data that it was trained on, it gets the texts
+that were held out. The result is a table, and JSON in --out.
 """
 
 from __future__ import annotations

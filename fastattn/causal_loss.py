@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.adapters import Adapter
+from fastattn.checks import FLOAT_DTYPES, name_of
 from fastattn.comparing import error_of, probing
 from fastattn.nn.plain import is_plain_linear
 from fastattn.ops.linear_loss import linear_cross_entropy
@@ -115,8 +116,8 @@ def difference_of_losses(model: Any, cls: type[nn.Module]) -> str:
     They are compared on random tokens, and on hidden states so large that a softcap of the logits shows.
     """
     head = model.get_output_embeddings()
-    if head.weight.dtype not in _TOLERANCE:
-        return f"its output layer is {head.weight.dtype}"
+    if head.weight.dtype not in FLOAT_DTYPES:
+        return f"its output layer is {name_of(head.weight.dtype)}: only float32, float16 and bfloat16 are supported"
     if head.weight.is_meta:
         return "its parameters are on the meta device: load them first"
     original = type(model)

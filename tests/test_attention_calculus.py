@@ -13,6 +13,7 @@ from tests.compare import assert_close, max_error
 from tests.test_attention import BACKENDS, CASES, run
 
 FEATURES = ["causal_more_queries", "gqa", "bias_shared_by_batch", "softcap", "sinks", "alibi", "mask_keys", "pair_all"]
+TRANSFORMS = ["grad", "vmap", "vmap_of_grad", "jvp", "forward_ad", "hessian"]
 
 
 def small(requires_grad=True, dtype=torch.float32, n=20, nk=24, heads=2, kv_heads=1, dim=8):
@@ -91,7 +92,7 @@ def test_forward_mode_of_the_short_way(op, requires_grad):
     torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("transform", ["grad", "vmap", "vmap_of_grad", "jvp", "forward_ad", "hessian"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms_match_fp64_and_are_never_silently_zero(transform):
     q, k, v = small(requires_grad=False, n=6, nk=7, dim=4)
     tangent = torch.randn_like(q)

@@ -35,7 +35,7 @@ FEATURES = {
     "normalization": [*test_normalization.FEATURES, *test_normalization.DROPOUT],
     "feed forward": [*test_feed_forward.FEATURES, *test_feed_forward.DROPOUT],
     "rotary": test_rotary.SOME,
-    "loss": ["mean", "none", "everything", "everything_none", "logits", "logits_everything_none"],
+    "loss": test_loss.SOME,
 }
 FEATURES_OF = [(family, name) for family, names in FEATURES.items() for name in names]
 
@@ -93,7 +93,7 @@ def test_double_backward_of_attention(name, on_gpu):
     test_attention_calculus.test_double_backward_matches_fp64(name, "triton")
 
 
-@pytest.mark.parametrize("transform", ["grad", "vmap", "vmap_of_grad", "jvp", "forward_ad", "hessian"])
+@pytest.mark.parametrize("transform", test_attention_calculus.TRANSFORMS)
 def test_transforms_of_attention(transform, on_gpu):
     test_attention_calculus.test_transforms_match_fp64_and_are_never_silently_zero(transform)
 

@@ -93,6 +93,7 @@ LOGITS = {
     "logits_in_place": loss((2, 9), logits=True, inplace=True, label_smoothing=0.1),
 }
 CASES |= LOGITS
+SOME = ["mean", "none", "everything", "everything_none", "logits", "logits_everything_none"]
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +116,7 @@ def test_values(name, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["mean", "none", "everything", "everything_none", "logits", "logits_everything_none"])
+@pytest.mark.parametrize("name", SOME)
 def test_contract(name, backend):
     contract.check_strides(CASES[name], backend)
     contract.check_determinism(CASES[name], backend)
