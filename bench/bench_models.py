@@ -37,6 +37,7 @@ def _larger(model: Any) -> Any:
 class ModelCase(Case):
     """A model of some size, and a batch for it."""
 
+    alone: ClassVar[bool] = True
     layers: int
     width: int
     heads: int

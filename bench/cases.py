@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import pytest
 import torch
@@ -67,8 +67,10 @@ class Case(ABC):
 
     Attributes:
         dtype: "fp32", "bf16" or "fp16".
+        alone: whether on a CPU each provider is timed in a process of its own, as who uses it has it.
     """
 
+    alone: ClassVar[bool] = False
     dtype: str
 
     @property

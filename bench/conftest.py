@@ -10,7 +10,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -22,6 +22,7 @@ from bench import machine
 from bench.cases import DTYPES, Case, Unavailable
 from bench.contest import Run, Times, race
 from bench.memory import peak_growth
+from bench.processes import Alone
 from bench.table import OURS, text
 
 Providers = Mapping[str, Callable[[Any], Any]]
@@ -126,13 +127,17 @@ def _compare(case: Case, providers: Providers, seconds: float) -> Comparison:
     torch.compiler.reset()  # what was compiled for other cases does not count as recompilation
     jobs: dict[str, Run] = {}
     absent: dict[str, Exception] = {}
-    for name, provider in providers.items():
-        try:
-            case.check(provider)
-            jobs[name] = case.job(provider)
-        except Exception as reason:  # one that fails must not take the others along
-            absent[name] = reason
-    return Comparison(race(jobs, machine.device(), seconds), absent)
+    with ExitStack() as processes:
+        for name, provider in providers.items():
+            try:
+                case.check(provider)
+                if case.alone and machine.device().type == "cpu":
+                    jobs[name] = processes.enter_context(closing(Alone(case, provider)))
+                else:
+                    jobs[name] = case.job(provider)
+            except Exception as reason:  # one that fails must not take the others along
+                absent[name] = reason
+        return Comparison(race(jobs, machine.device(), seconds), absent)
 
 
 def _figures(case: Case, found: Comparison, name: str) -> dict[str, Any]:

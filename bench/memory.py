@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import multiprocessing
 import resource
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.cases import Case
-
-PRELOADED = ["torch", "fastattn", "bench.memory", "transformers.models.gpt2.modeling_gpt2"]  # what is there, if it is
+from bench.processes import in_child
 
 
 def peak_growth(case: Case, provider: Callable[[Any], Any]) -> int:
@@ -24,16 +21,6 @@ def peak_growth(case: Case, provider: Callable[[Any], Any]) -> int:
     if torch.cuda.is_available():
         return _on_gpu(case, provider)
     return in_child(_on_cpu, case, provider)
-
-
-def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)` in a process of its own, forked off a server that has imported torch already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    with ProcessPoolExecutor(
-        1, mp_context=context, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
-    ) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def growth(run: Callable[[], object]) -> int:

@@ -25,7 +25,8 @@ import torch
 import fastattn
 from bench import machine
 from bench.arguments import count, folder
-from bench.memory import growth, in_child
+from bench.memory import growth
+from bench.processes import in_child
 
 WINDOW = 256
 TOLERANCE = 0.25  # by which a fitted exponent may exceed the expected one

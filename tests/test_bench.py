@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import closing
 from functools import partial
 from itertools import groupby
 
@@ -13,6 +14,7 @@ import torch
 
 from bench.bench_normalization import Norm
 from bench.contest import Estimate, Times, fast, fast_ratio, race
+from bench.processes import Alone
 from bench.report import _markdown, _plot_bars, _plot_roofline, change, compare, pyplot
 from bench.scaling import CURVES, JUDGED, POINTS, exponent, verdict
 from bench.sensitivity import slowed, verdicts
@@ -138,6 +140,25 @@ def test_short_runs_are_timed_behind_one_of_their_own():
     run = lambda name: (log.append(name), time.sleep(3e-3))  # noqa: E731
     race({name: partial(run, name) for name in "ab"}, torch.device("cpu"), seconds=0.0, rounds=5)
     assert min(len([*runs]) for _, runs in groupby(log)) == 2
+
+
+def leaving_a_trace(folder, case):
+    """A provider that leaves a file named after its process."""
+    return lambda x, *_: (folder / str(os.getpid())).touch() or x
+
+
+def test_a_job_alone_keeps_a_process_of_its_own(tmp_path):
+    case, provider = Norm("fp32", False, 4, 8), partial(leaving_a_trace, tmp_path)
+    with closing(Alone(case, provider)) as first, closing(Alone(case, provider)) as second:
+        for run in (first, second, first):
+            run()
+    traces = {int(path.name) for path in tmp_path.iterdir()}
+    assert len(traces | {os.getpid()}) == 3
+
+
+def test_a_provider_that_fails_alone_says_so():
+    with pytest.raises(TypeError, match="not callable"):
+        Alone(Norm("fp32", False, 4, 8), None)
 
 
 def test_all_providers_get_the_same_memory():

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import fastattn
-from bench.memory import growth, in_child, resident
+from bench.memory import growth, resident
+from bench.processes import in_child
 from fastattn.models import GPT, GPTConfig
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h

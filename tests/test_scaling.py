@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fastattn
-from bench.memory import growth, in_child
+from bench.memory import growth
+from bench.processes import in_child
 
 M_MMAP_THRESHOLD = -3  # of <malloc.h>
 FEATURES = {
