@@ -1,6 +1,8 @@
 """Measured memory: what a loss over a large vocabulary needs at most, and what a feed-forward layer keeps."""
 
 import ctypes
+import resource
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import fastattn
 from bench.memory import growth, resident
 from bench.processes import in_child
 from fastattn.models import GPT, GPTConfig
+from tests.scripts import EXAMPLES
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
@@ -139,3 +142,27 @@ def test_feed_forward_keeps_and_computes_what_it_says(gated, recompute, kept, pr
         run().sum().backward()
     names = ("aten::mm", "aten::addmm", "aten::addmm_", "mkldnn::_linear_pointwise")
     assert sum(event.name in names for event in seen.events()) == products
+
+
+def faults_of_a_step(keeps):
+    """Page faults of a step that takes and gives back 256 MiB, as training scripts run it or not."""
+    sys.path.insert(0, str(EXAMPLES))
+    import training
+
+    if keeps:
+        training.keep_freed_memory()
+
+    def step():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        tensors = [torch.ones(64 << 18) for _ in range(4)]
+        del tensors
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    return [step() for _ in range(5)][-1]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc's heap is asked to")
+def test_training_scripts_use_freed_memory_again():
+    plain, kept = (in_child(faults_of_a_step, keeps) for keeps in (False, True))
+    assert kept < plain / 10
+    assert plain > 100
