@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fastattn.models.gpt import GPTConfig
+from fastattn.models.gpt_config import GPTConfig
 
 ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
