@@ -24,6 +24,7 @@ from bench.contest import Run, Times, race
 from bench.memory import peak_growth
 from bench.processes import Alone
 from bench.table import OURS, text
+from fastattn.heap import keep_freed_memory
 
 Providers = Mapping[str, Callable[[Any], Any]]
 
@@ -70,6 +71,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(config.getoption("--threads"))
+    keep_freed_memory()  # else page faults, of which chance decides, are up to half of a short run's time
     config.stash[RESULTS] = {}
     config.addinivalue_line("filterwarnings", "default")  # the warnings of other packages are no errors here
 

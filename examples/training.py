@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import math
 import os
@@ -20,6 +19,7 @@ import torch
 from corpus import DataError
 from torch import nn
 
+from fastattn.heap import keep_freed_memory
 from fastattn.models.pretrained import atomic_write
 
 
@@ -158,21 +158,6 @@ def lock(folder: Path) -> Iterator[None]:
                     (folder / ".lock").unlink()
                     for path in made:
                         path.rmdir()
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what a training step frees for the next step, instead of giving it back to Linux.
-
-    Every 4 KiB that are taken anew cost a page fault: in all 4 to 13 % of the time of a step of our models on a CPU. The most memory
-    that a run has grows by up to 3 %. MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_MAX_ (`man mallopt`), where set, count instead.
-    """
-    if not sys.platform.startswith("linux") or {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_"} & os.environ.keys():
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, mmap_max = -1, -4
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_max, 0)
 
 
 def run_script(held: AbstractContextManager[Any], make: Callable[[Any], Any], process: int = 0) -> int:

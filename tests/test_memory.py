@@ -12,8 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 import fastattn
 from bench.memory import growth, resident
 from bench.processes import in_child
+from fastattn.heap import keep_freed_memory
 from fastattn.models import GPT, GPTConfig
-from tests.scripts import EXAMPLES
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
@@ -145,12 +145,9 @@ def test_feed_forward_keeps_and_computes_what_it_says(gated, recompute, kept, pr
 
 
 def faults_of_a_step(keeps):
-    """Page faults of a step that takes and gives back 256 MiB, as training scripts run it or not."""
-    sys.path.insert(0, str(EXAMPLES))
-    import training
-
+    """Page faults of a step that takes and gives back 256 MiB."""
     if keeps:
-        training.keep_freed_memory()
+        assert keep_freed_memory()
 
     def step():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -161,8 +158,8 @@ def faults_of_a_step(keeps):
     return [step() for _ in range(5)][-1]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc's heap is asked to")
-def test_training_scripts_use_freed_memory_again():
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc is asked to")
+def test_freed_memory_is_kept():
     plain, kept = (in_child(faults_of_a_step, keeps) for keeps in (False, True))
     assert kept < plain / 10
     assert plain > 100
