@@ -57,6 +57,9 @@ class Comparison:
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+# Larger tensors cost their user page faults every time. Of smaller ones chance decides, in a process that does one job after another:
+# up to half of a short run's time.
+LARGEST_KEPT = 32 << 20  # bytes
 CLOCK = Clock()
 RESULTS = pytest.StashKey[dict[Case, Comparison]]()
 SELECTED = pytest.StashKey[dict[Case, list[str]]]()  # names of providers
@@ -71,7 +74,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(config.getoption("--threads"))
-    keep_freed_memory()  # else page faults, of which chance decides, are up to half of a short run's time
+    keep_freed_memory(LARGEST_KEPT)
     config.stash[RESULTS] = {}
     config.addinivalue_line("filterwarnings", "default")  # the warnings of other packages are no errors here
 

@@ -6,16 +6,19 @@ import ctypes
 import os
 import sys
 
-TRIM_THRESHOLD, MMAP_MAX = -1, -4  # options of mallopt, in glibc's malloc.h
-VARIABLES = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_"}
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # options of mallopt, in glibc's malloc.h
+VARIABLES = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_"}
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(largest: int | None = None) -> bool:
     """Let this process keep what CPU tensors free, for the next ones, instead of giving it back to Linux.
 
     Every 4 KiB that are taken anew cost a page fault: in a training step, which frees all its activations, 4 to 13 % of the time on
     a CPU. What a process uses at most grows by a few percent; what it freed is no longer there for others. It does nothing where the
-    heap is not glibc's, nor where the user has set MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_MAX_ (`man mallopt`).
+    heap is not glibc's, nor where the user has set a variable for this (`VARIABLES`, `man mallopt`).
+
+    Args:
+        largest: bytes; a larger tensor is still given back, as glibc does by itself above 32 MiB. None keeps them all.
 
     Returns:
         Whether the heap keeps its memory now.
@@ -27,4 +30,6 @@ def keep_freed_memory() -> bool:
     if not sys.platform.startswith("linux") or VARIABLES & os.environ.keys():
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(TRIM_THRESHOLD, 2**31 - 1) and mallopt(MMAP_MAX, 0))
+    if mallopt is None or not mallopt(TRIM_THRESHOLD, 2**31 - 1):
+        return False
+    return bool(mallopt(MMAP_MAX, 0) if largest is None else mallopt(MMAP_THRESHOLD, largest))

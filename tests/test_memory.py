@@ -144,10 +144,10 @@ def test_feed_forward_keeps_and_computes_what_it_says(gated, recompute, kept, pr
     assert sum(event.name in names for event in seen.events()) == products
 
 
-def faults_of_a_step(keeps):
+def faults_of_a_step(keeps, *largest):
     """Page faults of a step that takes and gives back 256 MiB."""
     if keeps:
-        assert keep_freed_memory()
+        assert keep_freed_memory(*largest)
 
     def step():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -160,6 +160,7 @@ def faults_of_a_step(keeps):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc is asked to")
 def test_freed_memory_is_kept():
-    plain, kept = (in_child(faults_of_a_step, keeps) for keeps in (False, True))
+    plain, kept, limited = (in_child(faults_of_a_step, *how) for how in ((False,), (True,), (True, 32 << 20)))
     assert kept < plain / 10
+    assert limited > plain / 2
     assert plain > 100
