@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import wraps
 from typing import Any
 
@@ -101,10 +102,14 @@ def _result_class(outputs: Any) -> Any:
 
 
 def is_causal_model(module: Any) -> bool:
-    """Whether this is a model of transformers with a loss over the outputs of a linear layer."""
+    """Whether this is a model of transformers with a loss over the outputs of a linear layer.
+
+    A wrapper that has the attributes of the model in it (PEFT's, FSDP's) is none: its forward is more than the model's.
+    """
+    transformers = sys.modules.get("transformers.modeling_utils")
     return (
-        hasattr(module, "loss_function")
-        and hasattr(module, "get_output_embeddings")
+        transformers is not None
+        and isinstance(module, transformers.PreTrainedModel)
         and isinstance(module.get_output_embeddings(), nn.Linear)
         and _is_causal_loss(module)
     )

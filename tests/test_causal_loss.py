@@ -164,6 +164,37 @@ def test_a_model_with_another_loss_is_left(kind, dtype):
     assert type(model) is kind
 
 
+class Wrapper(torch.nn.Module):
+    """As PEFT's and FSDP's: it has the attributes of the model in it, and a forward of its own."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, **options):
+        return self.inner(**options)
+
+
+def test_a_wrapper_is_left_and_the_model_in_it_is_called():
+    model, patched = (pair("gpt2")[0] for _ in range(2))
+    calls = []
+    patched.register_forward_hook(lambda *_: calls.append(1))
+    wrapper = Wrapper(patched)
+    report = fastattn.patch(wrapper, fused_loss=True)
+    assert type(wrapper) is Wrapper
+    assert "inner" in report.swapped
+    got = wrapper(input_ids=TOKENS, labels=LABELS)
+    assert calls == [1]
+    assert got.logits is None
+    torch.testing.assert_close(got.loss, model(input_ids=TOKENS, labels=LABELS).loss)
+
+
 def test_without_a_causal_model_it_says_so():
     model = transformers.BertModel(transformers.BertConfig(**{**_DECODER, "num_hidden_layers": 1}))
     with pytest.raises(ValueError, match=r"fused_loss is for causal language models .* none in this BertModel"):
