@@ -164,6 +164,15 @@ def test_a_model_with_another_loss_is_left(kind, dtype):
     assert type(model) is kind
 
 
+def test_a_model_whose_forward_was_replaced_is_left():
+    """As by Accelerator.prepare and by TRL: its class's forward is not what a call runs."""
+    model = pair("gpt2")[0]
+    model.forward = model.forward
+    report = fastattn.patch(model, fused_loss=True)
+    assert report.left[""] == "its forward was replaced on the instance"
+    assert model(input_ids=TOKENS, labels=LABELS).logits is not None
+
+
 class Wrapper(torch.nn.Module):
     """As PEFT's and FSDP's: it has the attributes of the model in it, and a forward of its own."""
 
