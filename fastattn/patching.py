@@ -181,12 +181,15 @@ def unpatch(model: nn.Module) -> int:
         how many modules got their class back.
 
     Raises:
-        RuntimeError: a module's class was changed again since (by `fully_shard`, for example); nothing is restored.
+        RuntimeError: a module's class was changed again since (by `fully_shard`, for example), or its forward was replaced on
+            the instance (by `Accelerator.prepare`); nothing is restored.
     """
     originals = [(module, vars(module)[_ORIGINAL]) for module in model.modules() if _ORIGINAL in vars(module)]
-    for module, (_, _, swapped) in originals:
+    for module, (cls, _, swapped) in originals:
         if _class_name(module) != swapped:
             raise RuntimeError(f"a {_class_name(module)} was wrapped after it was patched: unwrap the model first")
+        if "forward" in vars(module) and cls is not type(module):  # it runs the one that it found
+            raise RuntimeError(f"the forward of a {swapped} was replaced after it was patched: put it back first")
     for module, (cls, attributes, _) in originals:
         del vars(module)[_ORIGINAL]
         module.__class__ = cls

@@ -314,6 +314,13 @@ def test_errors():
     norm.__class__ = type("Wrapped", (type(norm),), {})
     with pytest.raises(RuntimeError, match="wrapped after it was patched"):
         fastattn.unpatch(norm)
+    norm = nn.LayerNorm(8)
+    fastattn.patch(norm)
+    norm.forward = norm.forward  # as Accelerator.prepare does
+    with pytest.raises(RuntimeError, match="the forward of a LayerNorm was replaced after it was patched"):
+        fastattn.unpatch(norm)
+    del norm.forward
+    assert fastattn.unpatch(norm) == 1
 
 
 @pytest.mark.parametrize("why", ["heads of 264 numbers", "float64"])
