@@ -123,8 +123,12 @@ def difference_of_losses(model: Any, cls: type[nn.Module]) -> str:
     if "forward" in vars(model):
         return "its forward was replaced on the instance"
     head = model.get_output_embeddings()
+    if not is_plain_linear(head):
+        return "its output layer is no plain linear layer, or has hooks: it has to be called"
     if head.weight.dtype not in FLOAT_DTYPES:
         return f"its output layer is {name_of(head.weight.dtype)}: only float32, float16 and bfloat16 are supported"
+    if head.weight.ndim != 2 or next(head.parameters(), None) is None:
+        return "its output layer holds no whole weight (FSDP1's does not): patch before it is sharded"
     if head.weight.is_meta:
         return "its parameters are on the meta device: load them first"
     original = type(model)

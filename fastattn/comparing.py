@@ -22,7 +22,9 @@ def difference(module: nn.Module, adapter: type[Adapter]) -> str:
     for name in adapter.linears:
         if not is_plain_linear(getattr(module, name)):
             return f"{name} is no plain linear layer, or has hooks: it has to be called"
-    like = next(module.parameters())
+    like = next(module.parameters(), None)
+    if like is None:
+        return "it holds no parameters (FSDP1's are flat): patch before it is sharded"
     if like.is_meta:
         return "its parameters are on the meta device: load them first"
     original = type(module)

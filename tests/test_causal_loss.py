@@ -173,6 +173,37 @@ def test_a_model_whose_forward_was_replaced_is_left():
     assert model(input_ids=TOKENS, labels=LABELS).logits is not None
 
 
+def _shard(linear):
+    linear.weight = torch.nn.Parameter(linear.weight.flatten()[:100].detach())
+
+
+def _flatten(linear):
+    weight = linear.weight.detach()
+    del linear.weight
+    linear.weight = weight
+
+
+@pytest.mark.parametrize("how", [_shard, _flatten])
+def test_a_model_that_fsdp1_holds_is_left(how):
+    """Its layers have a part of their weights, or no parameters at all, between two calls."""
+    model = pair("llama_head_bias")[0]
+    model.lm_head.bias = None
+    for linear in [m for m in model.modules() if isinstance(m, torch.nn.Linear)]:
+        how(linear)
+    report = fastattn.patch(model, fused_loss=True)
+    assert "before it is sharded" in report.left[""]
+    assert "model.layers.0.mlp" in report.left
+
+
+def test_an_output_layer_that_has_to_be_called_is_said_to_be():
+    model = pair("gpt2")[0]
+    torch.nn.utils.parametrizations.spectral_norm(model.lm_head)
+    state = copy.deepcopy(model.state_dict())
+    report = fastattn.patch(model, fused_loss=True)
+    assert report.left[""].startswith("its output layer is no plain linear layer")
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)  # each look at its weight changes them
+
+
 class Wrapper(torch.nn.Module):
     """As PEFT's and FSDP's: it has the attributes of the model in it, and a forward of its own."""
 
