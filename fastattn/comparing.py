@@ -34,7 +34,7 @@ def difference(module: nn.Module, adapter: type[Adapter]) -> str:
                 difference = _compared(module, adapter, redrawn=True)
             return difference or _compared(module, adapter, redrawn=False)
     except Exception as error:  # whatever a stranger's forward may raise
-        return f"looks like a known structure, but raised {type(error).__name__} when compared"
+        return f"has the parameters of a known structure, but takes other inputs ({type(error).__name__} when compared)"
     finally:
         module.__class__ = original
 
