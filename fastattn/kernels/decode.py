@@ -230,7 +230,8 @@ def forward(
     group, keys = heads // kv_heads, capacity(key_cache, block_table)
     block_d, block_dv = head_block(head_dim), head_block(value_dim)
     target = current_target()
-    config = decode_config(target, max(block_d, block_dv), query.element_size(), num_queries * group)
+    plain, _ = score_class(rules)
+    config = decode_config(target, max(block_d, block_dv), query.element_size(), num_queries * group, plain)
     programs = batch * kv_heads * triton.cdiv(num_queries * group, config.block_m)
     longest = min(more, keys) if lengths is None else keys
     splits = decode_splits(target, programs, triton.cdiv(longest, config.block_n))
@@ -240,7 +241,6 @@ def forward(
     if splits > 1:
         part = lse.new_empty((splits, batch, heads, num_queries, value_dim))
         part_lse = lse.new_empty((splits, batch, heads, num_queries))
-    plain, _ = score_class(rules)
     slopes, scale = rules.alibi_slopes, rules.scale
     launch(
         _decode, (programs, splits), query, strides(query), key_cache, strides(key_cache), value_cache, strides(value_cache),
@@ -249,7 +249,7 @@ def forward(
         scale * LOG2E.value if plain else scale, rules.softcap or None, kv_heads, group, num_queries, more, keys,
         key_cache.shape[2], splits, rules.window_left, rules.window_right, D=head_dim, DV=value_dim, BLOCK_D=block_d,
         BLOCK_DV=block_dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PLAIN=plain, PRECISION=precision,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, max_registers=config.max_registers,
     )  # fmt: skip
     if splits > 1:
         launch(
