@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from fastattn.kernels.stand_in import StandInDriver
+from fastattn.kernels.targets import TARGETS
 from fastattn.models import GPT, Classifier, ClassifierConfig, GPTConfig
 from fastattn.warmup import GPT2, main, read_config, warm
 
@@ -106,6 +108,13 @@ def test_a_folders_config_is_read_without_its_weights(tmp_path):
     kind, config = read_config(tmp_path)
     assert kind is GPT
     assert (config.d_model, config.num_heads, config.vocab_size) == (GPT2.d_model, GPT2.num_heads, GPT2.vocab_size)
+
+
+def test_what_was_warmed_is_no_kernel_of_a_real_gpu():
+    """Triton, and the choice of tiles, keep what they know of a device by its number: a process may warm and then launch."""
+    numbers = {StandInDriver(target).get_current_device() for target in TARGETS.values()}
+    assert len(numbers) == len(TARGETS)
+    assert max(numbers) < 0
 
 
 def test_an_interpreter_is_refused(monkeypatch):

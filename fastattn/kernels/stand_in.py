@@ -93,7 +93,7 @@ class StandInDriver:
         return self.target.triton
 
     def get_current_device(self) -> int:
-        return [*TARGETS].index(self.target.name)  # Triton caches compiled kernels by this number
+        return -1 - [*TARGETS].index(self.target.name)  # kernels are cached by this number, which must be no real GPU's
 
     def set_current_device(self, device: int) -> None:
         pass
