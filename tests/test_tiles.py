@@ -4,6 +4,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from triton.backends.compiler import GPUTarget
 
 from fastattn.kernels import launch as launching
 from fastattn.kernels.attention_config import (
@@ -78,3 +79,17 @@ def test_the_limit_on_registers_reaches_nvidias_compiler_alone(backend, limit, m
     monkeypatch.setattr(launching, "current_target", lambda: launching.Target(backend, 90, 132))
     launching.launch(kernel, (1,), max_registers=limit)
     assert given.get("maxnreg") == (limit if backend == "cuda" else None)
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "expected"),
+    [("cuda", 80, "tf32"), ("cuda", 100, "tf32"), ("hip", "gfx942", "tf32"), ("hip", "gfx950", "ieee"), ("hip", "gfx90a", "ieee")],
+)  # fmt: skip
+def test_tf32_is_asked_of_gpus_that_have_it(backend, arch, expected, monkeypatch):
+    """Triton would refuse the others' kernels, as soon as torch.set_float32_matmul_precision("high") was called."""
+    given = {}
+    kernel = defaultdict(lambda: lambda **options: given.update(options))
+    target = launching.Target(backend, 0, 100, launching.has_tf32(GPUTarget(backend, arch, 32)))
+    monkeypatch.setattr(launching, "current_target", lambda: target)
+    launching.launch(kernel, (1,), PRECISION="tf32")
+    assert given["PRECISION"] == expected

@@ -8,6 +8,8 @@ from typing import Any
 
 import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
 
 from fastattn.interpreting import interpreting
 
@@ -22,11 +24,13 @@ class Target:
         backend: "cuda", "hip", "xpu", or "interpreter".
         arch: compute capability as in sm_90 → 90 on CUDA; 0 elsewhere.
         processors: streaming multiprocessors (compute units) of the device.
+        tf32: whether products of fp32 may be asked for in TF32.
     """
 
     backend: str
     arch: int
     processors: int
+    tf32: bool = True
 
 
 # Triton's own message is "0 active drivers ([]). There should only be one."
@@ -42,7 +46,12 @@ def _target(device: int) -> Target:
     target = driver.get_current_target()
     properties = driver.utils.get_device_properties(device)
     arch = int(target.arch) if target.backend == "cuda" else 0
-    return Target(target.backend, arch, properties["multiprocessor_count"])
+    return Target(target.backend, arch, properties["multiprocessor_count"], has_tf32(target))
+
+
+def has_tf32(target: GPUTarget) -> bool:
+    """Of AMD's GPUs gfx942 alone has it; for the others Triton refuses a product that asks for it."""
+    return "tf32" in make_backend(target).parse_options({}).allowed_dot_input_precisions
 
 
 def current_target() -> Target:
@@ -74,7 +83,7 @@ def launch(
     max_registers: int | None = None,
     **constexprs: Any,
 ) -> None:
-    """`kernel[grid](*args, **constexprs)`, unless the grid is empty.
+    """`kernel[grid](*args, **constexprs)`, unless the grid is empty. PRECISION "tf32" is "ieee" on a GPU without.
 
     FP fusion is always asked for: Triton 3.9 warns without, and 3.10 turns it off by default.
     """
@@ -82,6 +91,8 @@ def launch(
         return
     if max_registers is not None and current_target().backend == "cuda":
         constexprs["maxnreg"] = max_registers
+    if constexprs.get("PRECISION") == "tf32" and not current_target().tf32:  # which torch's settings allow, not ask for
+        constexprs["PRECISION"] = "ieee"
     try:
         kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
     except RuntimeError as error:
