@@ -178,9 +178,10 @@ def _append(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Copies a block of one head's new rows behind its cache's last; rows beyond the cache's end are left out."""
-    batch = tl.program_id(0) // heads
-    head = tl.program_id(0) % heads
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    blocks = tl.cdiv(num_new, BLOCK_N)
+    batch = tl.program_id(0) // blocks // heads
+    head = tl.program_id(0) // blocks % heads
+    offs_n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     b, h = batch.to(tl.int64), head.to(tl.int64)
     if lengths_ptr is not None:
@@ -209,7 +210,7 @@ def append(
         block_d = head_block(new.shape[3])
         block_n = max(1, min(16, 2048 // block_d))
         launch(
-            _append, (batch * heads, triton.cdiv(num_new, block_n)), new, strides(new), cache, strides(cache), lengths,
+            _append, (batch * heads * triton.cdiv(num_new, block_n),), new, strides(new), cache, strides(cache), lengths,
             block_table, None if block_table is None else block_table.stride(0), heads, num_new, length,
             capacity(cache, block_table), cache.shape[2], D=new.shape[3], BLOCK_D=block_d, BLOCK_N=block_n,
         )  # fmt: skip

@@ -85,6 +85,8 @@ def launch(
 ) -> None:
     """`kernel[grid](*args, **constexprs)`, unless the grid is empty. PRECISION "tf32" is "ieee" on a GPU without.
 
+    NVIDIA's GPUs refuse a grid that is larger than 65,535 along its second or third axis: what grows lies along the first.
+
     FP fusion is always asked for: Triton 3.9 warns without, and 3.10 turns it off by default.
     """
     if 0 in grid:

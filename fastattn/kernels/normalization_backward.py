@@ -121,8 +121,10 @@ def norm_partials_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Partial sums A, B of wide rows: one program takes a block of columns and every programs-th tile of rows."""
-    group, program = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
-    offs_n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    blocks = tl.cdiv(columns, COLUMNS)
+    part = tl.program_id(0) // blocks
+    group, program = (part // programs).to(tl.int64), part % programs
+    offs_n = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     mask_n = offs_n < columns
     partial_a, partial_b = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(program * ROWS, rows_per_group, programs * ROWS):
@@ -133,7 +135,7 @@ def norm_partials_kernel(
         dy = load_rows(DY, offs_m, offs_n, mask, stride_dy)
         partial_a += dy * x_hat
         partial_b += dy
-    offs_partial = tl.program_id(0).to(tl.int64) * columns + offs_n
+    offs_partial = part.to(tl.int64) * columns + offs_n
     tl.store(PARTIAL_A + offs_partial, tl.sum(partial_a, 0), mask=mask_n)
     tl.store(PARTIAL_B + offs_partial, tl.sum(partial_b, 0), mask=mask_n)
 
@@ -144,9 +146,10 @@ def norm_reduce_kernel(
     A, B,  # (groups, columns), contiguous
     columns, programs, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A and B of one group (program axis 1) and block of columns: the sum of its programs' partials, in order."""
-    group = tl.program_id(1).to(tl.int64)
-    offs_n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    """A and B of one group and block of columns: the sum of its programs' partials, in order."""
+    blocks = tl.cdiv(columns, COLUMNS)
+    group = (tl.program_id(0) // blocks).to(tl.int64)
+    offs_n = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     mask_n = offs_n < columns
     a, b = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, programs, ROWS):
@@ -205,7 +208,7 @@ def backward(
         )  # fmt: skip
         if partials is not None:
             launch(
-                norm_partials_kernel, (groups * programs, triton.cdiv(columns, config.partial_columns)),
+                norm_partials_kernel, (groups * programs * triton.cdiv(columns, config.partial_columns),),
                 dy, h, *statistics, partial_a, partial_b,
                 dy.stride(0), h.stride(0), rows_per_group, columns, programs,
                 ROWS=config.rows, COLUMNS=config.partial_columns,
@@ -221,7 +224,7 @@ def backward(
         return grad, grad_input, hidden.new_empty(0), hidden.new_empty(0)
     sum_a, sum_b = (hidden.new_empty(groups, columns, dtype=sums_dtype) for _ in range(2))
     launch(
-        norm_reduce_kernel, (triton.cdiv(columns, REDUCE_COLUMNS), groups),
+        norm_reduce_kernel, (groups * triton.cdiv(columns, REDUCE_COLUMNS),),
         partial_a, partial_b, sum_a, sum_b, columns, programs,
         ROWS=REDUCE_ROWS, COLUMNS=REDUCE_COLUMNS,
     )  # fmt: skip
