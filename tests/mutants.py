@@ -315,7 +315,7 @@ MUTANTS = (
     Mutant(
         "sum of exponentials is not rescaled",
         "kernels/loss.py",
-        "l = l * tl.exp2(m * LOG2E - reference) +",
+        "l = l * tl.exp2(base_2(m) - reference) +",
         "l = l +",
         LOSS,
     ),

@@ -1,6 +1,9 @@
 """Linear projection and cross entropy in one: the contract, chunks, memory, and what torch's cross entropy does."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -399,3 +402,20 @@ def test_explain_speaks_of_chunks_where_there_are_some(name):
         assert "rows of logits at a time" in fastattn.explain(
             fastattn.linear_cross_entropy, logits[:, :8], weight, target
         )
+
+
+FREE_PRODUCTS = """
+import re, torch, fastattn
+from fastattn.kernels.stand_in import stand_in
+with stand_in("sm_90") as launches, fastattn.backend.use("triton"):
+    fastattn.cross_entropy(torch.zeros(2, 9_000), torch.zeros(2, dtype=torch.long))
+print(re.findall(r"mul\\S*f32.*0f[3B]FB8AA3B", launches[0].text("ptx")))
+"""
+
+
+def test_the_running_maximum_in_base_2_is_rounded_on_a_gpu_too(tmp_path):
+    """A product with log₂e that compilers may fuse is exact in one place and rounded in another: among 128,256 classes, 31 blocks
+    with the same maximum of 20 made the log-sum-exp wrong by 2e-5. The interpreter rounds every product."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", FREE_PRODUCTS]
+    assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "[]\n"

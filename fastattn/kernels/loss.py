@@ -89,6 +89,13 @@ def block_columns(GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexp
 
 
 @triton.jit
+def base_2(x):
+    """x log₂e, rounded: as a product, compilers make it part of the subtraction that follows, exact, and what the maximum lost to
+    rounding becomes a factor of the sum with every block that leaves the maximum as it was."""
+    return tl.fma(x, LOG2E, 0.0)
+
+
+@triton.jit
 def accumulate(
     m, l, found, sums,  # [LANES]
     LOGITS, CLASS_WEIGHT,  # one row, from where `aligned_start` says; (classes,), or None
@@ -102,9 +109,9 @@ def accumulate(
     z = load_logits(LOGITS + start + local, column, classes, softcap, EDGE)
     larger = tl.maximum(m, tl.max(tl.max(z, 2), 0))
     found = tl.where(larger > m, start, found)
-    reference = larger * LOG2E
+    reference = base_2(larger)
     powers = tl.exp2(tl.fma(z, LOG2E, -reference[None, :, None]))
-    l = l * tl.exp2(m * LOG2E - reference) + tl.sum(tl.sum(powers, 2), 0)
+    l = l * tl.exp2(base_2(m) - reference) + tl.sum(tl.sum(powers, 2), 0)
     if label_smoothing is not None:
         weighted = z
         if CLASS_WEIGHT is not None:
@@ -182,8 +189,8 @@ def cross_entropy_kernel(
             GROUPS, LANES, VECTOR, True,
         )  # fmt: skip
     maximum = tl.max(m, 0)
-    reference = maximum * LOG2E
-    l = tl.sum(l * tl.exp2(m * LOG2E - reference), 0)
+    reference = base_2(maximum)
+    l = tl.sum(l * tl.exp2(base_2(m) - reference), 0)
     # l is relative to the rounded reference: what the rounding took is put back
     lse = maximum + (tl.log2(l) - tl.fma(maximum, LOG2E, -reference)) * LN2
     loss = factor * lse + z_loss * lse * lse - w_target * z_target - spread * tl.sum(sums, 0)
