@@ -13,7 +13,7 @@ VARIABLES = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MA
 def keep_freed_memory(largest: int | None = None) -> bool:
     """Let this process keep what CPU tensors free, for the next ones, instead of giving it back to Linux.
 
-    Every 4 KiB that are taken anew cost a page fault: in a training step, which frees all its activations, 4 to 13 % of the time on
+    Every 4 KiB that are taken anew cost a page fault: in a training step, which frees all its activations, up to 13 % of the time on
     a CPU. What a process uses at most grows by a few percent; what it freed is no longer there for others. It does nothing where the
     heap is not glibc's, nor where the user has set a variable for this (`VARIABLES`, `man mallopt`).
 

@@ -1,6 +1,7 @@
 """The same cases and definitions on a real GPU, and what only one can show: `make gpu`. Skipped, visibly, everywhere else."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -86,6 +87,28 @@ def test_compiles(family, name, dynamic, on_gpu):
 @pytest.mark.parametrize("name", CASES)
 def test_attention_matches_the_definition(name, dtype, on_gpu):
     check(CASES[name], dtype, "triton")
+
+
+# Tiles are 32 by 32 in the interpreter, and up to 128 by 128 here: whole tiles, and a dense mask's blocks, take more tokens.
+LONGER = {
+    name: dataclasses.replace(
+        case, n=13 * case.n, nk=13 * case.nk, window=case.window and tuple(side and 13 * side for side in case.window)
+    )
+    for name, case in CASES.items()
+    if not case.packed
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LONGER)
+def test_attention_over_many_tiles(name, dtype, on_gpu):
+    check(LONGER[name], dtype, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"weighted": True, "label_smoothing": 0.1}], ids=["plain", "smoothed"])
+def test_loss_over_many_blocks(options, dtype, on_gpu):
+    contract.check_values(test_loss.loss((5,), classes=20_011, logits=True, **options), "triton", dtype)
 
 
 @pytest.mark.parametrize("name", test_attention_calculus.FEATURES)
