@@ -6,7 +6,10 @@ import ctypes
 import os
 import sys
 
+from fastattn.checks import check_integer
+
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # options of mallopt, in glibc's malloc.h
+MOST = 32 << 20  # bytes: glibc's greatest threshold
 VARIABLES = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_"}
 
 
@@ -18,15 +21,20 @@ def keep_freed_memory(largest: int | None = None) -> bool:
     heap is not glibc's, nor where the user has set a variable for this (`VARIABLES`, `man mallopt`).
 
     Args:
-        largest: bytes; a larger tensor is still given back, as glibc does by itself above 32 MiB. None keeps them all.
+        largest: bytes, at most 32 MiB; a larger tensor is still given back, as glibc does by itself above 32 MiB. None keeps them all.
 
     Returns:
         Whether the heap keeps its memory now.
+
+    Raises:
+        TypeError, ValueError: `largest` is no integer, or out of its range.
 
     Example:
         >>> from fastattn.heap import keep_freed_memory
         >>> kept = keep_freed_memory()  # once, before training on a CPU
     """
+    if largest is not None and check_integer("largest", largest) > MOST:
+        raise ValueError(f"largest must be at most {MOST}, got {largest}")
     if not sys.platform.startswith("linux") or VARIABLES & os.environ.keys():
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -164,3 +164,9 @@ def test_freed_memory_is_kept():
     assert kept < plain / 10
     assert limited > plain / 2
     assert plain > 100
+
+
+@pytest.mark.parametrize("largest", [-1, (32 << 20) + 1])
+def test_what_glibc_would_refuse_is_an_error(largest):
+    with pytest.raises(ValueError, match=f"largest must be at .* got {largest}"):
+        keep_freed_memory(largest)
