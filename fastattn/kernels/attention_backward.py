@@ -119,7 +119,7 @@ def backward(
         sum_rows, sum_columns = bias_rows == 1, bias_columns == 1
         launch(
             attention_backward_bias,
-            (bias_batch * bias_heads * (1 if sum_rows else row_blocks) * (1 if sum_columns else column_blocks),), *inputs(block_kinds(blocks)),
+            (bias_batch * bias_heads, 1 if sum_rows else row_blocks, 1 if sum_columns else column_blocks), *inputs(block_kinds(blocks)),
             grad_out, strides(grad_out), statistics, grad_bias, pair_strides(grad_bias), *scalars, heads, group, *lengths,
             bias_heads, batch // bias_batch, heads // bias_heads, row_blocks if sum_rows else 1,
             column_blocks if sum_columns else 1, SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, BLOCK_D=block_d, BLOCK_DV=block_dv, **constants, **_blocks(config),

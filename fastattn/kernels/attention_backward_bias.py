@@ -40,12 +40,10 @@ def attention_backward_bias(
     STATISTICS: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dBias of one tile: dS summed over every batch, head, row and column that the bias is broadcast to."""
-    tile_rows = 1 if SUM_ROWS else tl.cdiv(num_queries, BLOCK_M)
-    tiles = tile_rows * (1 if SUM_COLUMNS else tl.cdiv(num_keys, BLOCK_N))
-    first_m = tl.program_id(0) % tiles % tile_rows * BLOCK_M
-    first_n = tl.program_id(0) % tiles // tile_rows * BLOCK_N
-    bias_b = tl.program_id(0) // tiles // bias_heads
-    bias_h = tl.program_id(0) // tiles % bias_heads
+    first_m = tl.program_id(1) * BLOCK_M
+    first_n = tl.program_id(2) * BLOCK_N
+    bias_b = tl.program_id(0) // bias_heads
+    bias_h = tl.program_id(0) % bias_heads
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     offs_dv = tl.arange(0, BLOCK_DV)[None, :]
     columns_qk = None if D == BLOCK_D else offs_d < D

@@ -33,6 +33,8 @@ class Target:
     tf32: bool = True
 
 
+MOST_ALONG_OTHER_AXES = 65_535  # programs along a grid's second and third axis, on NVIDIA's and AMD's GPUs
+
 # Triton's own message is "0 active drivers ([]). There should only be one."
 _NO_GPU = (
     "the Triton backend needs a GPU, and Triton finds none here; for tensors on the CPU set TRITON_INTERPRET=1 (slow), or "
@@ -85,12 +87,17 @@ def launch(
 ) -> None:
     """`kernel[grid](*args, **constexprs)`, unless the grid is empty. PRECISION "tf32" is "ieee" on a GPU without.
 
-    NVIDIA's GPUs refuse a grid that is larger than 65,535 along its second or third axis: what grows lies along the first.
+    What grows lies along the first axis. (Not so of a bias's gradient, whose kernel spills with one axis on gfx942.)
 
     FP fusion is always asked for: Triton 3.9 warns without, and 3.10 turns it off by default.
     """
     if 0 in grid:
         return
+    if max(grid[1:], default=0) > MOST_ALONG_OTHER_AXES:
+        raise ValueError(
+            f"{kernel.__name__} would need a grid of {grid}: GPUs take at most {MOST_ALONG_OTHER_AXES} along the second and third "
+            "axis, so there are too many rows or keys"
+        )
     if max_registers is not None and current_target().backend == "cuda":
         constexprs["maxnreg"] = max_registers
     if constexprs.get("PRECISION") == "tf32" and not current_target().tf32:  # which torch's settings allow, not ask for
