@@ -24,7 +24,7 @@ from bench.contest import Run, Times, race
 from bench.memory import peak_growth
 from bench.processes import Alone
 from bench.table import OURS, text
-from fastattn.heap import keep_freed_memory
+from fastattn.heap import GREATEST_THRESHOLD, keep_freed_memory
 
 Providers = Mapping[str, Callable[[Any], Any]]
 
@@ -57,9 +57,6 @@ class Comparison:
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-# Larger tensors cost their user page faults every time. Of smaller ones chance decides, in a process that does one job after another:
-# up to half of a short run's time.
-LARGEST_KEPT = 32 << 20  # bytes
 CLOCK = Clock()
 RESULTS = pytest.StashKey[dict[Case, Comparison]]()
 SELECTED = pytest.StashKey[dict[Case, list[str]]]()  # names of providers
@@ -74,7 +71,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(config.getoption("--threads"))
-    keep_freed_memory(LARGEST_KEPT)
+    # Larger tensors cost their user page faults every time. Of smaller ones chance decides, in a process that does one job after
+    # another: up to half of a short run's time.
+    keep_freed_memory(GREATEST_THRESHOLD)
     config.stash[RESULTS] = {}
     config.addinivalue_line("filterwarnings", "default")  # the warnings of other packages are no errors here
 

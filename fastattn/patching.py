@@ -239,18 +239,18 @@ def _decide(module: nn.Module, fused_loss: bool) -> _Plan | str:
     kind = type(module)
     if _ORIGINAL in vars(module) or kind.__module__.startswith("fastattn."):
         return "is fastattn's already"
-    if fused_loss and is_causal_model(module):
-        cls = adapted(CausalLoss, kind)
-        return difference_of_losses(module, cls) or _Plan(
-            cls, {}, "itself, with fastattn.linear_cross_entropy in training"
-        )
+    is_causal = fused_loss and is_causal_model(module)
     known = _TORCH.get(kind)
-    adapters = [] if known else [adapter for adapter in ADAPTERS if adapter.fits(module)]
-    if known is None and not adapters:
+    adapters = [] if known or is_causal else [adapter for adapter in ADAPTERS if adapter.fits(module)]
+    if not (is_causal or known or adapters):
         base = next((b for b in kind.__mro__ if b in _TORCH), None)
         return f"a subclass of {base.__name__}: it may compute something else" if base else "nothing here replaces it"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
+    if is_causal:
+        fused = adapted(CausalLoss, kind)
+        what = "itself, with fastattn.linear_cross_entropy in training"
+        return difference_of_losses(module, fused) or _Plan(fused, {}, what)
     for parameter in module.parameters():
         if type(parameter.data) is not Tensor:
             return f"its parameters are {type(parameter.data).__name__}: patch before they are distributed"

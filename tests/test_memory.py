@@ -1,6 +1,5 @@
 """Measured memory: what a loss over a large vocabulary needs at most, and what a feed-forward layer keeps."""
 
-import ctypes
 import resource
 import sys
 
@@ -12,17 +11,13 @@ from torch.profiler import ProfilerActivity, profile
 import fastattn
 from bench.memory import growth, resident
 from bench.processes import in_child
-from fastattn.heap import keep_freed_memory
+from fastattn.heap import GREATEST_THRESHOLD, MMAP_THRESHOLD, keep_freed_memory, set_option
 from fastattn.models import GPT, GPTConfig
-
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def map_each_tensor():
     """Tensors of 64 KB and more get memory of their own from now on: holes in the heap, which vary, are not measured."""
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
-        set_option(M_MMAP_THRESHOLD, 1 << 16)
+    set_option(MMAP_THRESHOLD, 1 << 16)
 
 
 def loss_step(ours, tokens, classes, width):
@@ -160,13 +155,13 @@ def faults_of_a_step(keeps, *largest):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc is asked to")
 def test_freed_memory_is_kept():
-    plain, kept, limited = (in_child(faults_of_a_step, *how) for how in ((False,), (True,), (True, 32 << 20)))
+    plain, kept, limited = (in_child(faults_of_a_step, *how) for how in ((False,), (True,), (True, GREATEST_THRESHOLD)))
     assert kept < plain / 10
     assert limited > plain / 2
     assert plain > 100
 
 
-@pytest.mark.parametrize("largest", [-1, (32 << 20) + 1])
+@pytest.mark.parametrize("largest", [-1, GREATEST_THRESHOLD + 1])
 def test_what_glibc_would_refuse_is_an_error(largest):
     with pytest.raises(ValueError, match=f"largest must be at .* got {largest}"):
         keep_freed_memory(largest)

@@ -1,15 +1,13 @@
 """Memory grows with the length, not with its square, whatever is switched on; and the measuring itself measures."""
 
-import ctypes
-
 import pytest
 import torch
 
 import fastattn
 from bench.memory import growth
 from bench.processes import in_child
+from fastattn.heap import MMAP_THRESHOLD, set_option
 
-M_MMAP_THRESHOLD = -3  # of <malloc.h>
 FEATURES = {
     "plain": {},
     "causal": {"causal": True},
@@ -51,11 +49,7 @@ def growth_with(name, lengths):
     Most of it is one block of scores with its temporaries, whose size does not depend on the length.
     """
     torch.set_num_threads(1)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if (
-        mallopt is not None
-    ):  # glibc: give freed blocks back at once, what it would keep in fragments is not what an op needs
-        mallopt(M_MMAP_THRESHOLD, 1 << 18)
+    set_option(MMAP_THRESHOLD, 1 << 18)  # what glibc would keep in fragments is not what an op needs
     step(name, 64)()
     return [growth(step(name, n)) for n in lengths]
 
