@@ -68,6 +68,7 @@ CASES = {
     "weight_only": norm((4, 20), bias=False),
     "bias_only": norm((4, 20), weight=False),
     "fp32_parameters": norm((4, 20), dtypes={"weight": torch.float32, "bias": torch.float32}),
+    "fp32_parameters_2d": norm((3, 5, 4), 2, dtypes={"weight": torch.float32, "bias": torch.float32}),
     "bias_in_another_dtype": norm((4, 20), dtypes={"bias": torch.float32}),
     "rms": norm((37, 24), bias=False, rms=True),
     "rms_2d_zero_centered_weight": norm((5, 3, 4), 2, bias=False, rms=True, offset=1.0),

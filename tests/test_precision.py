@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastattn
+from fastattn.eager import normalization
 
 BACKENDS = ["eager", "triton"]
 HALVES = [torch.float16, torch.bfloat16]
@@ -25,6 +26,20 @@ def test_statistics_are_kept_in_fp32(dtype, backend):
     centred = x.double() - x.double().mean(1, keepdim=True)
     normalised = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(got.double(), (grad.double() * normalised).sum(0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_sums_over_several_blocks_of_rows(with_bias, dtype, monkeypatch):
+    """fp32 parameters' gradients on the CPU, whose rows are made fp32 a block at a time; the last block is smaller."""
+    monkeypatch.setattr(normalization, "SUMMED_NUMBERS", 40 * 24)
+    x, grad = torch.randn(2, 75, 24).to(dtype), torch.randn(2, 75, 24).to(dtype)
+    parameters = [torch.ones(24, requires_grad=True) for _ in range(1 + with_bias)]
+    with fastattn.backend.use("eager"):
+        got = torch.autograd.grad(fastattn.layer_norm(x, 24, *parameters), parameters, grad)
+    x_hat = torch.nn.functional.layer_norm(x.double(), (24,))
+    for sums, summands in zip(got, (grad.double() * x_hat, grad.double())):
+        torch.testing.assert_close(sums.double(), summands.sum((0, 1)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -15,6 +15,7 @@ from fastattn.eager.random import drop
 from fastattn.eager.row_blocks import row_blocks
 
 BLOCK_NUMBERS = 1 << 18  # numbers in a block of rows: it stays in the cache
+SUMMED_NUMBERS = 1 << 19  # the same where rows are only summed over: fewer calls, each of which waits for all threads
 ROOM = 2048  # numbers more than a tensor has, so that the next one of its size finds room in its memory (glibc aligns anew)
 
 
@@ -116,8 +117,8 @@ def backward(
     gain, plain = _gain(weight, columns, weight_offset, h), groups == 1 and scale is None
     whole = plain and seed is None and h.dtype == input_dtype and grad_hidden is None
     rounded_twice = mean.numel() == 0 and h.dtype != torch.float32  # RMS norm's: the kernel's, and with the term added
-    if whole and not rounded_twice and sums_dtype in (None, h.dtype):
-        grad, sums = fused_backward(dy.to(h.dtype), h, gain, mean, rstd, sums_dtype is not None)
+    if whole and not rounded_twice:
+        grad, sums = fused_backward(dy.to(h.dtype), h, gain, mean, rstd, sums_dtype)
         return grad.view(hidden.shape), hidden.new_empty(0), *_sums([s[None] for s in sums], rstd, sums_dtype)
     separate = seed is not None or input_dtype != hidden.dtype
     grad = hidden.new_empty(hidden.shape if has_residual or not separate else 0)
@@ -128,7 +129,7 @@ def backward(
         dy_block, h_block = dy[block].float(), h[block].float()
         if plain:
             means = mean[block] if mean.numel() else mean
-            dh, summands = fused_backward(dy_block, h_block, gain, means, rstd[block], sums_dtype is not None)
+            dh, summands = fused_backward(dy_block, h_block, gain, means, rstd[block], sums_dtype)
             for total, summand in zip(sums, summands):
                 total += summand
         else:
@@ -187,16 +188,16 @@ def _gain(weight: Tensor | None, columns: int, weight_offset: float, like: Tenso
 
 
 def fused_backward(
-    dy: Tensor, h: Tensor, gain: Tensor, mean: Tensor, rstd: Tensor, need_sums: bool
+    dy: Tensor, h: Tensor, gain: Tensor, mean: Tensor, rstd: Tensor, sums_dtype: torch.dtype | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """PyTorch's layer norm backward: dh in the rows' dtype, and where needed A and B in fp32.
+    """PyTorch's layer norm backward: dh in the rows' dtype, and unless `sums_dtype` is None A and B in fp32, as exact as that.
 
     dy, h: (rows, columns); gain: (columns,), fp32; mean, rstd: (rows,), fp32. Without a mean, and in fp32, the rows' norm is
     RMS norm: layer norm with mean 0, whose gradient lacks the term that the mean's own dependence on h brings in.
     """
-    of_fp32, centered = need_sums and h.dtype == torch.float32, mean.numel() > 0
+    of_fp32, centered = sums_dtype is not None and h.dtype == torch.float32, mean.numel() > 0
     which, means = [True, of_fp32, of_fp32], mean if centered else torch.zeros_like(rstd)
-    sums = sums_over_rows(dy, h, mean, rstd) if need_sums and not of_fp32 else []  # first: dh gets x̂'s memory
+    sums = [] if sums_dtype is None or of_fp32 else sums_over_rows(dy, h, gain, mean, rstd, sums_dtype)
     dh, *fp32_sums = torch.ops.aten.native_layer_norm_backward.default(
         dy, h, gain.shape, means[:, None], rstd[:, None], gain, gain, which
     )
@@ -205,23 +206,34 @@ def fused_backward(
     return dh, fp32_sums if of_fp32 else sums
 
 
-def sums_over_rows(dy: Tensor, h: Tensor, mean: Tensor, rstd: Tensor) -> list[Tensor]:
-    """[A, B] = [Σ dy · x̂, Σ dy] of 16-bit rows in fp32.
+def sums_over_rows(dy: Tensor, h: Tensor, gain: Tensor, mean: Tensor, rstd: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """[A, B] = [Σ dy · x̂, Σ dy] of 16-bit rows in fp32, for a result in `dtype`; shapes as in `fused_backward`.
 
     PyTorch's layer norm sums them in 16 bits: 20,000 ones make 256. Its batch norm sums over rows as well, and in fp32: from
     x̂ (the batch norm in which each row is a channel, with the statistics known) it gets A and B (the backward of
-    one with mean 0 and deviation 1). x̂ is rounded to 16 bits on the way, as the result will be.
+    one with mean 0 and deviation 1). x̂ is rounded to 16 bits on the way, as the result will be; where the result is
+    fp32, blocks of rows are made fp32 for PyTorch's layer norm.
     """
-    zeros, ones, no_statistics = _constants(h.shape[1], h.device)
+    rows, columns = h.shape
+    zeros, ones, no_statistics = _constants(columns, h.device)
     if not h.numel():  # PyTorch's batch norm divides by the number of rows and ends the process
         return [zeros.clone(), zeros.clone()]
-    x_hat = h.new_empty(h.numel() + ROOM).resize_(h.shape)
-    torch.native_batch_norm(
-        h[None], None, None, mean, rstd.pow(-2), False, 0.0, 0.0, out=(x_hat[None], no_statistics, no_statistics)
-    )
-    return torch.ops.aten.native_batch_norm_backward.default(
-        dy, x_hat, None, None, None, zeros, ones, True, 0.0, [False, True, True]
-    )[1:]
+    if dtype != torch.float32:
+        x_hat = h.new_empty(h.numel() + ROOM).resize_(h.shape)  # the gradient gets its memory
+        torch.native_batch_norm(
+            h[None], None, None, mean, rstd.pow(-2), False, 0.0, 0.0, out=(x_hat[None], no_statistics, no_statistics)
+        )
+        return torch.ops.aten.native_batch_norm_backward.default(
+            dy, x_hat, None, None, None, zeros, ones, True, 0.0, [False, True, True]
+        )[1:]
+    sums = [zeros, zeros]
+    for block in row_blocks(rows, columns, SUMMED_NUMBERS):
+        _, *summands = torch.ops.aten.native_layer_norm_backward.default(
+            dy[block].float(), h[block].float(), gain.shape, mean[block, None], rstd[block, None], gain, gain,
+            [False, True, True],
+        )  # fmt: skip
+        sums = [total + summand for total, summand in zip(sums, summands)]
+    return sums
 
 
 @lru_cache(maxsize=64)

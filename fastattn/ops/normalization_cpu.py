@@ -23,14 +23,15 @@ def layer_norm_by_torch(
     """
     if torch.compiler.is_compiling() or not isinstance(input, Tensor) or not input.is_cpu:
         return None
-    dtype = input.dtype
-    if weight is not None and getattr(weight, "dtype", None) is not dtype:
+    if not eager_on_cpu():
         return None
-    if bias is not None and getattr(bias, "dtype", None) is not dtype:
+    dtype = input.dtype
+    if weight is not None and bias is not None and getattr(weight, "dtype", None) is not getattr(bias, "dtype", None):
+        return None
+    given = weight if bias is None else bias
+    if given is not None and getattr(given, "dtype", None) not in (dtype, torch.float32):
         return None
     if weight is None and bias is not None:  # PyTorch's gradient cannot be differentiated again
-        return None
-    if not eager_on_cpu():
         return None
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
     try:
@@ -91,10 +92,11 @@ class CpuLayerNorm(torch.autograd.Function):
             return grad, None, grad_weight, grad_bias, None
         gain, means, rstds = ctx.gain, mean.view(-1), rstd.view(-1)
         if input.dim() == 2 and gain.dim() == 1:  # the sums first: the gradient gets the memory that they took
-            a, b = sums_over_rows(grad_output, input, means, rstds)
+            a, b = sums_over_rows(grad_output, input, gain, means, rstds, weight.dtype)
         else:
             rows = len(rstds), gain.numel()
-            sums = sums_over_rows(grad_output.reshape(rows), input.reshape(rows), means, rstds)
+            flat = grad_output.reshape(rows), input.reshape(rows), gain.view(-1)
+            sums = sums_over_rows(*flat, means, rstds, weight.dtype)
             a, b = (x.view(gain.shape) for x in sums)
         grad = torch.ops.aten.native_layer_norm_backward.default(
             grad_output, input, gain.shape, mean, rstd, gain, gain, [True, False, False]
