@@ -567,6 +567,14 @@ MUTANTS = (
         "if x.dim() == 2 or x.shape[-3] in (1, heads, 2):",
         ("tests/test_sdpa.py",),
     ),
+    Mutant(
+        "rows in front of the first key are read",
+        "kernels/decode.py",
+        "places = first_place + start",
+        "places = start",
+        DECODE,
+    ),
+    Mutant("rows in front of the first key count", "kernels/decode.py", "num_keys - first_place", "num_keys", DECODE),
     Mutant("splits are merged without their weights", "kernels/decode.py", "part * weight[:, None]", "part", DECODE),
     Mutant(
         "every split has the sink",

@@ -31,6 +31,7 @@ class Case:
     value_dim: int | None = None
     capacity: int = 96
     page_size: int | None = None
+    leftpad: tuple | None = None
     packed: bool = False
     causal: bool = True
     window: tuple | None = None
@@ -47,12 +48,17 @@ class Case:
     def counts(self):
         return [self.lengths] * self.batch if isinstance(self.lengths, int) else list(self.lengths)
 
+    @property
+    def firsts(self):
+        return self.leftpad or [0] * self.batch
+
     def options(self):
         torch.manual_seed(1)
         slopes, sinks = torch.rand(self.batch, self.heads), torch.randn(self.heads)
         return {
             "causal": self.causal, "window": self.window, "softcap": self.softcap, "scale": self.scale,
             "alibi_slopes": slopes if self.alibi else None, "sinks": sinks if self.sinks else None,
+            "cache_leftpad": torch.tensor(self.leftpad, dtype=torch.int32) if self.leftpad else None,
         }  # fmt: skip
 
     def tensors(self, dtype):
@@ -69,8 +75,9 @@ class Case:
     def caches(self, full):
         """(cache, block_table or None) of (B, Hkv, capacity, D), holding each sequence's first rows and NaN behind."""
         held = full.clone()
-        for sequence, count in zip(held, self.counts):
+        for sequence, count, empty in zip(held, self.counts, self.firsts):
             sequence[:, count:] = torch.nan
+            sequence[:, :empty] = torch.nan
         if self.page_size is None:
             spare = full.new_full((SPARE, *full.shape[1:]), torch.nan)
             return torch.cat([held, spare]), None
@@ -88,12 +95,16 @@ class Case:
     def definition(self, query, keys, values):
         outs, lses = [], []
         options = self.options()
-        slopes = options.pop("alibi_slopes")
-        for i, count in enumerate(self.counts):
+        slopes, _ = options.pop("alibi_slopes"), options.pop("cache_leftpad")
+        for i, (first, count) in enumerate(zip(self.firsts, self.counts)):
             q, k, v = (x[i : i + 1] for x in (query, keys, values))
             n = count + self.new
             out, lse = reference.attention(
-                q, k[:, :, :n], v[:, :, :n], **options, alibi_slopes=None if slopes is None else slopes[i : i + 1]
+                q,
+                k[:, :, first:n],
+                v[:, :, first:n],
+                **options,
+                alibi_slopes=None if slopes is None else slopes[i : i + 1],
             )
             outs.append(out)
             lses.append(lse)
@@ -123,6 +134,13 @@ CASES = {
     "paged": Case(page_size=16),
     "paged_odd": Case(page_size=12, queries=3, new=3, lengths=(11, 70, 0, 93)),
     "paged_one_length": Case(page_size=32, lengths=50),
+    "leftpad": Case(leftpad=(3, 0, 0, 64)),
+    "leftpad_of_all": Case(leftpad=(7, 7, 7, 7), lengths=45, queries=4, new=4),
+    "leftpad_paged": Case(leftpad=(9, 64, 0, 5), page_size=8, queries=3, new=3),
+    "leftpad_everything": Case(
+        queries=3, new=3, window=(40, None), alibi=True, softcap=3.0, sinks=True, scale=0.3, page_size=8, packed=True, dim=33,
+        lengths=(5, 93, 0, 60), leftpad=(5, 30, 0, 17),
+    ),
     "everything": Case(
         queries=3, new=3, window=(40, None), alibi=True, softcap=3.0, sinks=True, scale=0.3, page_size=8, packed=True, dim=33,
         lengths=(5, 93, 0, 60),
@@ -194,17 +212,22 @@ FREQUENCIES = 10_000.0 ** (-torch.arange(0, 12, 2, dtype=torch.float64) / 12)  #
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("name", ["one_token", "all_of_one_length", "fewer_new_keys", "paged_odd"])
+@pytest.mark.parametrize(
+    "name", ["one_token", "all_of_one_length", "fewer_new_keys", "paged_odd", "leftpad", "leftpad_of_all"]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rotary_turns_queries_and_new_keys_by_their_positions(name, interleaved, backend):
     case = Case(queries=3, new=2, lengths=(5, 40)) if name == "fewer_new_keys" else CASES[name]
     query, keys, values = case.tensors(torch.float32)
-    last = torch.tensor(case.counts)[:, None] + case.new
+    first = torch.tensor(case.firsts)[:, None]
+    last = torch.tensor(case.counts)[:, None] + case.new - first
     turns = {"inverse_frequencies": FREQUENCIES, "interleaved": interleaved}
     turned_query, _ = reference.rotary(
         query.double(), query.double(), positions=last - case.queries + torch.arange(case.queries), **turns
     )
-    _, turned = reference.rotary(keys.double(), keys.double(), positions=torch.arange(case.capacity)[None], **turns)
+    _, turned = reference.rotary(
+        keys.double(), keys.double(), positions=(torch.arange(case.capacity) - first).clamp(min=0), **turns
+    )
     truth, _ = case.definition(turned_query, turned, values.double())
     (key_cache, table), (value_cache, _) = case.caches(turned.float()), case.caches(values)
     cos, sin = fastattn.rotary_tables(12, case.capacity)
@@ -212,7 +235,7 @@ def test_rotary_turns_queries_and_new_keys_by_their_positions(name, interleaved,
     with fastattn.backend.use(backend):
         out = fastattn.attention_with_kv_cache(
             query, key_cache, value_cache, lengths, key=case.fresh(keys), value=case.fresh(values), block_table=table,
-            rotary_cos=cos, rotary_sin=sin, rotary_interleaved=interleaved,
+            rotary_cos=cos, rotary_sin=sin, rotary_interleaved=interleaved, cache_leftpad=case.options()["cache_leftpad"],
         )  # fmt: skip
     assert max_error(out, truth) < 1e-5
 
@@ -234,7 +257,7 @@ def test_opcheck_and_one_graph(backend):
     with fastattn.backend.use(backend):
         caches = case.caches(keys)[0].nan_to_num(), case.caches(values)[0].nan_to_num()
         torch.library.opcheck(append_op, (*caches, *fresh, lengths, 0, None))
-        torch.library.opcheck(attend_op, (query, *caches, lengths, 5, None, None, None, 0.25, None, 0, 0.0))
+        torch.library.opcheck(attend_op, (query, *caches, lengths, 5, None, None, None, None, 0.25, None, 0, 0.0))
 
         def step(query, key_cache, value_cache, lengths, key, value):
             out = fastattn.attention_with_kv_cache(query, key_cache, value_cache, lengths, key=key, value=value)
@@ -270,6 +293,11 @@ NEW = {"key": torch.zeros(2, 2, 1, 8), "value": torch.zeros(2, 2, 1, 8)}
         ({"block_table": torch.zeros(2, 1)}, TypeError, "block_table has dtype float32; allowed: int32"),
         ({"block_table": torch.full((2, 1), 2, dtype=torch.int32)}, ValueError, r"page numbers in \[0, 2\), got 2"),
         ({"block_table": torch.zeros(1, 1, dtype=torch.int32)}, ValueError, "one row for each of the 2 sequences"),
+        ({"cache_leftpad": torch.tensor([0.0, 1.0])}, TypeError, "cache_leftpad has dtype float32; allowed: int32"),
+        ({"cache_leftpad": torch.tensor([1])}, ValueError, r"cache_leftpad must have shape \(2,\)"),
+        ({"cache_leftpad": torch.tensor([0, 3])}, ValueError, r"at most cache_seqlens, 2, got tensor\(\[0, 3\]\)"),
+        ({"cache_leftpad": torch.tensor([0, -1])}, ValueError, "cache_leftpad must be at least 0"),
+        ({"cache_leftpad": 1}, TypeError, "cache_leftpad must be a torch.Tensor, got int"),
         ({"rotary_cos": torch.zeros(6, 4)}, ValueError, "given together, but rotary_sin is None"),
         ({"softcap": -1.0}, ValueError, "softcap must be None or > 0"),
         ({"scale": "1", **NEW}, TypeError, "scale must be a real number, got str"),

@@ -16,6 +16,7 @@ from fastattn.integrations.flash_attn import (
     flash_attn_with_kvcache,
 )
 from tests import reference
+from tests.contract import BACKENDS
 
 OPTIONS = {
     "default": ({}, {}),
@@ -79,6 +80,48 @@ def test_kv_cache_means_the_same(name, where):
         assert torch.equal(*whole)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("where", ["batch", "paged"])
+def test_rows_in_front_of_the_first_key_are_not_read(where, backend):
+    """`cache_leftpad`: the keys and their positions begin behind these rows; new keys come behind `cache_seqlens` rows."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 4, 16), torch.randn(2, 3, 2, 16), torch.randn(2, 3, 2, 16)
+    lengths, first = torch.tensor([5, 9], dtype=torch.int32), torch.tensor([2, 6], dtype=torch.int32)
+    cos, sin = fastattn.rotary_tables(16, 12)
+    plain = torch.randn(2, 2, 12, 2, 16)
+    padded = [torch.full_like(x, torch.nan) for x in plain]
+    for i, (n, pad) in enumerate(zip(lengths.tolist(), first.tolist())):
+        for cache, held in zip(padded, plain):
+            cache[i, pad:n] = held[i, : n - pad]
+    options = {"block_table": torch.arange(6, dtype=torch.int32).view(2, 3)} if where == "paged" else {}
+    padded = [c.reshape(6, 4, 2, 16) for c in padded] if where == "paged" else padded
+    with fastattn.backend.use(backend):
+        expected = flash_attn_with_kvcache(q, *plain, k, v, cos, sin, lengths - first, causal=True)
+        got = flash_attn_with_kvcache(
+            q, *padded, k, v, cos, sin, lengths, cache_leftpad=first, causal=True, **options
+        )  # fmt: skip
+    assert torch.allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_queries_over_pages(backend):
+    """Values and gradients are those of the same rows, packed; pages that no sequence owns get a gradient of zero."""
+    torch.manual_seed(0)
+    lengths, table = [7, 0, 4], torch.tensor([[3, 5, -9], [77, 77, 77], [1, 99, 99]], dtype=torch.int32)
+    cu_k, cu_q = torch.tensor([0, 7, 7, 11], dtype=torch.int32), torch.tensor([0, 2, 3, 6], dtype=torch.int32)
+    q = torch.randn(6, 4, 16, requires_grad=True)
+    k, v = (torch.randn(6, 4, 2, 16, requires_grad=True) for _ in range(2))
+    packed = [torch.cat([x[3], x[5][:3], x[1]]) for x in (k, v)]
+    with fastattn.backend.use(backend):
+        expected = flash_attn_varlen_func(q, *packed, cu_q, cu_k, 3, max(lengths), causal=True)
+        got = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 3, max(lengths), causal=True, block_table=table)
+        weights = torch.randn_like(got)
+        grads, expected_grads = (torch.autograd.grad((x * weights).sum(), (q, k, v)) for x in (got, expected))
+    assert torch.equal(got, expected)
+    for grad, other in zip(grads, expected_grads):
+        assert torch.allclose(grad, other, atol=1e-6)
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("unbounded", [(-1, -1), [-1, -1]], ids=["tuple", "list"])
@@ -135,11 +178,23 @@ def test_signatures_are_those_of_the_package():
 
 def test_what_is_not_supported_is_refused():
     x, cu = torch.zeros(3, 2, 8), torch.tensor([0, 3], dtype=torch.int32)
-    with pytest.raises(ValueError, match="block_table must be None"):
-        flash_attn_varlen_func(x, x, x, cu, cu, 3, 3, block_table=cu)
-    q, cache = torch.zeros(1, 1, 2, 8), torch.zeros(1, 4, 2, 8)
-    with pytest.raises(ValueError, match="cache_leftpad must be None"):
-        flash_attn_with_kvcache(q, cache, cache, cache_leftpad=torch.zeros(1, dtype=torch.int32))
+    q, cache, table = torch.zeros(1, 1, 2, 8), torch.zeros(1, 4, 2, 8), torch.zeros(1, 1, dtype=torch.int32)
+    for pages, longest, table_given, message in (
+        (x, 3, table, r"k must have 4 dimensions \(pages, page size, heads, head_dim\) with a block_table"),
+        (cache, 3, table[0], "block_table must have 2 dimensions"),
+        (
+            cache,
+            5,
+            table,
+            r"a row for each of the 1 sequences and pages for max_seqlen_k 5 rows, got \(1, 1\) pages of 4 rows",
+        ),
+        (cache, 3, table.expand(2, 1), "a row for each of the 1 sequences"),
+        (cache, 3, table + 1, r"block_table must hold page numbers in \[0, 1\), got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            flash_attn_varlen_func(x, pages, pages, cu, cu, 3, longest, block_table=table_given)
+    with pytest.raises(TypeError, match=r"cache_leftpad must be a torch\.Tensor, got list"):
+        flash_attn_with_kvcache(q, cache, cache, cache_leftpad=[0])
     with pytest.raises(ValueError, match="rotary_cos and rotary_sin must be given together, and with k and v"):
         flash_attn_with_kvcache(q, cache, cache, rotary_cos=cache[0, 0], rotary_sin=cache[0, 0], cache_seqlens=1)
     with pytest.raises(ValueError, match="cache_seqlens must say where k and v are appended"):

@@ -93,6 +93,7 @@ def kv_cache(
         "alibi": {"alibi_slopes": torch.zeros(heads)},
         "softcap": {"softcap": 30.0},
         "sinks": {"sinks": torch.zeros(heads)},
+        "leftpad": {"cache_leftpad": torch.zeros(2, dtype=torch.int32)},
     }
     chosen = {name: value for flag in flags for name, value in options[flag].items()}
     with fastattn.backend.use("triton"):
@@ -344,7 +345,8 @@ def _other_cases() -> Iterator[Case]:
     )
     yield Case("rotary bf16 D256 interleaved", "rotary", {"head_dim": 256, "rotary_dim": 256, "interleaved": True})
     yield Case("kv cache bf16 D128", "kv_cache", {"head_dim": 128}, core=True)
-    features = ["window", "alibi", "softcap", "sinks"]
+    yield Case("kv cache bf16 D128 leftpad", "kv_cache", {"head_dim": 128, "flags": ["leftpad"]})
+    features = ["window", "alibi", "softcap", "sinks", "leftpad"]
     for dtype in ("bfloat16", "float16", "float32"):
         for head_dim in (16, 64, 80, 128, 256):
             where = {"dtype": dtype, "head_dim": head_dim}

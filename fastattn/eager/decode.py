@@ -31,19 +31,21 @@ def append(
     value_cache[where, :, positions] = value.transpose(1, 2)
 
 
-def _of_sequence(cache: Tensor, block_table: Tensor | None, index: int, keys: int) -> Tensor:
-    """(1, Hkv, keys, D): a view, or what the pages of a paged cache hold."""
+def _of_sequence(cache: Tensor, block_table: Tensor | None, index: int, start: int, end: int) -> Tensor:
+    """(1, Hkv, end - start, D): a view, or what the pages of a paged cache hold."""
     if block_table is None:
-        return cache[index : index + 1, :, :keys]
-    pages = cache[block_table[index, : -(-keys // cache.shape[2])].long()]  # (pages, Hkv, page_size, D)
-    return pages.transpose(0, 1).flatten(1, 2)[None, :, :keys]
+        return cache[index : index + 1, :, start:end]
+    first = start // cache.shape[2]
+    pages = cache[block_table[index, first : -(-end // cache.shape[2])].long()]  # (pages, Hkv, page_size, D)
+    before = first * cache.shape[2]
+    return pages.transpose(0, 1).flatten(1, 2)[None, :, start - before : end - before]
 
 
 def forward(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor | None, more: int, block_table: Tensor | None,
-    rules: ScoreRules, precision: str,
+    leftpad: Tensor | None, rules: ScoreRules, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out, lse). A sequence has lengths + more keys (`more` where lengths is None)."""
+    """(out, lse). A sequence ends at lengths + more (`more` where lengths is None), and begins at `leftpad` or at 0."""
     batch = query.shape[0]
     if query.shape[2] == 1 and rules.window_right is not None:
         rules = rules._replace(window_right=None)  # one query stands at the last key
@@ -53,16 +55,17 @@ def forward(
         kv_heads = key_cache.shape[1]
         rows = query.reshape(batch, kv_heads, query.shape[1] // kv_heads, query.shape[3])
         if rows.shape[2] > 1:
-            out, lse = forward(rows, key_cache, value_cache, lengths, more, block_table, rules, precision)
+            out, lse = forward(rows, key_cache, value_cache, lengths, more, block_table, leftpad, rules, precision)
             return out.reshape(*query.shape[:3], out.shape[3]), lse.reshape(query.shape[:3])
-    counts = [more] if lengths is None else sorted({more + n for n in lengths.tolist()})
-    if len(counts) == 1 and block_table is None:
-        keys = counts[0]
-        return attention.forward(query, key_cache[:batch, :, :keys], value_cache[:batch, :, :keys], rules, precision)
+    ends = [more] * batch if lengths is None else [more + n for n in lengths.tolist()]
+    places = list(zip([0] * batch if leftpad is None else leftpad.tolist(), ends))
+    if len(set(places)) == 1 and block_table is None:
+        seen = slice(*places[0])
+        return attention.forward(query, key_cache[:batch, :, seen], value_cache[:batch, :, seen], rules, precision)
     out = new_output(query, value_cache.shape[3])
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    for i, keys in enumerate([more] * batch if lengths is None else (lengths + more).tolist()):
-        k, v = (_of_sequence(cache, block_table, i, keys) for cache in (key_cache, value_cache))
+    for i, place in enumerate(places):
+        k, v = (_of_sequence(cache, block_table, i, *place) for cache in (key_cache, value_cache))
         own = rules if slopes is None else rules._replace(alibi_slopes=slopes[i : i + 1])
         out[i : i + 1], lse[i : i + 1] = attention.forward(query[i : i + 1], k, v, own, precision)
     return out, lse

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.checks import check_pair, check_rank, check_shape, check_tensor
+from fastattn.checks import check_integer, check_pair, check_rank, check_shape, check_tensor
 from fastattn.ops.attention import attention
 from fastattn.ops.decode import attention_with_kv_cache
 from fastattn.ops.rotary import rotary
@@ -128,19 +128,52 @@ def flash_attn_varlen_func(
 ) -> Result:
     """Attention over packed sequences q (Tq, Hq, D), k (Tk, Hkv, D), v (Tk, Hkv, Dv); see `fastattn.varlen_attention`.
 
+    With `block_table`, int32 (B, pages of a sequence), k and v are (pages, page_size, Hkv, D): position p of sequence b lies in
+    row p % page_size of page block_table[b, p // page_size]. They are copied into one packed tensor, which has gradients too.
+
     Returns:
         (Tq, Hq, Dv), or with `return_attn_probs` (that, lse (Hq, Tq), None).
-
-    Raises:
-        ValueError: `block_table` is given: paged keys and values are not supported here.
     """
     if block_table is not None:
-        raise ValueError("block_table must be None: paged keys and values are not supported by flash_attn_varlen_func")
+        k, v = _from_pages(k, v, cu_seqlens_k, max_seqlen_k, block_table)
     out, lse = varlen_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal, window=_window(window_size),
         alibi_slopes=alibi_slopes, softcap=softcap or None, dropout_p=dropout_p, scale=softmax_scale, return_lse=True,
     )  # fmt: skip
     return (out, lse, None) if return_attn_probs else out
+
+
+def _from_pages(
+    k: Tensor, v: Tensor, cu_seqlens_k: Tensor, max_seqlen_k: int, block_table: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The rows of k and v (pages, page_size, Hkv, D) that the sequences own, packed: (Tk, Hkv, D).
+
+    On a GPU, whose lengths the host does not wait for, B · max_seqlen_k rows; behind the last sequence's end they are anything.
+    """
+    for name, pages in (("k", k), ("v", v)):
+        check_tensor(name, pages)
+        check_rank(name, pages, 4, "(pages, page size, heads, head_dim) with a block_table")
+    check_shape("v", v, (*k.shape[:3], v.shape[3]), "as k")
+    check_tensor("cu_seqlens_k", cu_seqlens_k, (torch.int32, torch.int64))
+    check_rank("cu_seqlens_k", cu_seqlens_k, 1, "(batch + 1,)")
+    check_tensor("block_table", block_table, (torch.int32,))
+    check_rank("block_table", block_table, 2, "(batch, pages of a sequence)")
+    batch, size = len(cu_seqlens_k) - 1, k.shape[1]
+    max_seqlen_k = check_integer("max_seqlen_k", max_seqlen_k)
+    if block_table.shape[0] != batch or not 0 <= max_seqlen_k <= block_table.shape[1] * size:
+        raise ValueError(
+            f"block_table must have a row for each of the {batch} sequences and pages for max_seqlen_k {max_seqlen_k} rows, "
+            f"got {tuple(block_table.shape)} pages of {size} rows"
+        )
+    starts, most = cu_seqlens_k.long(), batch * max_seqlen_k
+    rows = torch.arange(min(most, int(starts[-1])) if readable(starts) else most, device=k.device)
+    sequence = (torch.searchsorted(starts, rows, right=True) - 1).clamp(0, batch - 1)
+    position = (rows - starts[sequence]).clamp(0, max_seqlen_k - 1)
+    page = block_table[sequence, position // size].long()
+    if readable(page) and (wrong := page[(page < 0) | (page >= len(k))]).numel():
+        raise ValueError(f"block_table must hold page numbers in [0, {len(k)}), got {wrong[0].item()}")
+    page = torch.where(rows < starts[-1], page, 0)  # (behind a sequence's end a table may hold anything)
+    return k[page, position % size], v[page, position % size]
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -212,7 +245,8 @@ def flash_attn_with_kvcache(
     """Attention of q (B, Nq, Hq, D) over caches (≥ B, capacity, Hkv, D), to which k and v (B, new, Hkv, D) are appended.
 
     See `fastattn.attention_with_kv_cache`. `cache_seqlens` None means that the caches are full; `cache_batch_idx` (B,)
-    gives the number of each sequence's cache; with `block_table` the caches are (pages, page_size, Hkv, D).
+    gives the number of each sequence's cache; with `block_table` the caches are (pages, page_size, Hkv, D). `cache_leftpad`,
+    int32 (B,): rows in front of a sequence's first key; unlike in flash-attn, also of paged caches.
     With rotary tables, k is turned by its positions, and q by its own or, where attention is neither causal nor local, by
     the position `cache_seqlens` alone. `num_splits` is accepted: the number of splits follows from the shapes here.
 
@@ -220,8 +254,7 @@ def flash_attn_with_kvcache(
         (B, Nq, Hq, Dv), or with `return_softmax_lse` (that, lse (B, Hq, Nq)).
 
     Raises:
-        ValueError: `cache_leftpad` is given; `cache_batch_idx` with `block_table`; k without `cache_seqlens`; rotary tables
-            without k.
+        ValueError: `cache_batch_idx` with `block_table`; k without `cache_seqlens`; rotary tables without k.
     """
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
         if tensor is not None:
@@ -229,7 +262,7 @@ def flash_attn_with_kvcache(
             check_rank(name, tensor, 4, "(batch or pages, length, heads, head_dim)")
     window = _window(window_size)
     if cache_leftpad is not None:
-        raise ValueError("cache_leftpad must be None: left padding is not supported")
+        check_tensor("cache_leftpad", cache_leftpad, (torch.int32, torch.int64))
     if cache_seqlens is None:
         if k is not None:
             raise ValueError("cache_seqlens must say where k and v are appended, got None")
@@ -252,10 +285,11 @@ def flash_attn_with_kvcache(
         if key is None or rotary_cos is None or rotary_sin is None:
             raise ValueError("rotary_cos and rotary_sin must be given together, and with k and v")
         by_position = causal or window != (None, None)
-        query, key = _rotated(query, key, rotary_cos, rotary_sin, cache_seqlens, rotary_interleaved, by_position)
+        held = cache_seqlens if cache_leftpad is None else cache_seqlens - cache_leftpad
+        query, key = _rotated(query, key, rotary_cos, rotary_sin, held, rotary_interleaved, by_position)
     out, lse = attention_with_kv_cache(
         query, key_cache, value_cache, cache_seqlens, key=key, value=value, block_table=block_table, causal=causal,
-        window=window, alibi_slopes=alibi_slopes, softcap=softcap or None, scale=softmax_scale,
+        window=window, alibi_slopes=alibi_slopes, softcap=softcap or None, scale=softmax_scale, cache_leftpad=cache_leftpad,
         return_lse=True,
     )  # fmt: skip
     return (out.transpose(1, 2), lse) if return_softmax_lse else out.transpose(1, 2)

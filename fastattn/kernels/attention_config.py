@@ -399,9 +399,10 @@ def decode_config(target: Target, head_dim: int, itemsize: int, rows: int, plain
     if target.backend == "interpreter":
         return AttentionConfig(16, 32, 4, 1)
     if itemsize == 4:
-        # left alone, ptxas spills 8 bytes of paged heads of 80 with everything on sm_90, and 16 of 256 on sm_120; with no limit but
-        # the hardware's, fewer warps would be resident, and this kernel waits for memory
-        most = {("sm_90", 128): 80, ("small", 256): 255}.get((_family(target), _width(head_dim)))
+        # left alone, ptxas spills 8 bytes of paged heads of 80 with everything on sm_90, and 8 to 24 of 256 on all but sm_80; with no
+        # limit but the hardware's, fewer warps would be resident, and this kernel waits for memory
+        limits = {("sm_90", 128): 80, ("sm_90", 256): 255, ("sm_100", 256): 255, ("small", 256): 255}
+        most = limits.get((_family(target), _width(head_dim)))
         return AttentionConfig(16, 32 if head_dim <= 64 else 16, 8, 1, max_registers=None if plain else most)
     config = AttentionConfig(*_DECODE[_width(head_dim)])
     block_m = min(64 if head_dim <= 128 else 16, max(16, power_of_2(rows)))

@@ -56,6 +56,7 @@ def _decode(
     v_ptr, v_strides,  # the same with DV
     lengths_ptr,  # int32 or int64 (B,), or None: every sequence has `more` keys
     table_ptr, table_stride,  # int32 (B, pages of a sequence), or None: not paged
+    leftpad_ptr,  # int32 or int64 (B,), the rows in front of each sequence's first key, or None: 0
     slopes_ptr, slopes_strides,  # fp32 (B, Hq), or None
     sinks_ptr,  # (Hq,), or None
     out_ptr, out_strides,  # (B, Hq, Nq, DV) of each split
@@ -80,6 +81,10 @@ def _decode(
     b, kv_h = batch.to(tl.int64), kv_head.to(tl.int64)
     heads = kv_h * group + offs_r % group
     num_keys = _length(lengths_ptr, batch, more, capacity)
+    first_place = 0
+    if leftpad_ptr is not None:
+        first_place = tl.load(leftpad_ptr + batch).to(tl.int32)
+        num_keys = tl.maximum(num_keys - first_place, 0)
     shift = num_keys - num_queries
 
     # [BLOCK_M, BLOCK_D]
@@ -116,8 +121,9 @@ def _decode(
     offs_n = tl.arange(0, BLOCK_N)
     for start in tl.range(low, tl.minimum(low + share, high), BLOCK_N):
         in_bounds = offs_n < num_keys - start
-        k_rows = _cache_rows(k_ptr, k_strides, table_ptr, start + offs_n, in_bounds, page_size)
-        v_rows = _cache_rows(v_ptr, v_strides, table_ptr, start + offs_n, in_bounds, page_size)
+        places = first_place + start + offs_n
+        k_rows = _cache_rows(k_ptr, k_strides, table_ptr, places, in_bounds, page_size)
+        v_rows = _cache_rows(v_ptr, v_strides, table_ptr, places, in_bounds, page_size)
         acc, l, m = add_keys(
             acc, l, m, q, k_rows[None, :] + offs_d[:, None], v_rows[:, None] + offs_dv[None, :], None, None,
             slope, None, start, in_bounds, batch, 0, 0, offs_m, num_keys, shift, left, right, scale, softcap, 0,
@@ -223,9 +229,9 @@ def capacity(cache: Tensor, block_table: Tensor | None) -> int:
 
 def forward(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor | None, more: int, block_table: Tensor | None,
-    rules: ScoreRules, precision: str,
+    leftpad: Tensor | None, rules: ScoreRules, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out, lse). A sequence has lengths + more keys (`more` where lengths is None)."""
+    """(out, lse). A sequence ends at lengths + more (`more` where lengths is None), and begins at `leftpad` or at 0."""
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, value_dim = value_cache.shape[1], value_cache.shape[3]
     group, keys = heads // kv_heads, capacity(key_cache, block_table)
@@ -245,7 +251,7 @@ def forward(
     slopes, scale = rules.alibi_slopes, rules.scale
     launch(
         _decode, (programs, splits), query, strides(query), key_cache, strides(key_cache), value_cache, strides(value_cache),
-        lengths, block_table, None if block_table is None else block_table.stride(0), slopes, strides(slopes),
+        lengths, block_table, None if block_table is None else block_table.stride(0), leftpad, slopes, strides(slopes),
         rules.sinks, part, part.stride()[-4:-1], part_lse, part_lse.stride()[-3:], part.stride(0), part_lse.stride(0),
         scale * LOG2E.value if plain else scale, rules.softcap or None, kv_heads, group, num_queries, more, keys,
         key_cache.shape[2], splits, rules.window_left, rules.window_right, D=head_dim, DV=value_dim, BLOCK_D=block_d,

@@ -59,7 +59,7 @@ append_op = define(
 )
 attend_op = define(
     "kv_cache_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? lengths, SymInt more, Tensor? block_table, "
-    "Tensor? alibi_slopes, Tensor? sinks, float scale, SymInt? window_left, SymInt? window_right, float softcap) "
+    "Tensor? leftpad, Tensor? alibi_slopes, Tensor? sinks, float scale, SymInt? window_left, SymInt? window_right, float softcap) "
     "-> (Tensor, Tensor)",
     _attend,
     _attend_fake,
@@ -119,6 +119,13 @@ def _check_lengths(lengths: Tensor | int, batch: int, new: int, capacity: int) -
         raise ValueError(f"cache_seqlens must be at least 0 and fit into the cache ({room}), got {lengths}")
 
 
+def _check_leftpad(leftpad: Tensor, lengths: Tensor | int, batch: int) -> None:
+    check_tensor("cache_leftpad", leftpad, (torch.int32, torch.int64))
+    check_shape("cache_leftpad", leftpad, (batch,), "one number of rows per sequence")
+    if readable(leftpad) and ((leftpad < 0) | (leftpad > lengths)).any():
+        raise ValueError(f"cache_leftpad must be at least 0 and at most cache_seqlens, {lengths}, got {leftpad}")
+
+
 def _check_table(table: Tensor, batch: int) -> None:
     check_tensor("block_table", table, (torch.int32,))
     check_rank("block_table", table, 2, "(batch, pages of a sequence)")
@@ -126,12 +133,15 @@ def _check_table(table: Tensor, batch: int) -> None:
         raise ValueError(f"block_table must have one row for each of the {batch} sequences, got {tuple(table.shape)}")
 
 
-def _check_pages(table: Tensor, lengths: Tensor | int, new: int, cache: Tensor) -> None:
-    """The page numbers of what the sequences hold; behind them a table may hold anything."""
+def _check_pages(table: Tensor, lengths: Tensor | int, new: int, leftpad: Tensor | None, cache: Tensor) -> None:
+    """The page numbers of what the sequences hold; in front of and behind them a table may hold anything."""
     if not readable(table) or table.numel() == 0:
         return
     ends = (lengths[:, None] if isinstance(lengths, Tensor) else lengths) + new
-    read = torch.arange(table.shape[1], device=table.device) * cache.shape[2] < ends
+    first_rows = torch.arange(table.shape[1], device=table.device) * cache.shape[2]
+    read = first_rows < ends
+    if leftpad is not None:
+        read &= first_rows + cache.shape[2] > leftpad[:, None]
     wrong = table[read & ((table < 0) | (table >= cache.shape[0]))]
     if wrong.numel():
         raise ValueError(f"block_table must hold page numbers in [0, {cache.shape[0]}), got {wrong[0].item()}")
@@ -219,7 +229,7 @@ def attention_with_kv_cache(
     value: Tensor | None = ..., block_table: Tensor | None = ..., causal: bool = ...,
     window: tuple[int | None, int | None] | None = ..., alibi_slopes: Tensor | None = ..., softcap: float | None = ...,
     sinks: Tensor | None = ..., scale: float | None = ..., rotary_cos: Tensor | None = ..., rotary_sin: Tensor | None = ...,
-    rotary_interleaved: bool = ..., return_lse: Literal[False] = ...,
+    rotary_interleaved: bool = ..., cache_leftpad: Tensor | None = ..., return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -229,7 +239,7 @@ def attention_with_kv_cache(
     value: Tensor | None = ..., block_table: Tensor | None = ..., causal: bool = ...,
     window: tuple[int | None, int | None] | None = ..., alibi_slopes: Tensor | None = ..., softcap: float | None = ...,
     sinks: Tensor | None = ..., scale: float | None = ..., rotary_cos: Tensor | None = ..., rotary_sin: Tensor | None = ...,
-    rotary_interleaved: bool = ..., return_lse: Literal[True],
+    rotary_interleaved: bool = ..., cache_leftpad: Tensor | None = ..., return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -251,6 +261,7 @@ def attention_with_kv_cache(
     rotary_cos: Tensor | None = None,
     rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = False,
+    cache_leftpad: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new queries over a cache of keys and values, to which new ones are appended in place. For inference.
@@ -277,6 +288,9 @@ def attention_with_kv_cache(
         rotary_cos, rotary_sin: (positions, half), the tables of `fastattn.rotary`: query and `key` are first rotated
             by their positions in the sequence. The keys in the cache must have been rotated when they were appended.
         rotary_interleaved: which numbers are a pair, see `fastattn.rotary`.
+        cache_leftpad: int32 or int64 (B,): the first rows of each sequence's cache that hold nothing, as of prompts padded on
+            the left. They are never read (nor are pages that hold nothing else), and positions count from the row behind
+            them; `cache_seqlens` counts them in.
         return_lse: also return the log-sum-exp of the scores.
 
     Returns:
@@ -294,7 +308,10 @@ def attention_with_kv_cache(
         >>> fastattn.attention_with_kv_cache(q, keys, values, lengths, key=k, value=v).shape
         torch.Size([3, 8, 1, 64])
     """
-    if block_table is window is alibi_slopes is softcap is sinks is rotary_cos is rotary_sin is None and not return_lse:
+    unused = (
+        block_table is window is alibi_slopes is softcap is sinks is rotary_cos is rotary_sin is cache_leftpad is None
+    )
+    if unused and not return_lse:
         plain = _by_torch(query, key_cache, value_cache, cache_seqlens, key, value, scale)
         if plain is not None:
             return plain
@@ -313,6 +330,9 @@ def attention_with_kv_cache(
     if not isinstance(cache_seqlens, Tensor):
         cache_seqlens = check_integer("cache_seqlens", cache_seqlens)
     _check_lengths(cache_seqlens, batch, new, capacity)
+    if cache_leftpad is not None:
+        _check_leftpad(cache_leftpad, cache_seqlens, batch)
+        cache_leftpad = cache_leftpad.contiguous()
     # (kernels know no stride of the lengths)
     lengths, length = (cache_seqlens.contiguous(), 0) if isinstance(cache_seqlens, Tensor) else (None, cache_seqlens)
     left, right = check_window(window, causal)
@@ -322,14 +342,15 @@ def attention_with_kv_cache(
     slopes = None if alibi_slopes is None else check_slopes(alibi_slopes, batch, query.shape[1])
     check_same_device(
         query=query, key_cache=key_cache, value_cache=value_cache, cache_seqlens=lengths, key=key, value=value,
-        block_table=block_table, alibi_slopes=slopes, sinks=sinks,
+        block_table=block_table, cache_leftpad=cache_leftpad, alibi_slopes=slopes, sinks=sinks,
     )  # fmt: skip
     if block_table is not None:
-        _check_pages(block_table, cache_seqlens, new, key_cache)
+        _check_pages(block_table, cache_seqlens, new, cache_leftpad, key_cache)
     if rotary_cos is not None or rotary_sin is not None:
         _check_untracked(rotary_cos=rotary_cos, rotary_sin=rotary_sin)
         blind = right == 0  # rows in front of the first key see none
-        query, key = _turned(query, key, new, cache_seqlens, rotary_cos, rotary_sin, rotary_interleaved, blind)
+        held = cache_seqlens if cache_leftpad is None else cache_seqlens - cache_leftpad
+        query, key = _turned(query, key, new, held, rotary_cos, rotary_sin, rotary_interleaved, blind)
     if key is not None and value is not None:
         call(
             append_op, key_cache, value_cache, row_contiguous(key), row_contiguous(value), lengths, length, block_table
@@ -337,8 +358,8 @@ def attention_with_kv_cache(
     if scale is None:
         scale = query.shape[3] ** -0.5
     out, lse = call(
-        attend_op, row_contiguous(query), key_cache, value_cache, lengths, length + new, block_table, slopes, sinks,
-        float(scale), left, right, float(softcap or 0.0),
+        attend_op, row_contiguous(query), key_cache, value_cache, lengths, length + new, block_table, cache_leftpad, slopes,
+        sinks, float(scale), left, right, float(softcap or 0.0),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
