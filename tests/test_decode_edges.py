@@ -46,6 +46,32 @@ def test_unused_entries_of_a_block_table_may_be_anything(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_pages_in_front_of_the_first_key_may_be_anything(backend):
+    """As those that a sliding window has passed and another sequence owns now."""
+    case = Case(page_size=8, lengths=(30, 16, 9, 95), leftpad=(8, 15, 0, 90))
+    query, keys, values = case.tensors(torch.float32)
+    (key_cache, table), (value_cache, _) = case.caches(keys), case.caches(values)
+    given = table.clone()
+    for row, first in zip(given, case.firsts):
+        row[: first // case.page_size] = -1
+    lengths, leftpad = (torch.tensor(x, dtype=torch.int32) for x in (case.lengths, case.leftpad))
+    with fastattn.backend.use(backend):
+        got, expected = (
+            fastattn.attention_with_kv_cache(
+                query, key_cache.clone(), value_cache.clone(), lengths, key=case.fresh(keys), value=case.fresh(values),
+                block_table=pages, cache_leftpad=leftpad,
+            )
+            for pages in (given, table)
+        )  # fmt: skip
+        assert torch.equal(got, expected)
+        given[1, 1] = -1
+        with pytest.raises(ValueError, match=r"block_table must hold page numbers in \[0, 48\), got -1"):
+            fastattn.attention_with_kv_cache(
+                query, key_cache, value_cache, lengths, block_table=given, cache_leftpad=leftpad
+            )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_sequences_give_no_results(backend):
     caches = torch.zeros(2, 1, 2, 8, 8)
     with fastattn.backend.use(backend):
