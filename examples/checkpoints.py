@@ -51,7 +51,7 @@ class Checkpoints:
     def __init__(self, out: Path, identity: dict[str, Any], processes: Processes) -> None:
         self.out = out
         self.processes = processes
-        self.file = Checkpoint(out / "checkpoint.pt", identity)
+        self.file = Checkpoint(out / "checkpoint.pt", identity, may_grow="training.steps")
         self._current: Path | None = None  # what this run loaded or saved last
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, **progress: Any) -> None:

@@ -4,6 +4,7 @@
     python examples/train_gpt.py --data book.txt --out runs/book   a UTF-8 file, or a folder of .txt and .md files
     python examples/train_gpt.py --architecture llama --kv-heads 2  as Llama instead of GPT-2
     the same command with --resume                                 goes on exactly where it was interrupted
+    the same command with --resume and more --steps                trains on, also where the run had ended
     torchrun --nproc-per-node 4 examples/train_gpt.py --parallel ddp     on four GPUs, or CPU processes; also: fsdp
 
 The folder --out receives the tokens, checkpoint.pt, metrics.jsonl, report.html (configuration, curves, a sample) and the
@@ -177,8 +178,13 @@ class Trainer:
             f"on {self.processes} in {precision}, into {self.out}\n"
             f"loss of guessing, in nats per token: {baselines}"
         )
-        note = training.warmup_note(self.arguments.warmup, self.arguments.steps)
-        return f"{lines}\n{note}" if note else lines
+        notes = [training.warmup_note(self.arguments.warmup, self.arguments.steps)]
+        if (before := self.checkpoints.file.grown_from) is not None:
+            notes.append(
+                f"note   the run had {before:,} steps; from step {self.step:,} on the learning rate is that of a run of "
+                f"{self.arguments.steps:,}"
+            )
+        return "\n".join([lines, *filter(None, notes)])
 
     def train_step(self) -> dict[str, float]:
         arguments = self.arguments
@@ -274,7 +280,7 @@ class Trainer:
             return
         manifest = self.corpus.manifest
         bits = loss / math.log(2) * manifest["val_tokens"] / manifest["val_bytes"]
-        if not any("final_val_loss" in record for record in self.metrics.records):
+        if not any("final_val_loss" in record for record in self.metrics.records if record["step"] == self.step):
             self.metrics.write(step=self.step, final_val_loss=loss, bits_per_byte=bits, **self.baselines)
         title = f"GPT on {Path(manifest['source']).name}"
         training.plot_losses(self.metrics, self.baselines, self.out / "loss.png", title)

@@ -213,11 +213,17 @@ class Checkpoint:
     Args:
         path: of the file.
         identity: nested settings that decide the loss curve; a checkpoint with other ones is refused.
+        may_grow: the name of a number among them which may be larger than it was, such as "training.steps".
+
+    Attributes:
+        grown_from: what that number was, where it is larger now than in the checkpoint that was read; else None.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, path: Path, identity: dict[str, Any], may_grow: str = "") -> None:
         self.path = path
         self.identity = identity
+        self.may_grow = may_grow
+        self.grown_from: int | None = None
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, **progress: Any) -> None:
         state = {
@@ -260,6 +266,9 @@ class Checkpoint:
         then, now = _flat(identity), _flat(self.identity)
         if then != now:
             names = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+            if names == [self.may_grow] and then[self.may_grow] < now[self.may_grow]:
+                self.grown_from = then[self.may_grow]
+                return
             changes = ", ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in names)
             raise TrainingError(
                 f"{path} belongs to a run with another configuration: {changes}. Give the old values to go on, "

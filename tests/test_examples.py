@@ -161,6 +161,21 @@ def test_accumulation_is_a_larger_batch(train: Callable[..., str], text: Path, t
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
 
 
+def test_a_finished_run_can_be_lengthened(train: Callable[..., str], text: Path, copied: Path) -> None:
+    """Its steps so far remain, the rest follows the longer schedule, and fewer steps than there were are refused."""
+    before = curve(copied)
+    train(text, copied, 320, "--resume")
+    after = curve(copied)
+    assert after[: len(before)] == before
+    rates = {step: value for step, name, value in after if name == "lr"}
+    assert rates[300] == pytest.approx(2e-4)  # the end of the shorter schedule
+    assert rates[320] == rates[300] < rates[310] < rates[301]
+    assert [step for step, name, _ in after if name == "final_val_loss"] == [300, 320]
+    message = train(text, copied, 310, "--resume", status=1)
+    assert "another configuration: training.steps was 320 and is 310" in message
+    assert "training.lr was" in train(text, copied, 400, "--resume", "--lr", 1e-4, status=1)
+
+
 def test_a_checkpoint_is_not_overwritten_or_mixed(train: Callable[..., str], text: Path, copied: Path) -> None:
     def files() -> list[bytes]:
         return [(copied / name).read_bytes() for name in ("checkpoint.pt", "metrics.jsonl", "model.safetensors")]
