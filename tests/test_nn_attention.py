@@ -189,3 +189,19 @@ def test_one_graph_for_every_length_with_weights():
         for a, b in zip(compiled(x, mask), layer(x, x, x, attn_mask=mask)):
             torch.testing.assert_close(a, b)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_a_backward_hook_with_weights_that_nobody_uses(average):
+    """Torch's hook stands between the module and its outputs, and gives an output without a gradient None."""
+    _, ours = pair()
+    q, k, v = (t.requires_grad_() for t in inputs({}))
+    torch.autograd.backward(ours(q, k, v, average_attn_weights=average)[0].sin().sum())
+    expected = [t.grad for t in (q, k, v, *ours.parameters())]
+    for tensor in (q, k, v, *ours.parameters()):
+        tensor.grad = None
+    seen = []
+    ours.register_full_backward_hook(lambda module, grad_inputs, grad_outputs: seen.append(grad_outputs))
+    ours(q, k, v, average_attn_weights=average)[0].sin().sum().backward()
+    assert seen[0][1] is None
+    assert_same([t.grad for t in (q, k, v, *ours.parameters())], expected)

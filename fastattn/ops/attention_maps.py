@@ -55,6 +55,8 @@ weights_backward_op = define(
 def _gradient(
     needs: Sequence[bool], grad_outputs: Sequence[Tensor | None], arguments: Sequence[Any], outputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
+    if grad_outputs[0] is None:  # behind a module's backward hook, weights that nobody used
+        return []
     need_bias, need_sinks = needs[5], needs[7]
     dq, dk, dbias, dsinks = call(weights_backward_op, grad_outputs[0], *arguments, need_bias, need_sinks)
     pairs = dbias if need_bias else None, dsinks if need_sinks else None
