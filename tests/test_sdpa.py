@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import fastattn
 from fastattn import backend
+from fastattn.eager import attention_fused
 from fastattn.eager import feed_forward as eager_feed_forward
 
 GQA = {"enable_gqa": True}
@@ -53,6 +54,22 @@ def test_equals_torchs(name):
     for ours, theirs in zip(*(torch.autograd.grad(out.sin().sum(), (q, k, v)) for out in (got, expected))):
         assert torch.allclose(ours, theirs, atol=2e-6)
     assert "eager, because" in fastattn.explain(fastattn.scaled_dot_product_attention, q, k, v, **options)
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_single_causal_row_sees_the_first_key_alone(dtype, tiles, monkeypatch):
+    """Where a row in bf16 is slow, on CPUs without tiles, it is computed twice, which is not what is causal from the top left."""
+    monkeypatch.setattr(attention_fused, "has_tiles", lambda: tiles)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, n, 8, dtype=dtype, requires_grad=True) for n in (1, 7, 7))
+    out = fastattn.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert torch.equal(out, v[:, :, :1])
+    dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
+    assert torch.all(dv[:, :, :1] == 1.0)
+    assert not dv[:, :, 1:].any()
+    assert not dk[:, :, 1:].any()
+    assert max(d.abs().max().item() for d in (dq, dk)) < 0.02  # the weight is 1 whatever the score
 
 
 def test_broadcasting_keeps_one_graph():

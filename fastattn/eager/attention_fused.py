@@ -31,7 +31,7 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, additive: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of PyTorch's fused kernel. Shapes as below."""
-    if not slow_alone(query):
+    if is_causal or not slow_alone(query):  # (a causal row sees the first key alone, two would see more)
         return _fused(query, key, value, 0.0, is_causal, attn_mask=additive, scale=scale)
     twice = None if additive is None else additive.expand(-1, -1, 2, -1)
     out, lse = _fused(query.expand(-1, -1, 2, -1), key, value, 0.0, False, attn_mask=twice, scale=scale)
