@@ -216,6 +216,19 @@ def test_parameter_gradients_add_in_fp32(dtype, backend, rows):
     assert torch.equal(grad, torch.full((4,), float(rows)))
 
 
+def test_parameters_that_are_not_contiguous():
+    """A transposed or an expanded weight of several dimensions cannot be viewed as one row."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 4, dtype=torch.bfloat16)
+    for weight in (torch.randn(4, 3).bfloat16().mT, torch.randn(3, 1).bfloat16().expand(3, 4)):
+        found = []
+        for gain in (weight, weight.contiguous()):
+            weight_leaf, bias = gain.detach().requires_grad_(), torch.zeros(3, 4, dtype=x.dtype, requires_grad=True)
+            out = fastattn.layer_norm(x, (3, 4), weight_leaf, bias)
+            found.append((out, *torch.autograd.grad(out.sin().sum(), (weight_leaf, bias))))
+        assert all(torch.equal(ours, expected) for ours, expected in zip(*found))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_checkpointing_replays_dropout(backend):
     x = torch.randn(6, 40, requires_grad=True)

@@ -95,7 +95,7 @@ class CpuLayerNorm(torch.autograd.Function):
             a, b = sums_over_rows(grad_output, input, gain, means, rstds, weight.dtype)
         else:
             rows = len(rstds), gain.numel()
-            flat = grad_output.reshape(rows), input.reshape(rows), gain.view(-1)
+            flat = grad_output.reshape(rows), input.reshape(rows), gain.reshape(-1)
             sums = sums_over_rows(*flat, means, rstds, weight.dtype)
             a, b = (x.view(gain.shape) for x in sums)
         grad = torch.ops.aten.native_layer_norm_backward.default(
