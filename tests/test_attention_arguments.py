@@ -302,3 +302,41 @@ def test_every_class_of_head_dim(dim, backend):
         out = fastattn.attention(q, k, v, causal=True)
     truth = reference.attention(*(x.double() for x in (q, k, v)), causal=True)[0]
     assert torch.allclose(out.double(), truth, atol=3e-6)
+
+
+def check_lying_like(dtype, which, strides, rows, tolerance):
+    """One of query, key and value of those strides, beside two that are contiguous, and copies of all three."""
+    torch.manual_seed(0)
+    shapes = [(1, 2, rows if name == "query" else 6, 16) for name in ("query", "key", "value")]
+    tensors = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    tensors[which] = torch.randn(512, dtype=dtype).as_strided(shapes[which], (*strides, 1))
+    found = []
+    for given in (tensors, [t.clone(memory_format=torch.contiguous_format).double() for t in tensors]):
+        leaves = [t.requires_grad_() for t in given]
+        if found:
+            q, k, v = leaves
+            out = torch.softmax(q @ k.mT / 4.0, -1) @ v
+        else:
+            out = fastattn.attention(*leaves)
+        found.append((out, *torch.autograd.grad(out.sin().sum(), leaves)))
+    for ours, expected in zip(*found):
+        assert (ours.double() - expected).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "key", "value"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_windows_that_slide_by_one_number(dtype, which):
+    """`x.unfold(-1, 16, 1)`: PyTorch's fused kernel reads and writes other memory than it should."""
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    check_lying_like(dtype, which, (100, 100, 1), 6, tolerance)
+
+
+def test_a_single_row_of_a_batch_whose_stride_is_one():
+    """Such strides, of a dimension of size 1, are no window's, and the tensor is contiguous; in bf16 the row is doubled on some CPUs."""
+    check_lying_like(torch.bfloat16, 0, (1, 16, 16), 1, 5e-2)
+    query, key = torch.randn(2, 1, 1, 1, 16).bfloat16()
+    cache = torch.zeros(1, 1, 4, 16, dtype=torch.bfloat16)
+    decoded = fastattn.attention_with_kv_cache(
+        query.as_strided(query.shape, (1, 1, 1, 1)), cache.clone(), cache.clone(), 0, key=key, value=key
+    )
+    assert torch.equal(decoded, key)

@@ -109,6 +109,11 @@ def forward(
     if 0 in (query.shape[2], key.shape[2]) or query.numel() == 0:
         out, lse = _nothing(query, value, rules.sinks)
         return as_output(out, query), lse.contiguous()
+    if query.shape[3] == value.shape[3] > 1 and 1 in (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]):
+        # (windows that slide: what PyTorch makes like these, a copy in fp32 or its output, keeps no row's numbers together)
+        q, k, v = (t.clone(memory_format=torch.contiguous_format) for t in (query, key, value))
+        out, lse = forward(q, k, v, rules, precision, first_batch)
+        return as_output(out, query), lse
     if attention_fused.better_in_fp32(query):
         out, lse = forward(query.float(), key.float(), value.float(), rules, precision, first_batch)
         return as_output(out.to(query.dtype), query), lse
@@ -170,6 +175,9 @@ def backward(
     rules: ScoreRules, need_bias: bool, need_sinks: bool, precision: str, first_batch: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(grad_query, grad_key, grad_value, grad_bias, grad_sinks); the last two None where not needed."""
+    if query.shape[3] == value.shape[3] > 1 and 1 in (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]):
+        q, k, v = (t.clone(memory_format=torch.contiguous_format) for t in (query, key, value))  # as in the forward
+        return backward(grad_out, grad_lse, q, k, v, out, lse, rules, need_bias, need_sinks, precision, first_batch)
     if attention_fused.better_in_fp32(query):
         *grads, grad_bias, grad_sinks = backward(
             grad_out.float(), grad_lse, query.float(), key.float(), value.float(), out.float(), lse, rules, need_bias,

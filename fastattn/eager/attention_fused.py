@@ -34,6 +34,8 @@ def forward(
     if is_causal or not slow_alone(query):  # (a causal row sees the first key alone, two would see more)
         return _fused(query, key, value, 0.0, is_causal, attn_mask=additive, scale=scale)
     twice = None if additive is None else additive.expand(-1, -1, 2, -1)
+    if 1 in query.stride()[:3]:  # of a dimension of size 1: PyTorch's output would lie like the query, but not in rows
+        query = query.clone(memory_format=torch.contiguous_format)
     out, lse = _fused(query.expand(-1, -1, 2, -1), key, value, 0.0, False, attn_mask=twice, scale=scale)
     return out[:, :, :1], lse[:, :, :1]
 

@@ -276,7 +276,10 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: fl
     fits = len(kv_shape) == 4 and shape[0] == kv_shape[0] and shape[3] == kv_shape[3] and not shape[1] % kv_shape[1]
     if not fits or (causal and (shape[2] != kv_shape[2] or (scale is not None and scale <= 0.0))):
         return None
-    if not query.stride(3) == key.stride(3) == value.stride(3) == 1 or torch._C._is_any_autocast_enabled():
+    of_query, of_key, of_value = query.stride(), key.stride(), value.stride()
+    if not of_query[3] == of_key[3] == of_value[3] == 1 or 1 in of_query[:3] + of_key[:3] + of_value[:3]:
+        return None
+    if torch._C._is_any_autocast_enabled():
         return None
     if torch.autograd.forward_ad._current_level >= 0:
         return None
