@@ -389,6 +389,19 @@ def test_a_view_of_a_parameter_is_not_overwritten():
         fastattn.cross_entropy(parameter.view(-1, 5), torch.tensor([0, 1, 2]), inplace=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("bias", [True, False])
+def test_traced(bias):
+    """`torch.jit.trace` takes no list of bools, traces twice, the second time without gradients, and compares the graphs."""
+    layer, x, y = fastattn.nn.LinearCrossEntropyLoss(8, 5, bias=bias), torch.randn(3, 8), torch.tensor([0, 4, 2])
+    traced = torch.jit.trace(layer, (x, y))
+    grads = []
+    for call in (traced, layer):
+        loss = call(x, y)
+        grads.append((loss, *torch.autograd.grad(loss, list(layer.parameters()))))
+    torch.testing.assert_close(*grads)
+
+
 def test_meta_tensors():
     x, weight = torch.zeros(2, 8, device="meta"), torch.zeros(5, 8, device="meta")
     assert fastattn.linear_cross_entropy(x, weight, torch.zeros(2, dtype=torch.long, device="meta")).shape == ()

@@ -92,11 +92,12 @@ def linear_cross_entropy(
         losses, predictions = definition(logits, labels, rules), logits.argmax(1)
         total = (losses * token_weight).sum()
     else:
-        now = torch.is_grad_enabled() and reduction != "none"
+        # (a traced graph is used with gradients and without)
+        now = torch.is_grad_enabled() and reduction != "none" and not torch.jit.is_tracing()
         needs = [now and t is not None and t.requires_grad for t in (x, weight, bias)]
         tensors = (x, weight, bias, token_weight)
         total, losses, predictions, *_ = call(
-            linear_cross_entropy_op, *tensors, labels, *rules, dtype, return_predictions, needs
+            linear_cross_entropy_op, *tensors, labels, *rules, dtype, return_predictions, *needs
         )
     loss = losses.view(target.shape).clone() if reduction == "none" else total  # the backward keeps the losses
     loss = torch.where(count != 0, loss, torch.nan) if reduction == "mean" else loss
@@ -148,7 +149,7 @@ def _forward(
     16-bit products are of gradients relative to the largest token weight, which the fp32 sums are multiplied with before they are
     rounded. In fp16, where a chunk's sum over its rows may overflow, it is their mean.
     """
-    rules, (dtype, predict, needs) = LossRules(*rest[:5]), rest[5:]
+    rules, (dtype, predict, *needs) = LossRules(*rest[:5]), rest[5:]
     rows, classes = input.shape[0], weight.shape[0]
     check_target_range(target, rules.ignore_index, classes)
     losses = input.new_empty(rows, dtype=torch.float32)
@@ -200,7 +201,7 @@ def _largest(token_weight: Tensor) -> Tensor:
 
 
 def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    rows, (predict, needs) = input.shape[0], rest[-2:]
+    rows, (predict, *needs) = input.shape[0], rest[-4:]
     return (
         input.new_empty((), dtype=torch.float32),
         input.new_empty(rows, dtype=torch.float32),
@@ -214,7 +215,7 @@ def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tup
 linear_cross_entropy_op = define(
     "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor token_weight, Tensor target, "
     "Tensor? class_weight, int ignore_index, float label_smoothing, float z_loss, float softcap, ScalarType dtype, "
-    "bool predict, bool[] needs) "
+    "bool predict, bool need_input, bool need_weight, bool need_bias) "
     "-> (Tensor total, Tensor losses, Tensor predictions, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
     _forward,
     _fake,
@@ -226,7 +227,7 @@ def _gradient(
 ) -> Sequence[Tensor | None]:
     """Of the total by the gradients that the op returned; of the losses by the op itself, with other weights."""
     of_total, of_losses, _, *of_gradients = grad_outputs
-    tensors, (token_weight, target, *rules, dtype, _, computed) = arguments[:3], arguments[3:]
+    tensors, (token_weight, target, *rules, dtype, _), computed = arguments[:3], arguments[3:-3], arguments[-3:]
     _, losses, _, *gradients = outputs
     wanted = list(needs[:3])
     grads: list[Tensor | None] = [None] * 4
@@ -237,7 +238,7 @@ def _gradient(
     if of_total is not None and needs[3]:
         grads[3] = of_total * losses
     if of_losses is not None:
-        _, _, _, *again = call(linear_cross_entropy_op, *tensors, of_losses, target, *rules, dtype, False, wanted)
+        _, _, _, *again = call(linear_cross_entropy_op, *tensors, of_losses, target, *rules, dtype, False, *wanted)
         grads[:3] = [_sum(g, a if want else None) for g, a, want in zip(grads, again, wanted)]
     if any(g is not None for g in of_gradients):
 
