@@ -45,6 +45,46 @@ def does_not_compile(x, BLOCK: tl.constexpr):
     tl.store(x + tl.arange(0, BLOCK), tl.arange(0, BLOCK + 1))
 
 
+@triton.autotune(
+    [triton.Config({"ROWS": rows, "DEPTH": 2 * rows}, num_stages=3) for rows in (128, 64)], key=[], cache_results=True
+)
+@triton.jit
+def tuned(x, out, n, ROWS: tl.constexpr, DEPTH: tl.constexpr):
+    offs = tl.arange(0, ROWS)[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :]
+    acc = tl.zeros([ROWS, ROWS], tl.float32)
+    for step in range(n):
+        tile = tl.load(x + step * ROWS * DEPTH + offs)
+        acc = tl.dot(tile, tile.T, acc)
+    tl.store(out + tl.arange(0, ROWS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :], acc)
+
+
+@triton.jit
+def copy_tile(x, y, SIZE: tl.constexpr):
+    y.store([0, 0], x.load([0, 0]) + SIZE)
+
+
+def launch_tuned():
+    tuned[(1,)](torch.zeros(64, dtype=torch.bfloat16), torch.zeros(64), 1024)
+
+
+def launch_descriptor():
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    descriptor = TensorDescriptor.from_tensor(torch.zeros(64, 64), [32, 32])
+    copy_tile[(1,)](descriptor, descriptor, SIZE=32)
+
+
+def launch_resident():
+    x = torch.zeros(1000)
+    kernel = double.warmup(x, 1000, BLOCK=256, grid=(1,))
+    kernel._init_handles()
+    kernel[(kernel.n_regs, 1, 1)](x, 1000, 256)
+
+
+def nothing():
+    pass
+
+
 def launch_matmul(dtype="bfloat16", precision="ieee", rows=64, cols=64, depth=64, num_warps=4, num_stages=2):
     a = torch.zeros(4 * rows, depth, dtype=getattr(torch, dtype))
     b = torch.zeros(4 * depth, cols, dtype=getattr(torch, dtype))
