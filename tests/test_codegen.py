@@ -148,6 +148,7 @@ def test_report_files(compile_worker, tmp_path):
         ("tests/toy_launches.py:double", "x=*fp7", "unknown type"),
         ("tests/toy_launches.py:double", "x", "not NAME=VALUE"),
         ("tests/toy_launches.py:double", "", "double is a kernel: its arguments are given by --signature"),
+        ("tests/toy_launches.py:double", "x=None", "None, is one of --constants"),
     ],
 )
 def test_bad_places_are_named(place, signature, message):
@@ -161,6 +162,66 @@ def test_a_kernel_of_any_file_with_its_signature(compile_worker):
     (row,) = compile_worker.reports(launched, "sm_90", place="tests/toy_launches.py:double", **options)
     assert (row["resources"]["kernel"], row["resources"]["num_warps"]) == ("double", 2)
     assert row["loops"][0]["bytes_per_global_access"] == 16
+
+
+SCALE = """
+from __future__ import annotations
+import dataclasses
+import triton
+import triton.language as tl
+from {near} import twice
+
+@dataclasses.dataclass
+class Size:
+    rows: int
+
+@triton.jit
+def scale(x, bias, SHAPE: tl.constexpr, DTYPE: tl.constexpr, KIND: tl.constexpr):
+    offs = tl.arange(0, SHAPE[0])[:, None] * SHAPE[1] + tl.arange(0, SHAPE[1])[None, :]
+    y = twice(tl.load(x + offs)).to(DTYPE)
+    if bias is not None and KIND == "a, b":
+        y += tl.load(bias + offs)
+    tl.store(x + offs, y)
+"""
+
+
+@pytest.mark.parametrize("near", ["helpers_beside", ".helpers_beside"])
+def test_a_file_imports_what_lies_beside_it(compile_worker, tmp_path, near):
+    """Also a file of a package, from its package."""
+    folder = tmp_path / f"kernels_of_{len(near)}"
+    folder.mkdir()
+    if near.startswith("."):
+        (folder / "__init__.py").touch()
+    (folder / "scale.py").write_text(SCALE.format(near=near))
+    (folder / "helpers_beside.py").write_text("import triton\n@triton.jit\ndef twice(x):\n    return 2 * x\n")
+    options = {"signature": "x=*fp32", "constants": "bias=None,SHAPE=(2, 64),DTYPE=tl.float32,KIND='a, b',"}
+    launched = "bench.codegen.user_file:launch"
+    (row,) = compile_worker.reports(launched, "sm_90", place=f"{folder / 'scale.py'}:scale", **options)
+    assert (row["arguments"]["bias"], row["arguments"]["SHAPE"], row["arguments"]["KIND"]) == (None, [2, 64], "a, b")
+
+
+def test_an_autotuner_takes_the_first_configuration_that_fits(compile_worker, tmp_path):
+    """Each GPU its own, for it can measure none; and says so on no disk."""
+    for target, rows in (("sm_90", 128), ("sm_120", 64), ("sm_90", 128)):
+        (row,) = compile_worker.reports("tests.toy_launches:launch_tuned", target)
+        assert row["resources"]["largest_dot_rows"] == rows
+    options = {"place": "tests/toy_launches.py:tuned", "signature": "x=*bf16,out=*fp32,n=i32"}
+    launched = "bench.codegen.user_file:launch"
+    (row,) = compile_worker.reports(launched, "sm_90", constants="ROWS=32,DEPTH=32", **options)
+    assert row["resources"]["largest_dot_rows"] == 32
+
+
+def test_a_launch_may_ask_what_a_kernel_needs(compile_worker):
+    """As Triton's tutorial on softmax does, which starts as many programs as fit."""
+    for target in ("sm_80", "sm_100", "gfx942"):
+        (row,) = compile_worker.reports("tests.toy_launches:launch_resident", target)
+        assert row["resources"]["grid"][0] == row["resources"]["registers"] > 0
+
+
+def test_descriptors_are_described_by_their_tensors(compile_worker):
+    (row,) = compile_worker.reports("tests.toy_launches:launch_descriptor", "sm_90")
+    assert row["arguments"]["x"] == {"dtype": "float32", "itemsize": 4, "shape": [64, 64], "strides": [64, 1]}
+    assert row["minimum_bytes"] == 2 * 4 * 64 * 64
 
 
 def test_published_kernel_is_attention():
@@ -199,6 +260,16 @@ def test_the_command(pytestconfig):
         "its arguments are given by --signature 'x=*fp32,n=i32' and --constants",
     ]
     assert (result.stdout, result.returncode) == ("", 1)
+    result = run("tests/toy_launches.py:nothing", "tests/toy_launches.py:launch_what_does_not_compile")
+    assert result.stdout.splitlines()[-4:] == [
+        f"  ! tests/toy_launches.py:{said}"
+        for target in ("sm_90", "sm_80")
+        for said in (
+            f"nothing on {target}: launches no kernel (kernel.warmup compiles one, but does not launch it)",
+            f"launch_what_does_not_compile on {target}: CompilationError: arange's range must be a power of 2, "
+            "in 'tl.store(x + tl.arange(0, BLOCK), tl.arange(0, BLOCK + 1))'",
+        )
+    ]
 
 
 @pytest.mark.parametrize("window", [(None, None), (None, 0), (3, 0), (2, 5), (None, 1)])

@@ -17,13 +17,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
+
+import torch
 
 os.environ["TRITON_INTERPRET"] = "0"  # read at triton's first import; the processes of the pool inherit it
+
+from triton.compiler.errors import CompilationError
 
 from bench.arguments import count, folder
 from bench.codegen import budgets, cases, measure, published, report, timeline, user_file
@@ -32,31 +38,58 @@ from fastattn.kernels.stand_in import stand_in
 from fastattn.kernels.targets import TARGETS, find_target
 from fastattn.warmup import this_machines
 
+Reported: TypeAlias = "tuple[str, list[report.Row] | str]"  # what was asked for, and its rows or why there are none
 
-def report_case(case: cases.Case, target: str) -> list[report.Row]:
-    """A row per distinct kernel of a case; a case that fails to compile is one row that says so."""
+
+def report_case(case: cases.Case, target: str) -> list[report.Row] | str:
+    """A row per distinct kernel of a case, or why there is none, as a kernel that does not compile."""
     function = getattr(cases, case.function)
-    return _distinct(case.name, report_launches(lambda: function(**case.arguments), target))
+    return _report(case.name, lambda: function(**case.arguments), target)
 
 
-def report_place(place: str, target: str, signature: str, constants: str) -> list[report.Row]:
+def report_place(place: str, target: str, signature: str, constants: str) -> list[report.Row] | str:
     """The same for a function or kernel of a user's file."""
-    rows = report_launches(lambda: user_file.launch(place, signature, constants), target)
-    return _distinct(place.rpartition("/")[2], rows)
+    return _report(place.rpartition("/")[2], lambda: user_file.launch(place, signature, constants), target)
 
 
 def check_place(place: str, target: str, signature: str, constants: str) -> str | None:
     """What is wrong with a user's file, or with what is asked of it, before anything of it is compiled."""
     try:
-        with stand_in(target):  # some files ask for the GPU when they are imported
+        with stand_in(target), redirect_stdout(sys.stderr):  # some files ask for the GPU when they are imported
             user_file.find(place, signature, constants)
     except (Exception, SystemExit) as error:  # the file is the user's: it may raise anything
-        said = next(iter(str(error).splitlines()), "")
-        return said if isinstance(error, ValueError) and place in said else f"{place}: {type(error).__name__}: {said}"
+        said = str(error)
+        return said if isinstance(error, ValueError) and place in said else f"{place}: {describe_failure(error)}"
     return None
 
 
-def _distinct(name: str, rows: list[dict[str, Any]]) -> list[report.Row]:
+def describe_failure(error: BaseException) -> str:
+    """On one line what went wrong, and where in a kernel's source; Triton's own first line only has the numbers of that place."""
+    while isinstance(error, CompilationError) and isinstance(error.__cause__, CompilationError):
+        error = error.__cause__  # in a device function
+    if isinstance(error, CompilationError):
+        said = str(error.error_message or repr(error.__cause__ or "")).partition("\n")[0]
+        line = (error.src or "").splitlines()[getattr(error.node, "lineno", 0) - 1 :][:1]
+        return f"{type(error).__name__}: {said}" + "".join(f", in {code.strip()!r}" for code in line)
+    lines = str(error).splitlines() or [""]
+    said = next((line for line in lines if re.search(r"\berror\s+:", line)), lines[0])  # as ptxas has it
+    if not torch.cuda.is_available() and ("CUDA" in said or "NVIDIA driver" in said):
+        said += (
+            " (nothing runs here: launch with tensors on the CPU, and ask triton.runtime.driver.active about the GPU)"
+        )
+    return f"{type(error).__name__}: {said}"
+
+
+def _report(name: str, function: Callable[[], object], target: str) -> list[report.Row] | str:
+    try:
+        with redirect_stdout(sys.stderr):  # what is not the report's
+            rows = report_launches(function, target)
+    except (Exception, SystemExit) as error:  # told in words, since not every exception comes through a pipe
+        return describe_failure(error)
+    return _distinct(name, rows) or "launches no kernel (kernel.warmup compiles one, but does not launch it)"
+
+
+def _distinct(name: str, rows: list[report.Row]) -> list[report.Row]:
     """Without the launches of a kernel that is the same as an earlier one but for its grid and shapes."""
     chosen: dict[str, report.Row] = {}
     for row in rows:
@@ -69,13 +102,24 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.codegen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("places", nargs="*", metavar="file.py:name", help="a launching function or a kernel")
+    parser.add_argument(
+        "places",
+        nargs="*",
+        metavar="file.py:name",
+        help="a launching function or a kernel; nothing runs, so that CPU tensors do; "
+        "an autotuner takes its first configuration that fits",
+    )
     parser.add_argument("--targets", default="sm_80,sm_90,sm_100,sm_120,gfx942", help=f"of {', '.join(TARGETS)}")
     parser.add_argument("--kernels", default="", help="only cases and kernels with this text in their name")
     parser.add_argument("--all", action="store_true", help="all cases, not only the core ones")
     parser.add_argument("--summary", action="store_true", help="one Markdown line per kernel, a column per target")
-    parser.add_argument("--signature", default="", help="of a kernel given as file.py:kernel")
-    parser.add_argument("--constants", default="", help="constexprs and launch options of that kernel")
+    parser.add_argument(
+        "--signature", default="", help="of a kernel given as file.py:kernel; integers stand for multiples of 16"
+    )
+    constants = (
+        "constexprs and launch options of that kernel, and arguments of a fixed value: stride=1,bias=None,SHAPE=(2,4)"
+    )
+    parser.add_argument("--constants", default="", help=constants)
     parser.add_argument("--output", type=folder, help="directory for report.md, report.json and the plots")
     parser.add_argument("--timeline", choices=("training", "decode"), help="the launches of a GPT's step, in order")
     parser.add_argument("--validate", action="store_true", help="the model's error where measured figures are public")
@@ -116,6 +160,42 @@ def print_measured(without_gpu: str) -> int:
     return 0
 
 
+def _report_cases(options: argparse.Namespace, targets: Sequence[str]) -> list[Reported]:
+    with ProcessPoolExecutor(options.jobs) as pool:
+        jobs = [
+            (f"{case.name} on {target}", pool.submit(report_case, case, target))
+            for target in targets
+            for case in options.cases
+        ]
+        return [(name, _result(job)) for name, job in jobs]
+
+
+def _report_places(options: argparse.Namespace, targets: Sequence[str]) -> list[Reported]:
+    """Each target in processes of its own: some files ask for the GPU when they are imported, and remember it."""
+    asked = (options.signature, options.constants)
+    found: list[Reported] = []
+    for start in range(0, len(targets), options.jobs):
+        with ExitStack() as stack:
+            jobs: list[tuple[str, Future[list[report.Row] | str]]] = []
+            for target in targets[start : start + options.jobs]:
+                pool = stack.enter_context(ProcessPoolExecutor(max(1, options.jobs // len(targets))))
+                if target == targets[0]:
+                    checks = [pool.submit(check_place, place, target, *asked) for place in options.places]
+                    if wrong := [problem for check in checks if (problem := check.result())]:
+                        sys.exit("\n".join(wrong))
+                jobs += [
+                    (f"{place} on {target}", pool.submit(report_place, place, target, *asked))
+                    for place in options.places
+                ]
+            found += [(name, _result(job)) for name, job in jobs]
+    return found
+
+
+def _result(job: Future[list[report.Row] | str]) -> list[report.Row] | str:
+    problem = job.exception()
+    return f"{type(problem).__name__}: {problem}" if problem else job.result()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
     targets = budgets.TARGETS if options.write_budgets else tuple(options.targets.split(","))
@@ -136,26 +216,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     rows: list[report.Row] = []
     failures: list[str] = []
-    with ProcessPoolExecutor(options.jobs) as pool:
-        checks = [
-            pool.submit(check_place, place, targets[0], options.signature, options.constants)
-            for place in options.places
-        ]
-        if wrong := [problem for check in checks if (problem := check.result())]:
-            sys.exit("\n".join(wrong))
-        jobs: list[Any] = []
-        for target in targets:
-            if options.places:
-                for place in options.places:
-                    job = pool.submit(report_place, place, target, options.signature, options.constants)
-                    jobs.append((f"{place} on {target}", job))
-            else:
-                jobs += [(f"{case.name} on {target}", pool.submit(report_case, case, target)) for case in options.cases]
-        for name, job in jobs:
-            if problem := job.exception():
-                failures.append(f"{name}: {type(problem).__name__}: {problem}".splitlines()[0])
-            else:
-                rows += job.result()
+    for name, found in _report_places(options, targets) if options.places else _report_cases(options, targets):
+        if isinstance(found, str):
+            failures.append(f"{name}: {found}")
+        else:
+            rows += found
     print(report.summary_table(rows) if options.summary else report.terminal_table(rows))
     for failure in failures:
         print(f"  ! {failure}")
