@@ -178,12 +178,21 @@ def main(argv: list[str] | None = None) -> int:
         print(f"  {compiled.kernel:32} {took}", flush=True)
 
     try:
+        if not knobs.cache.dir:
+            raise OSError("it is empty")
         Path(knobs.cache.dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=knobs.cache.dir).close()
     except OSError as error:
         parser.error(f"the kernels cannot be written, TRITON_CACHE_DIR names another folder: {error}")
     print(f"{kind.__name__} for {arch} ({known[arch]}), {arguments.dtype}, into {knobs.cache.dir}", flush=True)
-    found = warm(lambda: model_steps(kind, config, DTYPES[arguments.dtype], steps), arch, progress)
+    try:
+        found = warm(lambda: model_steps(kind, config, DTYPES[arguments.dtype], steps), arch, progress)
+    except BrokenPipeError:  # whoever read this has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; what was compiled is in the cache", file=sys.stderr)
+        return 130
     new = [compiled for compiled in found if not compiled.cached]
     seconds = sum(compiled.seconds for compiled in new)
     print(f"{len(found)} kernels: {len(new)} compiled in {seconds:.0f} s, {len(found) - len(new)} were there")

@@ -92,6 +92,24 @@ def test_a_cache_that_cannot_be_written(capsys, monkeypatch, tmp_path):
     assert "TRITON_CACHE_DIR names another folder" in capsys.readouterr().err
 
 
+def test_a_cache_without_a_name(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    with pytest.raises(SystemExit):
+        main(["--arch", "sm_90"])
+    assert "TRITON_CACHE_DIR names another folder: it is empty" in capsys.readouterr().err
+
+
+def test_an_end_in_the_middle_is_no_traceback(capsys, monkeypatch, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("fastattn.warmup.warm", interrupted)
+    assert main(["--arch", "sm_90"]) == 130
+    assert capsys.readouterr().err == "stopped; what was compiled is in the cache\n"
+
+
 def test_a_folders_config_is_read_without_its_weights(tmp_path):
     Classifier(ClassifierConfig(50, 3, d_model=32)).save_pretrained(tmp_path)
     next(tmp_path.glob("*.safetensors")).unlink()
