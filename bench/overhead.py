@@ -223,7 +223,9 @@ def table(chosen: dict[str, Op], seconds: float) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.overhead", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("op", nargs="?", default="", help="only ops with this text in their name")
     parser.add_argument("--seconds", type=seconds, default=1.0, help="about how long each op may take (%(default)s)")
     parser.add_argument("--write-budgets", action="store_true", help="record the calls of each op")

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,9 @@ def write(result: dict[str, Any], folder: Path) -> None:
         writer.writeheader()
         writer.writerows(flat)
     (folder / "results.md").write_text(_markdown(result))
+    if find_spec("matplotlib") is None:
+        print("no plots: matplotlib is not installed", file=sys.stderr)
+        return
     _plot_bars(result["rows"], result["machine"], folder)
     _plot_lengths(result["rows"], folder)
     _plot_roofline(result["rows"], result["machine"], folder)
@@ -210,14 +214,16 @@ def change(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> tu
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A results.json.
+    """A results.json, or that of a folder.
 
     Raises:
         OSError, ValueError: it is not there, or something else.
     """
+    if path.is_dir():
+        path /= "results.json"
     try:
         result = json.loads(path.read_text())
-        if not all({"case", "provider", "rounds"} <= row.keys() for row in result["rows"]):
+        if not all({"case", "provider", "rounds"} <= row.keys() and row["rounds"] for row in result["rows"]):
             raise ValueError("a row without case, provider or rounds")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not a results.json of this benchmark ({error!r})") from error
@@ -225,7 +231,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, int]:
-    """(Markdown table, number of cases that became slower)"""
+    """(Markdown table, number of cases that became slower). Raises ValueError where no case is in both."""
     lines = ["| case | new / old | 95 % within | against | verdict |", "|---|---|---|---|---|"]
     slower, before, after = 0, by_case(old["rows"]), by_case(new["rows"])
     for case in after:
@@ -238,11 +244,15 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, int]:
         elif ratio.high < 1 / FLAGGED:
             verdict = "faster"
         lines.append(f"| {case} | {ratio.value:.2f} | {ratio.low:.2f}-{ratio.high:.2f} | {peer} | {verdict} |")
+    if len(lines) == 2:
+        raise ValueError("the two results have no case of fastattn's in common")
     return "\n".join(lines), slower
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; default: all of them")
     parser.add_argument("--all", action="store_true", help="every size, and the providers that have to be compiled")
     parser.add_argument(
@@ -251,7 +261,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument("--threads", type=count, help="CPU threads; default: all cores")
     parser.add_argument("--out", type=folder, help="folder for the results; default: bench/results/<machine>")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="compare two results.json")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="compare two results.json, or their folders"
+    )
     arguments = parser.parse_args(argv)
     unknown = [suite for suite in arguments.suites if suite not in SUITES]
     if unknown:

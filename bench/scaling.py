@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,9 @@ def verdict(found: float, expected: float, judged: bool = True) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(CURVES)}; default: all of them")
     parser.add_argument("--longest", type=int, default=16384, help="largest N (%(default)s)")
     parser.add_argument("--heads", type=count, default=2, help="attention heads (%(default)s)")
@@ -150,7 +153,10 @@ def main(argv: list[str] | None = None) -> int:
         ]
         exceeded |= any("EXCEEDED" in fit for fit in fits)
         print(f"  {kind:8} exponents: time {fits[0]}, memory {fits[1]}", flush=True)
-    print(f"plot: {_plot(curves, arguments.out or Path(__file__).parent / 'results' / machine.slug())}")
+    if find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+    else:
+        print(f"plot: {_plot(curves, arguments.out or Path(__file__).parent / 'results' / machine.slug())}")
     return 1 if exceeded else 0
 
 

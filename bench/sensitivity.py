@@ -56,7 +56,9 @@ def verdicts(planted: float, runs: int, seconds: float) -> tuple[list[str], list
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.sensitivity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--planted", type=float, default=0.2, help="slowdown, as a share of the time (%(default)s)")
     parser.add_argument("--runs", type=int, default=6, help="runs of each kind (%(default)s)")
     parser.add_argument("--seconds", type=seconds, default=3.0, help="about how long each run may take (%(default)s)")

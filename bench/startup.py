@@ -79,7 +79,9 @@ def first_call(call: str, arch: str) -> tuple[int, float, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.startup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", default="sm_90", help="GPU that is compiled for (%(default)s)")
     parser.add_argument(
         "--runs", type=count, default=5, help="processes that import, of which the median is taken (%(default)s)"

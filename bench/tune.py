@@ -152,7 +152,9 @@ def candidates(kernel: Kernel, head_dim: int) -> list[AttentionConfig]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     from fastattn.kernels.targets import TARGETS
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("kernel", choices=KERNELS, help="the kernel whose tiles are searched")
     add("--targets", default="sm_80,sm_90,sm_100,sm_120", help="GPUs, separated by commas (%(default)s)")

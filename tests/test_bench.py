@@ -15,7 +15,7 @@ import torch
 from bench.bench_normalization import Norm
 from bench.contest import Estimate, Times, fast, fast_ratio, race
 from bench.processes import Alone
-from bench.report import _markdown, _plot_bars, _plot_roofline, change, compare, pyplot
+from bench.report import _markdown, _plot_bars, _plot_roofline, change, compare, pyplot, read
 from bench.scaling import CURVES, JUDGED, POINTS, exponent, verdict
 from bench.sensitivity import slowed, verdicts
 
@@ -104,6 +104,16 @@ def test_comparison_flags_a_slowdown_and_not_noise(factor, flagged):
     assert found.value == pytest.approx(factor, rel=0.05)
 
 
+def test_results_are_read_from_a_folder_and_compared_where_they_have_a_case_in_common(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(result([1.0, 1.1], [1.0, 1.1])))
+    assert "| c | 1.00 |" in compare(read(tmp_path), read(tmp_path / "results.json"))[0]
+    with pytest.raises(ValueError, match="no case of fastattn's in common"):
+        compare(read(tmp_path), {"rows": []})
+    (tmp_path / "results.json").write_text(json.dumps(result([], [1.0])))
+    with pytest.raises(ValueError, match="is not a results"):
+        read(tmp_path)
+
+
 def test_disturbed_rounds_decide_nothing():
     quiet = [1.0, 1.01, 1.02, 1.03, 1.04] * 4
     assert fast(quiet) == pytest.approx(1.0)
@@ -175,6 +185,7 @@ REFUSED = [
     ("bench.report", ["loss", "--out", "FILE"], "--out: cannot be a folder"),
     ("bench.report", ["--compare", "nowhere", "nowhere"], "No such file or directory: 'nowhere'"),
     ("bench.report", ["--compare", "FILE", "FILE"], "is not a results.json of this benchmark (KeyError('rows'))"),
+    ("bench.report", ["--compare", "FOLDER", "FOLDER"], "/results.json'"),
     ("bench.scaling", ["loss", "--out", "FILE"], "--out: cannot be a folder"),
     ("bench.scaling", ["full", "--heads", "0"], "--heads: must be at least 1, got 0"),
     ("bench.scaling", ["full", "--dim", "257"], "--dim must be in 1..256, got 257"),
@@ -196,11 +207,12 @@ REFUSED = [
     ("bench.codegen.schedule", ["--heads", "8"], "unrecognized arguments: --heads 8"),
 ]
 SAID = """
-import contextlib, importlib, io, json, sys
+import contextlib, importlib, io, json, os, sys
 def said(module, arguments):
     with contextlib.redirect_stderr(io.StringIO()) as error:
         try:
-            importlib.import_module(module).main([sys.argv[1] if word == "FILE" else word for word in arguments])
+            known = {"FILE": sys.argv[1], "FOLDER": os.path.dirname(sys.argv[1])}
+            importlib.import_module(module).main([known.get(word, word) for word in arguments])
         except SystemExit as end:
             return end.code, error.getvalue()
 print(json.dumps([said(module, arguments) for module, arguments, _ in json.loads(sys.argv[2])]))
@@ -215,6 +227,7 @@ def test_what_is_wrong_is_known_before_anything_is_measured(tmp_path):
     for (code, error), (module, arguments, message) in zip(found, REFUSED):
         assert code == 2, (module, arguments)
         assert message in error
+        assert error.startswith(f"usage: python -m {module.removesuffix('.__main__')} ")
 
 
 @pytest.mark.slow

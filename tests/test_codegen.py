@@ -120,7 +120,7 @@ def test_amd_code_is_counted(compile_worker):
     assert row["loops"] == []
 
 
-def test_report_files(compile_worker, tmp_path):
+def test_report_files(compile_worker, tmp_path, monkeypatch):
     rows = [
         {"case": "toy", **row}
         for target in ("sm_80", "gfx942")
@@ -133,6 +133,8 @@ def test_report_files(compile_worker, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text()) == rows
     assert "**matmul_tile on sm_80 spills**" in (tmp_path / "report.md").read_text()
     assert "! matmul_tile on sm_80 spills" in report.terminal_table(rows)
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    assert report.write_report(rows, tmp_path) == written[:2], "without matplotlib"
     header, _, line = report.summary_table(rows).splitlines()
     assert header == "| case | kernel | sm_80 A100 | gfx942 MI300X |"
     assert line.startswith("| toy | matmul_tile | ")

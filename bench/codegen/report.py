@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +101,15 @@ def summary_table(rows: Sequence[Row]) -> str:
 
 
 def write_report(rows: Sequence[Row], directory: Path) -> list[Path]:
-    """Write report.md, report.json and the plots into `directory`; returns what was written."""
-    from bench.codegen.plots import plot_bounds, plot_occupancy
-
+    """Write report.md, report.json and, with matplotlib, the plots into `directory`; returns what was written."""
     directory.mkdir(parents=True, exist_ok=True)
     markdown, data = directory / "report.md", directory / "report.json"
     markdown.write_text(markdown_table(rows))
     data.write_text(json.dumps(list(rows), indent=1) + "\n")
+    if find_spec("matplotlib") is None:
+        return [markdown, data]
+    from bench.codegen.plots import plot_bounds, plot_occupancy
+
     return [markdown, data, *plot_bounds(rows, directory), *plot_occupancy(rows, directory)]
 
 
