@@ -17,12 +17,12 @@ import argparse
 import itertools
 import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from bench.arguments import count
+from bench.pool import compilers
 
 if TYPE_CHECKING:
     from fastattn.kernels.attention_config import AttentionConfig
@@ -189,7 +189,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     kernel, flags = KERNELS[options.kernel], options.flags
-    with ProcessPoolExecutor(options.jobs) as pool:
+    with compilers(options.jobs) as pool:
         for target, head_dim in itertools.product(options.targets, options.head_dims):
             arguments = {"dtype": options.dtype, "head_dim": head_dim, "flags": flags}
             trials = [

@@ -2,10 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from itertools import groupby
 
@@ -228,6 +229,30 @@ def test_what_is_wrong_is_known_before_anything_is_measured(tmp_path):
         assert code == 2, (module, arguments)
         assert message in error
         assert error.startswith(f"usage: python -m {module.removesuffix('.__main__')} ")
+
+
+WAITING = """
+import time
+from bench.pool import compilers
+with compilers(2) as pool:
+    jobs = [pool.submit(time.sleep, 30) for _ in range(8)]
+    print("ready", flush=True)
+    print([job.result() for job in jobs])
+"""
+
+
+def test_an_interrupt_ends_what_compiles():
+    command = [sys.executable, "-c", WAITING]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, start_new_session=True, **streams) as process:
+        process.stdout.readline()
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            assert process.wait(10) != 0
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow

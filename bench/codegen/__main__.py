@@ -20,7 +20,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import TypeAlias
@@ -34,6 +34,7 @@ from triton.compiler.errors import CompilationError
 from bench.arguments import count, folder
 from bench.codegen import budgets, cases, measure, published, report, timeline, user_file
 from bench.codegen.worker import report_launches
+from bench.pool import compilers
 from fastattn.kernels.stand_in import stand_in
 from fastattn.kernels.targets import TARGETS, find_target
 from fastattn.warmup import this_machines
@@ -161,7 +162,7 @@ def print_measured(without_gpu: str) -> int:
 
 
 def _report_cases(options: argparse.Namespace, targets: Sequence[str]) -> list[Reported]:
-    with ProcessPoolExecutor(options.jobs) as pool:
+    with compilers(options.jobs) as pool:
         jobs = [
             (f"{case.name} on {target}", pool.submit(report_case, case, target))
             for target in targets
@@ -178,7 +179,7 @@ def _report_places(options: argparse.Namespace, targets: Sequence[str]) -> list[
         with ExitStack() as stack:
             jobs: list[tuple[str, Future[list[report.Row] | str]]] = []
             for target in targets[start : start + options.jobs]:
-                pool = stack.enter_context(ProcessPoolExecutor(max(1, options.jobs // len(targets))))
+                pool = stack.enter_context(compilers(max(1, options.jobs // len(targets))))
                 if target == targets[0]:
                     checks = [pool.submit(check_place, place, target, *asked) for place in options.places]
                     if wrong := [problem for check in checks if (problem := check.result())]:
@@ -205,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         sys.exit(str(error))
     if options.validate:
-        with ProcessPoolExecutor(options.jobs) as pool:
+        with compilers(options.jobs) as pool:
             print(published.table(list(pool.map(published.validate, published.FIGURES))))
         return 0
     if options.measure:
