@@ -262,6 +262,10 @@ def test_the_command(pytestconfig):
         "its arguments are given by --signature 'x=*fp32,n=i32' and --constants",
     ]
     assert (result.stdout, result.returncode) == ("", 1)
+    if not torch.cuda.is_available():
+        assert (
+            "(without a GPU, launch with tensors on the CPU, or give" in run("tests/toy_launches.py:launch_cuda").stdout
+        )
     result = run("tests/toy_launches.py:nothing", "tests/toy_launches.py:launch_what_does_not_compile")
     assert result.stdout.splitlines()[-4:] == [
         f"  ! tests/toy_launches.py:{said}"

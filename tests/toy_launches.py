@@ -81,6 +81,10 @@ def launch_resident():
     kernel[(kernel.n_regs, 1, 1)](x, 1000, 256)
 
 
+def launch_cuda():
+    double[(1,)](torch.zeros(256, device="cuda"), 256, BLOCK=256)
+
+
 def nothing():
     pass
 

@@ -74,10 +74,8 @@ def describe_failure(error: BaseException) -> str:
         return f"{type(error).__name__}: {said}" + "".join(f", in {code.strip()!r}" for code in line)
     lines = str(error).splitlines() or [""]
     said = next((line for line in lines if re.search(r"\berror\s+:", line)), lines[0])  # as ptxas has it
-    if not torch.cuda.is_available() and ("CUDA" in said or "NVIDIA driver" in said):
-        said += (
-            " (nothing runs here: launch with tensors on the CPU, and ask triton.runtime.driver.active about the GPU)"
-        )
+    if re.search(r"\bcuda\b|nvidia driver", said, re.IGNORECASE) and not torch.cuda.is_available():
+        said += " (without a GPU, launch with tensors on the CPU, or give the kernel itself, with --signature)"
     return f"{type(error).__name__}: {said}"
 
 
