@@ -71,6 +71,18 @@ def test_pages_in_front_of_the_first_key_may_be_anything(backend):
             )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_queries_that_slide_by_one_number(dtype):
+    """`x.unfold(-1, 16, 1)`: PyTorch's fused kernel, called at once for one new token, would give other numbers."""
+    torch.manual_seed(0)
+    query = torch.randn(64, dtype=dtype).as_strided((2, 4, 1, 16), (20, 1, 1, 1))
+    caches, new = torch.randn(2, 2, 4, 8, 16, dtype=dtype), torch.randn(2, 4, 1, 16, dtype=dtype)
+    got, expected = (
+        fastattn.attention_with_kv_cache(q, *caches.clone(), 5, key=new, value=new) for q in (query, query.contiguous())
+    )
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_sequences_give_no_results(backend):
     caches = torch.zeros(2, 1, 2, 8, 8)

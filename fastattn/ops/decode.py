@@ -209,7 +209,9 @@ def _by_torch(
     end = length + new
     if not 0 < end <= capacity or length < 0 or batch == 0 or kv_heads == 0 or heads == 0 or heads % kv_heads:
         return None
-    if any(t.stride(3) != 1 for t in tensors) or listening() or torch._C._is_any_autocast_enabled():
+    if any(t.stride(3) != 1 for t in tensors) or 1 in query.stride()[:3]:  # (see `forward` in eager/attention.py)
+        return None
+    if listening() or torch._C._is_any_autocast_enabled():
         return None
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return None
