@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastattn
+from fastattn.integrations.bert_padding import pad_input, unpad_input
 from fastattn.integrations.flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -215,3 +216,31 @@ def test_what_is_not_supported_is_refused():
             flash_attn_with_kvcache(q, cache, cache, cache_batch_idx=torch.tensor([index], dtype=torch.int32))
     with pytest.raises(ValueError, match=r"q must have 4 dimensions \(batch, length, heads, head_dim\)"):
         flash_attn_func(x, x, x)
+
+
+def test_padded_batches_become_packed_and_back():
+    """Attention over the packed tokens is that over the padded ones with their mask, with its gradients."""
+    torch.manual_seed(0)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [0, 1, 1, 0, 0]])
+    x = torch.randn(4, 5, 3, 2, 16, requires_grad=True)
+    tokens, places, ends, longest, used = unpad_input(x, mask)
+    assert (ends.tolist(), longest, used.tolist()) == ([0, 3, 8, 8, 10], 5, [3, 5, 0, 2])
+    assert ends.dtype == used.dtype == torch.int32
+    out = pad_input(flash_attn_varlen_qkvpacked_func(tokens, ends, longest), places, 4, 5)
+    q, k, v = x.transpose(1, 3).unbind(2)
+    expected = fastattn.attention(q, k, v, mask=mask.bool()[:, None, None, :]).transpose(1, 2) * mask[..., None, None]
+    for ours, truth in zip(*((y, *torch.autograd.grad(y.sin().sum(), x)) for y in (out, expected))):
+        torch.testing.assert_close(ours, truth)
+
+
+def test_places_kept_for_later_tokens_are_in_the_sequence():
+    mask, unused = torch.tensor([[1, 0, 0], [1, 1, 0]]).bool(), torch.tensor([[0, 1, 0], [0, 0, 1]])
+    tokens, places, ends, longest, used = unpad_input(torch.arange(6).view(2, 3), mask, unused)
+    assert tokens.tolist() == places.tolist() == [0, 1, 3, 4, 5]
+    assert (ends.tolist(), longest, used.tolist()) == ([0, 2, 5], 3, [1, 2])
+    empty = unpad_input(torch.zeros(0, 3, 8), torch.zeros(0, 3))
+    assert (empty[0].shape, empty[2].tolist(), empty[3]) == ((0, 8), [0], 0)
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \(2, 3\)"):
+        unpad_input(torch.zeros(2, 3, 8), torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"indices must have shape \(5,\) \(one place for each token\), got \(2,\)"):
+        pad_input(tokens, torch.tensor([0, 1]), 2, 3)
