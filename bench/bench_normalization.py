@@ -20,11 +20,13 @@ class Norm(OpCase["Norm"]):
     rows: int
     width: int
     rms: bool = False
+    fp32_parameters: bool = False
 
     @property
     def name(self) -> str:
         passes = "forward+backward" if self.backward else "forward"
-        return f"{'rms_norm' if self.rms else 'layer_norm'} {passes} {self.dtype} {self.rows}x{self.width}"
+        parameters = " fp32 parameters" if self.fp32_parameters else ""
+        return f"{'rms_norm' if self.rms else 'layer_norm'} {passes} {self.dtype} {self.rows}x{self.width}{parameters}"
 
     @property
     def traffic(self) -> float:
@@ -40,7 +42,8 @@ class Norm(OpCase["Norm"]):
 
     def inputs(self) -> list[Tensor]:
         """Rows, weight, and for layer norm a bias."""
-        return [self.randn(self.rows, self.width), *(self.randn(self.width) for _ in range(1 if self.rms else 2))]
+        parameters = [self.randn(self.width) for _ in range(1 if self.rms else 2)]
+        return [self.randn(self.rows, self.width), *(p.float() if self.fp32_parameters else p for p in parameters)]
 
     def definition(self, input: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
         centred = input if self.rms else input - input.mean(-1, keepdim=True)
@@ -54,6 +57,12 @@ def ours(case: Norm) -> Callable[..., Tensor]:
 
 
 def torch_nn(case: Norm) -> Callable[..., Tensor]:
+    if case.fp32_parameters and not torch.cuda.is_available():
+        raise Unavailable("the gradients of fp32 parameters are sums in 16 bits")
+    return _torch_nn(case)
+
+
+def _torch_nn(case: Norm) -> Callable[..., Tensor]:
     norm = F.rms_norm if case.rms else F.layer_norm
     return lambda x, *weights: norm(x, (case.width,), *weights, eps=EPS)
 
@@ -62,7 +71,7 @@ def torch_nn_in_fp32(case: Norm) -> Callable[..., Tensor]:
     """PyTorch's, with 16-bit rows widened: how to get right gradients of weight and bias from it on a CPU."""
     if case.dtype == "fp32" or not case.backward:
         raise Unavailable("the same as torch.nn")
-    function, dtype = torch_nn(case), DTYPES[case.dtype]
+    function, dtype = _torch_nn(case), DTYPES[case.dtype]
     return lambda *inputs: function(*(x.float() for x in inputs)).to(dtype)
 
 
@@ -105,7 +114,7 @@ REST = [
     for dtype in ("fp32", "bf16")
     for size in SIZES
     for backward in (False, True)
-]
+] + [Norm("bf16", True, rows, width, fp32_parameters=True) for rows, width in ((2048, 384), (4096, 768))]
 
 
 @comparison(PROVIDERS, DEFAULT, REST, slow=if_compiled)
