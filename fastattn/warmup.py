@@ -170,6 +170,8 @@ def main(argv: list[str] | None = None) -> int:
         kind, config = read_config(arguments.model) if arguments.model else (GPT, GPT2)
     except (FileNotFoundError, TypeError, ValueError) as error:
         parser.error(str(error))
+    if kind is Classifier and "training" not in steps:
+        parser.error(f"--steps of a Classifier must have training, which is all it does, got {arguments.steps}")
 
     from triton import knobs
 

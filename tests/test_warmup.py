@@ -83,6 +83,14 @@ def test_wrong_arguments_are_named(arguments, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
+def test_steps_that_a_classifier_does_not_have(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    Classifier(ClassifierConfig(50, 3, d_model=32)).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--arch", "sm_90", "--steps", "generation,packed"])
+    assert "--steps of a Classifier must have training, which is all it does" in capsys.readouterr().err
+
+
 def test_a_cache_that_cannot_be_written(capsys, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TRITON_INTERPRET", "1")

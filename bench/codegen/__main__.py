@@ -197,7 +197,7 @@ def _result(job: Future[list[report.Row] | str]) -> list[report.Row] | str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
-    targets = budgets.TARGETS if options.write_budgets else tuple(options.targets.split(","))
+    targets = budgets.TARGETS if options.write_budgets else tuple(name.strip() for name in options.targets.split(","))
     try:
         for target in targets:
             find_target(target)
