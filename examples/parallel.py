@@ -129,7 +129,7 @@ def join(kind: str, device: str) -> Iterator[Processes]:
         device: "auto", or a device's name; each process takes its own GPU.
 
     Raises:
-        TrainingError: `kind` and torchrun do not go together, or there are fewer GPUs than processes.
+        TrainingError: `kind` and torchrun do not go together, there are fewer GPUs than processes, or another process ended.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if kind == "none":
@@ -153,8 +153,18 @@ def join(kind: str, device: str) -> Iterator[Processes]:
         torch.accelerator.set_device_index(chosen)
     dist.init_process_group(dist.get_default_backend_for_device(chosen))
     with open(os.devnull, "w") as silence, redirect_stdout(silence) if rank() else nullcontext():
-        yield Processes(kind, chosen)
+        try:
+            yield Processes(kind, chosen)
+        except RuntimeError as error:
+            if not _lost(error):
+                raise
+            raise TrainingError("another process of this run has ended; what was saved before is unharmed") from error
     dist.destroy_process_group()  # after an error it could wait for processes that wait for this one
+
+
+def _lost(error: RuntimeError) -> bool:
+    """Whether a process that this one waits for is gone; gloo has no class for that."""
+    return isinstance(error, dist.DistError) or ("gloo" in str(error) and "by peer" in str(error))
 
 
 def prepare_blocks(model: GPT, *, compiled: bool, checkpointed: bool) -> None:

@@ -184,6 +184,7 @@ ERRORS = {
     "no torchrun": (1, "--parallel ddp", "--parallel ddp needs torchrun"),
     "no --parallel": (2, "", "torchrun started 2 processes: add --parallel ddp or --parallel fsdp"),
     "batch": (2, "--parallel ddp --batch-size 3", "--batch-size must be a multiple of the 2 processes, got 3"),
+    "the first one's": (2, "--parallel ddp --vocab-size 9", "--vocab-size must be at least 257"),
 }
 
 
@@ -192,4 +193,5 @@ def test_errors(processes: int, options: str, message: str, text: Path, tmp_path
     result = run(command(processes, settings(text, tmp_path, options)))
     assert result.returncode == 1
     assert f"error: {message}" in result.stderr
+    assert "[rank1]: Traceback" not in result.stderr
     assert not list(tmp_path.glob("checkpoint*"))
