@@ -17,7 +17,6 @@ import argparse
 import html
 import json
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,29 +113,22 @@ def draw(found: TextMap, path: Path, title: str) -> None:
         heat.imshow(rows, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest", extent=extent)
         heat.set_yticks(range(layers * heads), [f"layer {i // heads}, head {i % heads}" for i in range(layers * heads)])
         if shown:
-            heat.set_xticks(range(len(words)), [label(word) for word in words], rotation=90)
+            heat.set_xticks(range(len(words)), [plain(word) for word in words], rotation=90)
         heat.set(title=f"{MEANINGS[name]} (black: 0, brightest: the most of its row)", xlabel="" if shown else "token")
         relative = found.relative(name)
         top = np.argsort(-relative, kind="stable")[:20]
         bars.bar(range(len(top)), relative[top], color="tab:orange")
         bars.axhline(1, color="gray", linestyle="--", linewidth=0.8)
-        bars.set_xticks(range(len(top)), [label(words[i]) for i in top], rotation=90)
+        bars.set_xticks(range(len(top)), [plain(words[i]) for i in top], rotation=90)
         bars.set(title="the words with the most, mean of all heads (dashed: an even share)", ylabel="÷ even share")
     figure.suptitle(title)
-    with atomic_write(path) as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box stands there; the page has them
-        figure.savefig(file, format="png", dpi=110)
+    training.save_picture(figure, path, dpi=110)
     plt.close(figure)
 
 
 def plain(word: str) -> str:
     """A token in one line, its white space made visible."""
     return word.replace("\n", "\u21b5").strip() or "\u2423"
-
-
-def label(word: str) -> str:
-    """A token in a picture, where dollars would begin mathematics."""
-    return plain(word).replace("$", r"\$")
 
 
 PAGE = """<!doctype html>

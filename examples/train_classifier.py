@@ -455,8 +455,7 @@ def plot(metrics: training.Metrics, report: dict[str, Any], names: list[str], pa
     axes[1, 1].set(xlabel="stated confidence", ylabel="accuracy", title=f"calibration error {report['ece']:.2%}")
     axes[1, 1].legend()
     axes[1, 1].grid(alpha=0.3)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    training.save_picture(figure, path, dpi=110)
     plt.close(figure)
 
 

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -373,13 +374,21 @@ class Metrics:
 
 
 def pyplot() -> Any:
-    """matplotlib's, drawing into files: a script on a server has no screen."""
+    """matplotlib's, drawing into files: a script on a server has no screen; dollars in a name begin no mathematics."""
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False
     import matplotlib.pyplot
 
     return matplotlib.pyplot
+
+
+def save_picture(figure: Any, path: Path, dpi: int = 120) -> None:
+    """Write a PNG file; a character that the font lacks, as of Chinese, becomes a box."""
+    with atomic_write(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(file, format="png", dpi=dpi)
 
 
 def plot_losses(metrics: Metrics, baselines: dict[str, float], path: Path, title: str) -> None:
@@ -401,8 +410,7 @@ def plot_losses(metrics: Metrics, baselines: dict[str, float], path: Path, title
     axes.set_ylim(top=1.1 * max([*baselines.values(), 0.0]))
     axes.grid(alpha=0.3)
     axes.legend()
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    save_picture(figure, path)
     plt.close(figure)
 
 
@@ -416,8 +424,7 @@ def plot_progress(metrics: Metrics, path: Path) -> None:
         axis.set(xlabel="step", title=title)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    save_picture(figure, path)
     plt.close(figure)
 
 

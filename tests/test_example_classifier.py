@@ -258,6 +258,19 @@ def test_long_names_of_classes_do_not_overlap(tmp_path: Path, monkeypatch: pytes
     plt.close("all")
 
 
+def test_names_of_classes_in_pictures_are_text(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Dollars are no mathematics, which could be wrong or hide them; a letter that the font lacks is no warning."""
+    import train_classifier
+    import training
+
+    report = train_classifier.evaluate(np.eye(3), np.arange(3))
+    metrics = training.Metrics(tmp_path / "m", 0, tensorboard=False)
+    train_classifier.plot(metrics, report, ["$5-$10", "$^$", "日本"], tmp_path / "a.png")
+    training.plot_losses(metrics, {}, tmp_path / "b.png", "GPT on $^$ 日本.txt")
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["a.png", "b.png"]
+    assert not recwarn.list
+
+
 def test_a_missing_package_comes_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import corpus
     import labelled

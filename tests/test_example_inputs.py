@@ -151,11 +151,10 @@ def test_generate_ends_quietly_where_nobody_reads(
     assert capfd.readouterr().err == ""
 
 
-def test_words_in_the_terminal_and_in_a_picture() -> None:
+def test_words_as_they_are_shown() -> None:
     import attention_map
 
     assert [attention_map.plain(word) for word in (" $5", "\n", " ")] == ["$5", "\u21b5", "\u2423"]
-    assert attention_map.label(" $5") == r"\$5"
 
 
 def test_texts_as_long_as_books(tmp_path: Path) -> None:
