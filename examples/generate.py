@@ -90,15 +90,17 @@ class Writer:
         return decode_stream(self.tokenizer, prompt, self.tokens(prompt, sample), self.arguments.stop)
 
     def show(self, text: str, sample: int = 0) -> None:
-        print(text, end="", flush=True)
-        for piece in self.continuation(text, sample):
+        pieces = self.continuation(text, sample)
+        print(text + next(pieces, ""), end="", flush=True)  # what is wrong is told before anything is written
+        for piece in pieces:
             print(piece, end="", flush=True)
         print()
 
 
 def read_prompts(path: Path) -> list[str]:
     """The lines of a text file that are not blank, or the field `prompt` of a .jsonl file's."""
-    lines = [line for line in corpus.read_file(path).splitlines() if line.strip()]
+    # (`splitlines` would cut strings at characters that JSON allows in them)
+    lines = [line for line in corpus.read_file(path).split("\n") if line.strip()]
     if path.suffix.lower() != ".jsonl":
         return lines
     try:

@@ -355,11 +355,12 @@ def test_generate_in_batch_and_in_conversation(
         assert generate.main([str(argument) for argument in arguments]) == status
         return capfd.readouterr()
 
-    prompts = ["the king", "my lord is"]
+    assert call("--prompt", "the king", "--top-k", 0, status=1) == ("", "error: top_k must be at least 1, got 0\n")
+    prompts = ["the king", "my lord\u2028is"]
     whole = [call("--prompt", prompt)[0].removesuffix("\n") for prompt in prompts]
     text, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     text.write_text("\n\n".join(prompts))
-    lines.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    lines.write_text("".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts))
     for path in (text, lines):
         rows = [json.loads(line) for line in call("--prompts", path)[0].splitlines()]
         assert [row["prompt"] + row["completion"] for row in rows] == whole
