@@ -24,7 +24,7 @@ from fastattn.models import GPT, Classifier
 try:
     from fastapi import Request
     from fastapi.responses import JSONResponse
-    from pydantic import BaseModel, ConfigDict, Field
+    from pydantic import BaseModel, ConfigDict, Field, model_validator
     from starlette.exceptions import HTTPException
 except ImportError as error:
     raise SystemExit(f"error: {error}. The server needs a few more packages: pip install -e '.[serve]'") from error
@@ -77,6 +77,12 @@ class CompletionRequest(BaseModel):
     logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
     logprobs: None = None
     suffix: None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        """In OpenAI's protocol null means that a field is not given."""
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
 
 
 class ClassifyRequest(BaseModel):

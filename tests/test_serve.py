@@ -283,7 +283,9 @@ def test_values_that_change_nothing(client: Callable[..., Any]) -> None:
     """OpenAI's clients send them; what is not a number says so."""
     web, neutral = client(), {"presence_penalty": 0, "frequency_penalty": 0.0, "best_of": 1}
     neutral |= {"logit_bias": None, "suffix": None, "logprobs": None}
-    assert web.post("/v1/completions", json={"prompt": "a", **neutral}).status_code == 200
+    nulls = dict.fromkeys(("max_tokens", "temperature", "top_p", "n", "stream", "stream_options", "seed", "best_of"))
+    for more in (neutral, nulls):
+        assert web.post("/v1/completions", json={"prompt": "a", **more}).status_code == 200
     as_json = {"Content-Type": "application/json"}
     response = web.post("/v1/completions", content=b'{"prompt": "a", "temperature": NaN}', headers=as_json)
     assert response.json()["error"]["message"] == "temperature: Input should be a finite number"
