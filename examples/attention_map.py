@@ -216,7 +216,7 @@ def look(arguments: argparse.Namespace) -> None:
     encoding = tokenizer.encode(text)
     found = map_text(model, encoding, text)
     if len(found.pieces) < len(encoding.ids):
-        print(f"note: the text has {len(encoding.ids):,} tokens, of which the model reads {len(found.pieces):,}")
+        training.say(f"note: the text has {len(encoding.ids):,} tokens, of which the model reads {len(found.pieces):,}")
     out = arguments.out or arguments.model / "attention"
     out.parent.mkdir(parents=True, exist_ok=True)
     title = f"{arguments.model.name}{f': {verdict}' if verdict else ''}"
@@ -224,11 +224,11 @@ def look(arguments: argparse.Namespace) -> None:
     with atomic_write(out.with_name(f"{out.name}.html")) as file:
         file.write(page(found, arguments.model.name, verdict).encode())
     if verdict:
-        print(verdict)
+        training.say(verdict)
     for name in found.weights:
         top = [plain(found.pieces[i][1]) for i in np.argsort(-found.relative(name), kind="stable")[:10]]
-        print(f"attention {name}, most first: {' '.join(top)}")
-    print(f"picture {out}.png, page {out}.html")
+        training.say(f"attention {name}, most first: {' '.join(top)}")
+    training.say(f"picture {out}.png, page {out}.html")
 
 
 def main(argv: list[str] | None = None) -> int:

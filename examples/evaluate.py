@@ -223,7 +223,7 @@ def evaluate_classifier(arguments: argparse.Namespace, device: torch.device) -> 
     if arguments.limit and arguments.limit < len(data.texts):
         data = data.select(np.arange(arguments.limit))
         measured = f"the first {arguments.limit:,} of {measured}"
-    print(f"measures {measured}")
+    training.say(f"measures {measured}")
     if unknown := sorted(set(data.names) - set(names)):
         raise DataError(f"the data has the classes {unknown}, which the model does not know: {names}")
     tokens = labelled.encode(tokenizer, data.texts, model.config.context_length)
@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
         with atomic_write(path) as file:
             settings = {"model": str(arguments.model), "data": arguments.data}
             file.write(json.dumps(settings | result, indent=2).encode() + b"\n")
-        print(f"{arguments.model} on {arguments.data}\n{table(result)}\nwritten to {path}")
+        training.say(f"{arguments.model} on {arguments.data}\n{table(result)}\nwritten to {path}")
     except (DataError, TrainingError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

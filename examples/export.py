@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         if not arguments.overwrite:
             training.refuse_models(arguments.out, "add --overwrite, or change --out")
         arguments.out.mkdir(parents=True, exist_ok=True)
-        print(f"fastattn {fastattn.__version__}: {export(arguments.model, arguments.out)}")
+        training.say(f"fastattn {fastattn.__version__}: {export(arguments.model, arguments.out)}")
     except (DataError, TrainingError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import corpus
+import training
 from corpus import DataError
 
 
@@ -34,10 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(prepared.manifest, indent=2))
+    training.say(json.dumps(prepared.manifest, indent=2))
     pieces = [prepared.tokenizer.decode([token]) for token in prepared.train[:40].tolist()]
-    print(f"the first tokens: {'|'.join(pieces)!r}")
-    print(f"in {prepared.folder}")
+    training.say(f"the first tokens: {'|'.join(pieces)!r}")
+    training.say(f"in {prepared.folder}")
     return 0
 
 

@@ -1,5 +1,6 @@
 """What the example scripts make of damaged models, of characters that are none, and of encodings: one line that names the file."""
 
+import importlib
 import importlib.util
 import io
 import json
@@ -138,16 +139,23 @@ def test_what_generate_is_told(arguments: list[str], message: str, capfd: pytest
     assert message in "".join(capfd.readouterr())
 
 
-def test_generate_ends_quietly_where_nobody_reads(
-    gpt: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("script", ["generate", "prepare", "attention_map"])
+def test_scripts_end_quietly_where_nobody_reads(
+    script: str, gpt: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import generate
+    (tmp_path / "a.txt").write_text("a text\n" * 2000)
+    arguments = {
+        "generate": [gpt, "--tokens", 3, "--device", "cpu"],
+        "prepare": [tmp_path / "a.txt", "--out", tmp_path, "--vocab-size", 257],
+        "attention_map": [gpt, "--text", "a text", "--out", tmp_path / "map", "--device", "cpu"],
+    }[script]
 
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
-        assert generate.main([str(gpt), "--tokens", "3", "--device", "cpu"]) == 0
+        assert importlib.import_module(script).main([str(argument) for argument in arguments]) == 0
+        stdout.flush()
     assert capfd.readouterr().err == ""
 
 
