@@ -139,6 +139,7 @@ def test_report_files(compile_worker, tmp_path, monkeypatch):
     assert header == "| case | kernel | sm_80 A100 | gfx942 MI300X |"
     assert line.startswith("| toy | matmul_tile | ")
     assert f"({rows[0]['resources']['registers']}, " in line
+    assert [cell.endswith("!") for cell in line.replace(" |", "|").split("|")[3:5]] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -81,20 +81,21 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def summary_table(rows: Sequence[Row]) -> str:
-    """Markdown, a line per kernel and a column per target: the bound, then registers and resident warps."""
+    """Markdown, a line per kernel and a column per target: the bound, then registers and resident warps; ! where it spills, or
+    does not fit otherwise."""
     targets = list(_by_target(rows))
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
         resources, occupancy = row["resources"], row["occupancy"]
         loop = row["loops"][0] if row["loops"] else {"alternating": None, "pipe_per_dram": None}
-        bound = "spills" if row["violations"] else "-"
+        bound = "-"
         if loop["alternating"] is not None:
             bound = f"{loop['alternating']:.0%}"
         elif loop["pipe_per_dram"] is not None:
             bound = f"{loop['pipe_per_dram']:.2f} of DRAM"
         needs = f" ({resources['registers']}, {occupancy['warps']})" if occupancy else f" ({resources['registers']})"
         kernel = lines.setdefault((row["case"], resources["kernel"].strip("_")), {})
-        kernel.setdefault(resources["target"], bound + needs)
+        kernel.setdefault(resources["target"], bound + needs + " !" * bool(row["violations"]))
     header = ["case", "kernel", *(f"{target} {find_target(target).product}" for target in targets)]
     body = [[case, kernel, *(found.get(t, "") for t in targets)] for (case, kernel), found in lines.items()]
     return "\n".join([_line(header), _line(["---"] * len(header)), *map(_line, body)])
