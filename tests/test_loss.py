@@ -326,6 +326,18 @@ def test_errors_name_the_argument(name):
         function(*arguments, **options)
 
 
+@pytest.mark.parametrize(
+    "value", [True, 1.0, "1", None, torch.tensor(1)], ids=["bool", "float", "text", "none", "tensor"]
+)
+def test_an_ignore_index_that_is_no_integer(value):
+    with contract.no_launch(), pytest.raises(TypeError, match="ignore_index must be an integer, got"):
+        fastattn.cross_entropy(X, T, ignore_index=value)
+    with contract.no_launch(), pytest.raises(TypeError, match="ignore_index must be an integer, got"):
+        fastattn.linear_cross_entropy(X, W, T, ignore_index=value)
+    with pytest.raises(ValueError, match="ignore_index must be an int64, as the targets, got"):
+        fastattn.cross_entropy(X, T, ignore_index=-(2**63) - 1)
+
+
 @pytest.mark.parametrize("value", [-1, 5])
 def test_a_target_out_of_range_is_an_error_on_the_cpu(value):
     with pytest.raises(ValueError, match=rf"target must be in \[0, 5\) or ignore_index = -100, got {value}"):

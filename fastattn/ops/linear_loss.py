@@ -81,7 +81,7 @@ def linear_cross_entropy(
     rules = check_options(weight.shape[0], reduction, class_weight, ignore_index, label_smoothing, z_loss, softcap)
     checks.check_same_device(input=input, weight=weight, target=target, bias=bias, class_weight=class_weight)
     x, labels = input.reshape(math.prod(target.shape), weight.shape[1]), target.reshape(-1)
-    token_weight = (labels != ignore_index).float()
+    token_weight = (labels != rules.ignore_index).float()
     if reduction == "mean":
         count = counted(labels, rules)
         token_weight = token_weight / torch.where(count != 0, count, 1.0)
