@@ -146,6 +146,16 @@ def test_opcheck_and_one_graph(backend):
     assert all(torch.equal(a, b) for a, b in zip(got, expected))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("longest", [2**31, 2**40])
+def test_longest_sequences_beyond_32_bits_are_as_long_as_all_rows(longest, backend):
+    q, k, v = inputs(torch.float32, False)
+    cu_q, cu_k = offsets(LENGTHS_Q), offsets(LENGTHS_K)
+    with fastattn.backend.use(backend):
+        got, expected = (fastattn.varlen_attention(q, k, v, cu_q, cu_k, n, n) for n in (longest, 37))
+    assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

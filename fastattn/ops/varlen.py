@@ -183,8 +183,10 @@ def varlen_attention(
         ("max_seqlen_q", max_seqlen_q, cu_seqlens_q),
         ("max_seqlen_k", max_seqlen_k, cu_seqlens_k),
     ):
-        if readable(cu) and cu.numel() > 1 and cu.diff().max() > longest:
-            raise ValueError(f"{name} is {longest}, but a sequence has {cu.diff().max().item()} rows")
+        if readable(cu) and cu.numel() > 1 and (most := cu.diff().max().item()) > longest:
+            raise ValueError(f"{name} is {longest}, but a sequence has {most} rows")
+    max_seqlen_q = torch.sym_min(max_seqlen_q, query.shape[0])  # kernels count to it in 32 bits, program by program
+    max_seqlen_k = torch.sym_min(max_seqlen_k, key.shape[0])
     check_same_device(query=query, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()  # (kernels know no stride)
     left, right = check_window(window, causal)
