@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.checks import check_integer
+from fastattn.checks import check_integer, check_number
 
 
 def rotary_frequencies(
@@ -48,6 +48,7 @@ def rotary_frequencies(
         raise ValueError(f"rotary_dim must be even and at least 2, got {rotary_dim}")
     options = dict(scaling or {})
     rule, base = options.pop("rope_type", options.pop("type", "default")), options.pop("rope_theta", base)
+    check_number("base", base)
     if not base > 1.0:
         raise ValueError(f"base must be more than 1, got {base}")
     if rule not in RULES:

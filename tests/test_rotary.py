@@ -362,6 +362,12 @@ def test_bad_frequencies(arguments, message):
         fastattn.rotary_frequencies(**{"rotary_dim": 8, **arguments})
 
 
+@pytest.mark.parametrize("base", ["1e4", True, torch.tensor(1e4)], ids=["text", "bool", "tensor"])
+def test_a_base_that_is_no_number(base):
+    with pytest.raises(TypeError, match="base must be a real number, got"):
+        fastattn.rotary_tables(8, 4, base=base)
+
+
 def test_module():
     scaling = {"rope_type": "linear", "factor": 2.0}
     module = fastattn.nn.RotaryEmbedding(8, 16, scaling=scaling, interleaved=True)
