@@ -205,6 +205,15 @@ def test_constant_rows_give_the_bias(backend):
     assert torch.equal(got, bias.expand(3, 96))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_constant_rows_give_the_shift(backend):
+    """The sum of 100 times 3.3 is rounded, and what is left of the mean is not to be taken for a deviation."""
+    scale, shift = torch.randn(2, 1, 1, 100)
+    with fastattn.backend.use(backend):
+        got = fastattn.layer_norm(torch.full((1, 4, 100), 3.3), 100, scale=scale, shift=shift, eps=1e-12)
+    assert torch.equal(got, shift.expand(1, 4, 100))
+
+
 @pytest.mark.parametrize(("backend", "rows"), [("eager", 20_000), ("triton", 4_096)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_parameter_gradients_add_in_fp32(dtype, backend, rows):

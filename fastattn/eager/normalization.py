@@ -85,12 +85,14 @@ def forward(
     flat_weight, flat_bias = (None if p is None else p.reshape(columns) for p in (weight, bias))
     for block in row_blocks(rows, columns, BLOCK_NUMBERS):
         x_hat = h[block].float()
-        if centered:
-            mean[block] = x_hat.mean(1)
-            x_hat = x_hat - mean[block, None]
-        rstd[block] = torch.rsqrt(x_hat.square().mean(1) + eps)
+        if centered:  # (a mean that is rounded once leaves a constant row a variance)
+            x_hat, *statistics = torch.native_layer_norm(x_hat, (columns,), None, None, eps)
+            mean[block], rstd[block] = (s.view(-1) for s in statistics)
+        else:
+            rstd[block] = torch.rsqrt(x_hat.square().mean(1) + eps)
+            x_hat = x_hat * rstd[block, None]
         factor, term = (None if m is None else m[_group_of(block, rows, groups, m)] for m in (scale, shift))
-        y[block] = modulate(x_hat * rstd[block, None], flat_weight, flat_bias, factor, term, weight_offset)
+        y[block] = modulate(x_hat, flat_weight, flat_bias, factor, term, weight_offset)
     return output, hidden, mean, rstd
 
 
