@@ -11,6 +11,9 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+# what fp32, in which kernels take their numbers, tells from 0 and infinity
+LEAST_NUMBER, LARGEST_NUMBER = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
@@ -99,6 +102,8 @@ def check_softcap(softcap: float | None) -> None:
     check_number("softcap", softcap)
     if not 0.0 < softcap < math.inf:
         raise ValueError(f"softcap must be None or > 0 and finite, got {softcap}")
+    if not LEAST_NUMBER <= softcap <= LARGEST_NUMBER:
+        raise ValueError(f"softcap must be a normal number of float32, in [1.2e-38, 3.4e38], got {softcap}")
 
 
 def check_scale(scale: float | None) -> None:
@@ -107,6 +112,8 @@ def check_scale(scale: float | None) -> None:
     check_number("scale", scale)
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be None or finite, got {scale}")
+    if not -LARGEST_NUMBER <= scale <= LARGEST_NUMBER:
+        raise ValueError(f"scale must be finite in float32, at most 3.4e38, got {scale}")
 
 
 def autocasts(device: torch.device) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from fastattn import backend
 from fastattn.block_mask import BlockMask, Blocks
 from fastattn.checks import (
+    LARGEST_NUMBER,
     as_int,
     autocast,
     check_pair,
@@ -261,7 +261,7 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: fl
 
     The way through checks and dispatch shows in calls of a few milliseconds, after a kernel that swept the caches.
     """
-    if scale is not None and not (type(scale) is float and -math.inf < scale < math.inf):
+    if scale is not None and not (type(scale) is float and -LARGEST_NUMBER <= scale <= LARGEST_NUMBER):
         return None
     if listening() or not (type(query) is type(key) is type(value) is Tensor and backend.eager_on_cpu()):
         return None
@@ -390,7 +390,7 @@ def attention(
         >>> fastattn.attention(q, k, v, causal=True, window=(32, 0)).shape
         torch.Size([2, 8, 128, 64])
     """
-    if window is mask is bias is alibi_slopes is softcap is sinks is None and not (dropout_p or return_lse):
+    if window is mask is bias is alibi_slopes is softcap is sinks is None and dropout_p == 0.0 and not return_lse:
         plain = _by_torch(query, key, value, causal, scale)
         if plain is not None:
             return plain
@@ -438,7 +438,7 @@ def scaled_dot_product_attention(
         torch.Size([2, 8, 128, 64])
     """
     same_heads = isinstance(query, Tensor) and isinstance(key, Tensor) and query.shape[1:2] == key.shape[1:2]
-    if attn_mask is None and not dropout_p and (same_heads or enable_gqa):
+    if attn_mask is None and dropout_p == 0.0 and (same_heads or enable_gqa):
         plain = _by_torch(query, key, value, is_causal, scale)
         if plain is not None:
             return plain

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from fastattn import backend
 from fastattn.checks import (
     FLOAT_DTYPES,
+    LARGEST_NUMBER,
     check_integer,
     check_rank,
     check_same_device,
@@ -193,7 +193,7 @@ def _by_torch(
     """
     if torch.compiler.is_compiling() or type(length) is not int or key is None or value is None:
         return None
-    if scale is not None and not (type(scale) is float and -math.inf < scale < math.inf):
+    if scale is not None and not (type(scale) is float and -LARGEST_NUMBER <= scale <= LARGEST_NUMBER):
         return None
     tensors = (query, key_cache, value_cache, key, value)
     if any(type(t) is not Tensor for t in tensors):
