@@ -150,7 +150,7 @@ MUTANTS = (
         MASK_BLOCKS,
     ),
     Mutant("wrong key head under GQA", FORWARD, "(head // group).to(tl.int64)", "(head % 2).to(tl.int64)", ATTENTION),
-    Mutant("no guard for rows that see nothing", FORWARD, "tl.where(l > 0, l, 1.0)", "l", ATTENTION),
+    Mutant("no guard for rows that see nothing", FORWARD, "tl.where(l == 0, 1.0, l)", "l", ATTENTION),
     Mutant(
         "causal edge is one too far",
         "kernels/masks.py",

@@ -30,6 +30,23 @@ def test_empty_inputs_give_empty_or_zero_results(sizes, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_score_is_no_row_that_sees_nothing(backend):
+    """Its log-sum-exp is NaN, not -inf; in decoding, where other programs have the rest of the keys, too."""
+    q, k, v = qkv(n=1, nk=600)
+    k[0, 0, 300, 2] = torch.nan
+    with fastattn.backend.use(backend):
+        results = [
+            fastattn.attention(q, k, v, return_lse=True),
+            fastattn.attention_with_kv_cache(q, k, v, 600, return_lse=True),
+        ]
+    for out, lse in results:
+        assert out[0, 0].isnan().all()
+        assert lse[0, 0].isnan().all()
+        assert out[0, 1].isfinite().all()
+        assert lse[0, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_that_see_nothing_are_zero_with_zero_gradients(backend):
     q, k, v = (x.requires_grad_() for x in qkv(n=40, nk=40))
     mask = torch.ones(40, 40, dtype=torch.bool)

@@ -120,8 +120,8 @@ def finish(acc, l, m, unit, keep_scale):
 
     unit: a 1 of m in base e.
     """
-    l_safe = tl.where(l > 0, l, 1.0)
-    return acc * (keep_scale / l_safe)[:, None], tl.where(l > 0, m * unit + tl.log2(l_safe) * LN2, float("-inf"))
+    l_safe = tl.where(l == 0, 1.0, l)  # (NaN stays NaN in both)
+    return acc * (keep_scale / l_safe)[:, None], tl.where(l == 0, float("-inf"), m * unit + tl.log2(l_safe) * LN2)
 
 
 @triton.jit
