@@ -30,6 +30,17 @@ def test_empty_inputs_give_empty_or_zero_results(sizes, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_without_query_heads_keys_have_zero_gradients(backend):
+    q, k, v = (x.requires_grad_() for x in qkv(heads=0, kv_heads=1))
+    bias, sinks = torch.zeros(8, 8, requires_grad=True), torch.zeros(0, requires_grad=True)
+    with fastattn.backend.use(backend):
+        out = fastattn.attention(q, k, v, bias=bias, sinks=sinks)
+        grads = torch.autograd.grad(out.sum(), (q, k, v, bias, sinks))
+    assert out.shape == (1, 0, 8, 16)
+    assert all(g.shape == x.shape and not g.any() for g, x in zip(grads, (q, k, v, bias, sinks)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_nan_score_is_no_row_that_sees_nothing(backend):
     """Its log-sum-exp is NaN, not -inf; in decoding, where other programs have the rest of the keys, too."""
     q, k, v = qkv(n=1, nk=600)

@@ -289,6 +289,8 @@ def forward(
         batch, num_queries, num_keys = packing.cu_seqlens_q.numel() - 1, packing.max_seqlen_q, packing.max_seqlen_k
         out.zero_()
         lse.fill_(float("-inf"))
+    if heads == 0:
+        return out, lse
     itemsize = query.element_size()
     head_bytes = num_keys * (head_dim + value_dim) * itemsize // (heads // key.shape[1])
     together = heads_together(batch * heads, head_bytes, left, right, blocks is not None)

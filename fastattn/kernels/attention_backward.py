@@ -77,6 +77,12 @@ def backward(
         batch, num_queries, num_keys = packing.cu_seqlens_q.numel() - 1, packing.max_seqlen_q, packing.max_seqlen_k
         for gradient in (grad_query, grad_key, grad_value):
             gradient.zero_()
+    if heads == 0:
+        grad_bias, grad_sinks = (
+            None if t is None else t.new_zeros(t.shape)
+            for t in (bias if need_bias else None, sinks if need_sinks else None)
+        )
+        return grad_query, grad_key.zero_(), grad_value.zero_(), grad_bias, grad_sinks
     statistics = lse.new_empty((batch, heads, 2, triton.cdiv(num_queries, STATISTICS) * STATISTICS))
     grad_bias = None if bias is None or not need_bias else bias.new_empty(bias.shape)
     grad_sinks = None
