@@ -58,6 +58,22 @@ def test_a_nan_score_is_no_row_that_sees_nothing(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("softcap", [1e6, 1e20, 3e38])
+def test_a_softcap_far_above_the_scores_changes_nothing(softcap, dtype, backend):
+    leaves = [x.requires_grad_() for x in qkv(dtype=dtype)]
+
+    def results(softcap):
+        out, lse = fastattn.attention(*leaves, softcap=softcap, return_lse=True)
+        cached = fastattn.attention_with_kv_cache(*(x.detach() for x in leaves), 8, softcap=softcap)
+        return out, lse, cached, *torch.autograd.grad(out.square().sum() + lse.sum(), leaves)
+
+    with fastattn.backend.use(backend):
+        for got, expected in zip(results(softcap), results(None)):
+            assert torch.allclose(got, expected, atol=2e-2 if dtype == torch.bfloat16 else 5e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_that_see_nothing_are_zero_with_zero_gradients(backend):
     q, k, v = (x.requires_grad_() for x in qkv(n=40, nk=40))
     mask = torch.ones(40, 40, dtype=torch.bool)

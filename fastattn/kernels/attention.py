@@ -53,6 +53,7 @@ from fastattn.kernels.tiles import (
     score_class,
     split_mask,
     strides,
+    without_loose_cap,
 )
 from fastattn.layout import Packing, new_output
 from fastattn.score_rules import ScoreRules
@@ -276,7 +277,7 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, rules: ScoreRules, precision: str, packing: Packing | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse). Shapes as in `fastattn.ops.attention`; with `packing` as in `fastattn.ops.varlen`."""
-    rules = by_blocks(rules)
+    rules = by_blocks(without_loose_cap(rules, query.dtype) if rules.softcap else rules)
     plain, scores = score_class(rules)
     mask, bias, slopes, sinks, seed, scale, left, right, softcap, dropout_p = rules
     mask, blocks = split_mask(mask)

@@ -40,6 +40,7 @@ from fastattn.kernels.tiles import (
     score_class,
     split_mask,
     strides,
+    without_loose_cap,
 )
 from fastattn.layout import Packing, new_gradient
 from fastattn.score_rules import ScoreRules
@@ -63,7 +64,7 @@ def backward(
     rules: ScoreRules, need_bias: bool, need_sinks: bool, precision: str, packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(grad_query, grad_key, grad_value, grad_bias, grad_sinks); the last two None where not needed."""
-    rules = by_blocks(rules)
+    rules = by_blocks(without_loose_cap(rules, query.dtype) if rules.softcap else rules)
     plain, scores = score_class(rules)
     mask, bias, slopes, sinks, seed, scale, left, right, softcap, dropout_p = rules
     mask, blocks = split_mask(mask)

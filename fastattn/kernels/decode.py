@@ -20,7 +20,7 @@ from fastattn.kernels.attention import add_keys, finish
 from fastattn.kernels.attention_config import MERGE_SPLITS, decode_config, decode_splits
 from fastattn.kernels.launch import current_target, launch
 from fastattn.kernels.masks import LN2, LOG2E, LOWEST, load_slope, load_tile, visible_range
-from fastattn.kernels.tiles import head_block, score_class, strides
+from fastattn.kernels.tiles import head_block, score_class, strides, without_loose_cap
 from fastattn.layout import new_output
 from fastattn.score_rules import ScoreRules
 
@@ -237,6 +237,7 @@ def forward(
     group, keys = heads // kv_heads, capacity(key_cache, block_table)
     block_d, block_dv = head_block(head_dim), head_block(value_dim)
     target = current_target()
+    rules = without_loose_cap(rules, query.dtype) if rules.softcap else rules
     plain, _ = score_class(rules)
     config = decode_config(target, max(block_d, block_dv), query.element_size(), num_queries * group, plain)
     programs = batch * kv_heads * triton.cdiv(num_queries * group, config.block_m)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastattn.block_mask import Blocks
 from fastattn.kernels.attention_config import Scores
 from fastattn.kernels.mask_blocks import is_listed
 from fastattn.score_rules import ScoreRules
+
+LOOSE_CAP = 5e5  # off by 0.1, and x - c·tanh(x / c) reaches that at x = 4000 only
 
 
 def head_block(head_dim: int) -> int:
@@ -56,6 +59,12 @@ def block_kinds(blocks: Blocks | None) -> tuple[Any, ...] | None:
         return None
     batch, heads, rows, others = blocks.kinds.shape
     return blocks.tiles, blocks.kinds, None, 0 if batch == 1 else heads * rows, 0 if heads == 1 else rows, others
+
+
+def without_loose_cap(rules: ScoreRules, dtype: torch.dtype) -> ScoreRules:
+    """The rules without a softcap c that changes scores less than the short formula of 16-bit kernels does, which is off by 2⁻²² c."""
+    loose = rules.softcap > LOOSE_CAP and dtype != torch.float32
+    return rules._replace(softcap=0.0) if loose else rules
 
 
 def _is_aligned(pair: Tensor) -> bool:
