@@ -102,6 +102,18 @@ def definition(
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 
+def _slide(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether rows start one number apart, as those of windows that slide, where PyTorch's fused kernel may be called: what PyTorch
+    makes like these, a copy in fp32 or its output, keeps no row's numbers together."""
+    return query.shape[3] == value.shape[3] > 1 and 1 in query.stride()[:3] + key.stride()[:3] + value.stride()[:3]
+
+
+def _in_rows(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Copies of such tensors, row by row. (`contiguous` would leave a dimension of size 1 its stride.)"""
+    rows = torch.contiguous_format
+    return query.clone(memory_format=rows), key.clone(memory_format=rows), value.clone(memory_format=rows)
+
+
 def forward(
     query: Tensor, key: Tensor, value: Tensor, rules: ScoreRules, precision: str, first_batch: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -109,10 +121,8 @@ def forward(
     if 0 in (query.shape[2], key.shape[2]) or query.numel() == 0:
         out, lse = _nothing(query, value, rules.sinks)
         return as_output(out, query), lse.contiguous()
-    if query.shape[3] == value.shape[3] > 1 and 1 in (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]):
-        # (windows that slide: what PyTorch makes like these, a copy in fp32 or its output, keeps no row's numbers together)
-        q, k, v = (t.clone(memory_format=torch.contiguous_format) for t in (query, key, value))
-        out, lse = forward(q, k, v, rules, precision, first_batch)
+    if _slide(query, key, value):
+        out, lse = forward(*_in_rows(query, key, value), rules, precision, first_batch)
         return as_output(out, query), lse
     if attention_fused.better_in_fp32(query):
         out, lse = forward(query.float(), key.float(), value.float(), rules, precision, first_batch)
@@ -175,9 +185,9 @@ def backward(
     rules: ScoreRules, need_bias: bool, need_sinks: bool, precision: str, first_batch: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(grad_query, grad_key, grad_value, grad_bias, grad_sinks); the last two None where not needed."""
-    if query.shape[3] == value.shape[3] > 1 and 1 in (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]):
-        q, k, v = (t.clone(memory_format=torch.contiguous_format) for t in (query, key, value))  # as in the forward
-        return backward(grad_out, grad_lse, q, k, v, out, lse, rules, need_bias, need_sinks, precision, first_batch)
+    if _slide(query, key, value):
+        rows = _in_rows(query, key, value)
+        return backward(grad_out, grad_lse, *rows, out, lse, rules, need_bias, need_sinks, precision, first_batch)
     if attention_fused.better_in_fp32(query):
         *grads, grad_bias, grad_sinks = backward(
             grad_out.float(), grad_lse, query.float(), key.float(), value.float(), out.float(), lse, rules, need_bias,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastattn.checks import check_integer, check_pair, check_rank, check_shape, check_tensor
 from fastattn.ops.attention import attention
-from fastattn.ops.decode import attention_with_kv_cache
+from fastattn.ops.decode import attention_with_kv_cache, check_block_table
 from fastattn.ops.rotary import rotary
 from fastattn.ops.varlen import varlen_attention
 from fastattn.tracing import readable
@@ -156,8 +156,7 @@ def _from_pages(
     check_shape("v", v, (*k.shape[:3], v.shape[3]), "as k")
     check_tensor("cu_seqlens_k", cu_seqlens_k, (torch.int32, torch.int64))
     check_rank("cu_seqlens_k", cu_seqlens_k, 1, "(batch + 1,)")
-    check_tensor("block_table", block_table, (torch.int32,))
-    check_rank("block_table", block_table, 2, "(batch, pages of a sequence)")
+    check_block_table(block_table)
     batch, size = len(cu_seqlens_k) - 1, k.shape[1]
     max_seqlen_k = check_integer("max_seqlen_k", max_seqlen_k)
     if block_table.shape[0] != batch or not 0 <= max_seqlen_k <= block_table.shape[1] * size:
@@ -267,8 +266,7 @@ def flash_attn_with_kvcache(
         if k is not None:
             raise ValueError("cache_seqlens must say where k and v are appended, got None")
         if block_table is not None:
-            check_tensor("block_table", block_table, (torch.int32,))
-            check_rank("block_table", block_table, 2, "(batch, pages of a sequence)")
+            check_block_table(block_table)
         cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     if cache_batch_idx is not None:
         if block_table is not None:

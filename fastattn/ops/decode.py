@@ -126,10 +126,11 @@ def _check_leftpad(leftpad: Tensor, lengths: Tensor | int, batch: int) -> None:
         raise ValueError(f"cache_leftpad must be at least 0 and at most cache_seqlens, {lengths}, got {leftpad}")
 
 
-def _check_table(table: Tensor, batch: int) -> None:
+def check_block_table(table: Tensor, batch: int | None = None) -> None:
+    """Errors unless it is int32 (B, pages of a sequence); batch: what B has to be."""
     check_tensor("block_table", table, (torch.int32,))
     check_rank("block_table", table, 2, "(batch, pages of a sequence)")
-    if table.shape[0] != batch:
+    if batch is not None and table.shape[0] != batch:
         raise ValueError(f"block_table must have one row for each of the {batch} sequences, got {tuple(table.shape)}")
 
 
@@ -324,7 +325,7 @@ def attention_with_kv_cache(
     _check_untracked(query=query, key_cache=key_cache, value_cache=value_cache, key=key, value=value, sinks=sinks)
     capacity = key_cache.shape[2]
     if block_table is not None:
-        _check_table(block_table, batch)
+        check_block_table(block_table, batch)
         block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
         capacity = capacity * block_table.shape[1]
     elif key_cache.shape[0] < batch:
