@@ -170,7 +170,7 @@ def way(request, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*((name, torch.float32) for name in CASES), *((n, d) for n in ("several_tokens", "everything") for d in DTYPES[1:])],
+    [*((name, torch.float32) for name in CASES), *((n, d) for n in ("several_tokens", "everything", "leftpad_everything") for d in DTYPES[1:])],
     ids=str,
 )  # fmt: skip
 def test_matches_the_definition(name, dtype, way):
