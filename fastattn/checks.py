@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # what fp32, in which kernels take their numbers, tells from 0 and infinity
 LEAST_NUMBER, LARGEST_NUMBER = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -131,3 +136,17 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in FLOAT_DTYPES else t for t in tensors)
+
+
+def without_autocast(function: _Function) -> _Function:
+    """`function` of tensors that have the dtypes autocast wants, without autocast: on a CPU it would round the fp32 of products inside."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any, **options: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return function(*arguments, **options)
+        device = next(a.device for a in arguments if isinstance(a, Tensor))
+        with torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext():
+            return function(*arguments, **options)
+
+    return run  # type: ignore[return-value]

@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fastattn.checks import without_autocast
 from fastattn.eager import attention_fused
 from fastattn.eager.exponential import exp, exp_
 from fastattn.eager.row_block import RowBlock, cut, whole_block
@@ -88,6 +89,7 @@ def product_rows(query: Tensor, key: Tensor) -> int:
     return max(16, _BLOCK_SCORES // max(1, query.shape[0] * query.shape[1] * key.shape[2]) // 16 * 16)
 
 
+@without_autocast
 def definition(
     query: Tensor, key: Tensor, value: Tensor, rules: ScoreRules, first_batch: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -274,6 +276,7 @@ def score_gradients(
     return dq, dk, ds, p_kept
 
 
+@without_autocast
 def double_backward(
     grad_grads: Sequence[Tensor | None], needs: Sequence[bool], grad_out: Tensor, grad_lse: Tensor | None, query: Tensor,
     key: Tensor, value: Tensor, rules: ScoreRules, first_batch: int = 0,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fastattn.checks import without_autocast
 from fastattn.eager.attention import (
     add_replayed,
     block_weights,
@@ -43,6 +44,7 @@ def _weights_of(q: Tensor, k: Tensor, block: RowBlock) -> Tensor:
     return p / l
 
 
+@without_autocast
 def weights(query: Tensor, key: Tensor, rules: ScoreRules, rows: Sequence[int] | None) -> Tensor:
     """(B, Hq, len(rows), Nk) in the query's dtype. Differentiable by any of torch's means."""
     num_keys, parts = key.shape[2], []
@@ -79,6 +81,7 @@ def backward(
     return tuple(None if t is None or like is None else t.to(like.dtype) for t, like in zip(total, given))  # type: ignore[return-value]
 
 
+@without_autocast
 def double_backward(
     grad_grads: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor, query: Tensor, key: Tensor, rules: ScoreRules,
     rows: Sequence[int] | None,
@@ -104,6 +107,7 @@ def double_backward(
     return [dy, dq, dk, *pairs]
 
 
+@without_autocast
 def column_sums(query: Tensor, key: Tensor, rules: ScoreRules) -> Tensor:
     """fp32 (B, Hq, Nk): the sum of each column."""
     total = query.new_zeros((*query.shape[:2], key.shape[2]), dtype=torch.float32)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fastattn.checks import without_autocast
 from fastattn.eager import attention
 from fastattn.layout import Packing, new_gradient, new_output
 from fastattn.score_rules import ScoreRules
@@ -38,6 +39,7 @@ def forward(
     return out, lse
 
 
+@without_autocast
 def definition(query: Tensor, key: Tensor, value: Tensor, rules: ScoreRules, packing: Packing) -> tuple[Tensor, Tensor]:
     """(out, lse) by plain differentiable PyTorch."""
     parts, end = [], 0
@@ -69,6 +71,7 @@ def backward(
     return dq, dk, dv, dsinks
 
 
+@without_autocast
 def double_backward(
     grad_grads: Sequence[Tensor | None], needs: Sequence[bool], grad_out: Tensor, grad_lse: Tensor | None, query: Tensor,
     key: Tensor, value: Tensor, rules: ScoreRules, packing: Packing,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.checks import without_autocast
 from fastattn.interpreting import interpreting
 from fastattn.tracing import constant_to_compilers, listening
 
@@ -28,8 +29,8 @@ Gradient = Callable[[Sequence[bool], Sequence[Tensor | None], Sequence[Any], Seq
 
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
-    """Register `fastattn::<schema>`; `implementation` chooses the backend from its tensors' device."""
-    name = schema.partition("(")[0]
+    """Register `fastattn::<schema>`; `implementation` chooses the backend from its tensors' device, and runs without autocast."""
+    name, implementation = schema.partition("(")[0], without_autocast(implementation)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastattn::{name}", fake, lib=LIBRARY)
