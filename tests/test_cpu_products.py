@@ -5,20 +5,28 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
-from fastattn.eager import attention_fused, attention_products, products
+from fastattn.eager import attention_fused, attention_products, feed_forward, products
 from fastattn.nn import plain
+from fastattn.ops import linear_loss
 from tests import reference
 from tests.compare import assert_close
 
 ONEDNN = torch.backends.mkldnn.is_available() and products._linear_pointwise is not None
-# (has tiles, oneDNN is the faster in fp32)
-CPUS = {"amd": (False, True), "tiles": (True, False), "neither": (False, False)}
+# (has tiles, oneDNN is the faster in fp32, has no instructions for 16 bits)
+CPUS = {
+    "amd": (False, True, False), "tiles": (True, False, False), "neither": (False, False, False),
+    "old": (False, False, True), "old amd": (False, True, True),
+}  # fmt: skip
+HALVES = {torch.bfloat16: products._Rows(3, 2, 2), torch.float16: products._Rows(2, 1, 1)}
 
 
 @pytest.fixture(params=CPUS)
 def cpu(request, monkeypatch):
     """What the ways are chosen by; `onednn_takes` of 16 bits stays, since it says what this CPU can do."""
-    tiles, onednn = CPUS[request.param]
+    tiles, onednn, emulates = CPUS[request.param]
+    for module in (products, attention_fused, linear_loss):
+        monkeypatch.setattr(module, "emulates", lambda dtype: emulates and dtype in HALVES)
+    monkeypatch.setattr(products, "_LEAST_WIDENED", HALVES)
     for module in (products, attention_fused, attention_products):
         monkeypatch.setattr(module, "has_tiles", lambda: tiles)
     for module in (products, plain):
@@ -32,7 +40,7 @@ def random(*shapes, dtype):
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("columns", [40, 192, 200])
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 17])
@@ -45,6 +53,8 @@ def test_products(cpu, rows, columns, has_bias, dtype):
         assert_close("product", products.product(x, w, bias), truth, plain_result)
         got = products.product_with_columns(dy, w)
         assert_close("product with columns", got, dy.double() @ weight.double(), dy @ weight)
+        got = products.product_with_columns(dy, w, dy, w)
+        assert_close("two products", got, 2 * (dy.double() @ weight.double()), 2 * (dy @ weight))
     for a, b in ((dy, x), (x, dy), (dy, dy)):
         got = products.product_over_rows(a, b)
         assert got.is_contiguous(), "as the weight whose gradient it is"
@@ -79,12 +89,43 @@ def test_empty_products(cpu, shapes):
 def test_packed_weights(cpu, monkeypatch):
     x, bias, *weights = random((3, 24), (40,), (40, 24), (40, 24), dtype=torch.float32)
     packed = products.pack(weights, 3)
-    assert [w.is_mkldnn for w in packed] == [cpu == "amd"] * 2
+    assert [w.is_mkldnn for w in packed] == ["amd" in cpu] * 2
     for w, plain_weight in zip(packed, weights):
         truth = F.linear(x.double(), plain_weight.double(), bias.double())
         assert_close("product", products.product(x, w, bias), truth, F.linear(x, plain_weight, bias))
     monkeypatch.setattr(products, "MOST_PACKED", 2 * weights[0].nbytes - 1)
     assert products.pack(weights, 3) == weights, "more memory than a generation may take"
+
+
+@pytest.mark.parametrize("cpu", ["old", "old amd"], indirect=True)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_without_instructions_for_16_bits(cpu, dtype, monkeypatch):
+    """The numbers of fp32 products, rounded once; a few rows in 16 bits."""
+    multiplied, fused = [], []
+    for name in ("linear", "gelu"):
+        original = getattr(F, name)
+        monkeypatch.setattr(F, name, lambda x, *a, f=original, **o: multiplied.append(x.dtype) or f(x, *a, **o))
+    monkeypatch.setattr(products, "onednn_linear", lambda x, w, b, *_: fused.append(x.dtype) or F.linear(x, w, b))
+    x, weight, bias, gate, dy = random((6, 24), (40, 24), (40,), (40, 24), (6, 40), dtype=dtype)
+    wide = [t.float() for t in (x, weight, bias, gate, dy)]
+
+    def check(got, expected):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=0.0)
+
+    check(products.product(x, weight, bias), F.linear(*wide[:3]))
+    check(products.product(x, products.pack([weight], 6)[0].to_dense(), bias), F.linear(*wide[:3]))
+    check(products.product_with_columns(dy, weight, dy, gate), wide[4] @ (wide[1] + wide[3]))
+    check(products.product_over_rows(dy, x), wide[4].t() @ wide[0])
+    check(
+        feed_forward.hidden_layer(x, weight, bias, gate, None, "gelu"),
+        F.gelu(wide[0] @ wide[3].t()) * F.linear(*wide[:3]),
+    )
+    assert {*multiplied, *fused} == {torch.float32}
+    products.product(x[:1], weight, bias)
+    assert dtype in (multiplied[-1], *fused[-1:])
+    losses = [fastattn.linear_cross_entropy(*pair, torch.arange(6)) for pair in ((x, weight), wide[:2])]
+    assert torch.equal(*losses)
 
 
 def test_linear_layers_of_the_modules(cpu, monkeypatch):
@@ -100,10 +141,12 @@ def test_linear_layers_of_the_modules(cpu, monkeypatch):
 
     for got, expected in zip(derivatives(lambda x: plain.call_linear(layer, x)), derivatives(layer)):
         torch.testing.assert_close(got, expected)
-    assert bool(used) == (cpu == "amd" and ONEDNN)
+    assert bool(used) == ("amd" in cpu and ONEDNN)
     used.clear()
     with torch.autocast("cpu", torch.bfloat16):
         assert plain.call_linear(layer, x).dtype == torch.bfloat16
+    assert bool(used) == ("old" in cpu)
+    used.clear()
     torch.func.grad(lambda x: plain.call_linear(layer, x).sum())(x)
     layer.register_forward_hook(lambda *_: torch.zeros(1))
     assert plain.call_linear(layer, x).shape == (1,)

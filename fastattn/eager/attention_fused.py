@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastattn.block_mask import BLOCK, Blocks, hulls
 from fastattn.eager import attention_products
-from fastattn.eager.products import has_tiles, onednn_takes
+from fastattn.eager.products import emulates, has_tiles, onednn_takes
 from fastattn.eager.row_block import RowBlock
 from fastattn.layout import shared_planes
 
@@ -62,7 +62,8 @@ def backward(
     if by_key and attention_products.fits(query, key, value):
         key_bias = None if additive is None else additive[:, :, :1]
         return attention_products.backward(grad_out, query, key, value, out, lse, is_causal, scale, key_bias)
-    if query.dtype == torch.bfloat16 and not has_tiles() and attention_products.is_small(query, key):
+    small = not has_tiles() and attention_products.is_small(query, key)
+    if query.dtype == torch.bfloat16 and (small or emulates(query.dtype)):
         wide = (t.float() for t in (grad_out, query, key, value, out))
         mask = None if additive is None else additive.float()
         grads = _fused_backward(*wide, lse, 0.0, is_causal, attn_mask=mask, scale=scale)

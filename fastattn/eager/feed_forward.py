@@ -5,11 +5,13 @@ The launchers have the signatures of `fastattn/kernels/feed_forward.py`; the equ
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.eager.activations import ACTIVATIONS, activate, gradient
-from fastattn.eager.products import fuses, onednn_linear, product, product_with_columns
+from fastattn.eager.products import fuses, in_fp32, onednn_linear, product, product_with_columns, widened
 from fastattn.eager.random import drop
 
 
@@ -47,6 +49,8 @@ def hidden_layer(
     activation: str,
 ) -> Tensor:
     """`definition` of (rows, in), by products as `product`, for who does not need z and g."""
+    if widened(x, weight):
+        return in_fp32(partial(hidden_layer, activation=activation), x, weight, bias, gate_weight, gate_bias)
     if gate_weight is None:
         return _activated(x, weight, bias, activation)
     return _activated(x, gate_weight, gate_bias, activation).mul_(product(x, weight, bias))
@@ -112,8 +116,7 @@ def input_backward(
     grad_z: Tensor, weight: Tensor, grad_g: Tensor | None, gate_weight: Tensor | None, precision: str
 ) -> Tensor:
     """dX = dZ W (+ dG Wg)."""
-    dx = product_with_columns(grad_z, weight)
-    return dx if grad_g is None or gate_weight is None else dx.addmm_(grad_g, gate_weight)
+    return product_with_columns(grad_z, weight, grad_g, gate_weight)
 
 
 def dropout_backward(grad_output: Tensor, seed: Tensor, dropout_p: float) -> Tensor:

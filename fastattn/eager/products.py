@@ -2,14 +2,15 @@
 
 PyTorch multiplies fp32 by MKL, and 16-bit numbers by oneDNN. On AMD's CPUs with AVX-512 oneDNN is faster in fp32 as well; its
 way there is the product with an epilogue that torch.compile uses. On CPUs with tiles for bf16 (AMX) a few rows have faster ways
-than either (`python -m bench.report models feed_forward` times all of them at work).
+than either. A CPU without instructions for a 16-bit dtype multiplies copies in fp32 and rounds the result: PyTorch's own way takes 3
+times as long there in bf16, in fp16 10 to 400 times (`python -m bench.report models feed_forward` times all of them at work).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,25 @@ from torch import Tensor
 
 _linear_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 MOST_PACKED = 1 << 30  # bytes
+# Of an x86 CPU any of which multiplies bf16 numbers; oneDNN calls bf16 supported from AVX-512 on, which does not.
+_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx10_1", "avx_ne_convert")
+
+
+class _Rows(NamedTuple):
+    """Rows from which on a 16-bit product takes longer than copies in fp32 and theirs, on a CPU without such instructions.
+
+    Attributes:
+        forward: of X Wᵀ.
+        backward: of dY W and dYᵀ X, whose 16-bit forms are slower.
+        copied: of X Wᵀ where the copy of W was made before.
+    """
+
+    forward: int
+    backward: int
+    copied: int
+
+
+_LEAST_WIDENED = {torch.bfloat16: _Rows(24, 8, 4), torch.float16: _Rows(8, 1, 1)}
 LEAST_WEIGHT = 1 << 17  # numbers of an fp32 weight from which on oneDNN's call, which takes longer than MKL's, pays
 LEAST_PRODUCT = 1 << 22  # multiplications from which on oneDNN's call pays
 _LEAST_RATIO = 2  # of the sides of a weight's gradient from which on oneDNN is faster
@@ -29,6 +49,41 @@ def onednn_takes(dtype: torch.dtype) -> bool:
         return False
     known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     return dtype not in known or bool(getattr(torch.ops.mkldnn, known[dtype])())
+
+
+@cache
+def emulates(dtype: torch.dtype) -> bool:
+    """Whether this is a 16-bit dtype for whose products the CPU has no instructions."""
+    if dtype not in _LEAST_WIDENED:
+        return False
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    x86 = capabilities.get("architecture") == "x86_64"
+    lacking = x86 and dtype == torch.bfloat16 and not any(capabilities.get(name) for name in _BF16_INSTRUCTIONS)
+    return lacking or not onednn_takes(dtype)
+
+
+def widens(rows: int, dtype: torch.dtype) -> bool:
+    """Whether X Wᵀ of so many rows on a CPU is computed in fp32."""
+    return dtype in _LEAST_WIDENED and rows >= _LEAST_WIDENED[dtype].forward and emulates(dtype)
+
+
+def widened(x: Tensor, weight: Tensor) -> bool:
+    """Whether X Wᵀ is computed in fp32: as `widens` says, or since `pack` made an fp32 copy of W."""
+    if x.dtype is torch.float32 or not x.is_cpu:
+        return False
+    return x.dtype != weight.dtype or (not weight.is_mkldnn and widens(x.shape[0], x.dtype))
+
+
+def _widened_backward(dy: Tensor) -> bool:
+    """Whether a product of the backward with these rows is computed in fp32."""
+    if dy.dtype is torch.float32 or not dy.is_cpu:
+        return False
+    return emulates(dy.dtype) and dy.shape[0] >= _LEAST_WIDENED[dy.dtype].backward
+
+
+def in_fp32(function: Callable[..., Tensor], x: Tensor, *tensors: Tensor | None) -> Tensor:
+    """function(x, *tensors) of fp32 copies, rounded to x's dtype."""
+    return function(x.float(), *(None if t is None else t.float() for t in tensors)).to(x.dtype)
 
 
 @cache
@@ -49,8 +104,8 @@ def _prefers_onednn(dtype: torch.dtype, rows: int) -> bool:
     """Whether no way is faster than oneDNN's product with bias and activation."""
     if dtype == torch.float32:
         return fp32_by_onednn()
-    few_with_tiles = rows <= 16 and has_tiles()
-    return dtype == torch.bfloat16 and not few_with_tiles and _linear_pointwise is not None and onednn_takes(dtype)
+    slower = (rows <= 16 and has_tiles()) or widens(rows, dtype)
+    return dtype == torch.bfloat16 and not slower and _linear_pointwise is not None and onednn_takes(dtype)
 
 
 def fuses(x: Tensor, weight: Tensor) -> bool:
@@ -71,15 +126,23 @@ def onednn_linear(
 
 
 def pack(weights: Sequence[Tensor], rows: int) -> list[Tensor]:
-    """Copies of weights for `product` with so many rows, a few at most, in the order in which the CPU reads them fastest.
+    """Copies of weights for `product` with so many rows, a few at most, in the dtype and order that the CPU multiplies fastest.
 
-    A copy takes as long as some ten products and as much memory as its weight. Weights of more than `MOST_PACKED` bytes in all, and those
-    for which it does not pay, come back as they are.
+    A copy takes as long as some ten products and as much memory as its weight, or twice as much. Copies of more than `MOST_PACKED` bytes
+    in all are not made, nor those that do not pay: such weights come back as they are.
     """
-    pays = all(w.is_cpu and w.is_contiguous() and 0 not in w.shape and _prefers_onednn(w.dtype, 1) for w in weights)
-    if not pays or sum(w.nbytes for w in weights) > MOST_PACKED:
+    if not all(w.is_cpu and w.is_contiguous() and 0 not in w.shape for w in weights):
         return list(weights)
-    return [torch.ops.mkldnn._reorder_linear_weight(w.detach(), rows) for w in weights]
+    dtypes = [_packed_dtype(w.dtype, rows) for w in weights]
+    if sum(w.numel() * dtype.itemsize for w, dtype in zip(weights, dtypes)) > MOST_PACKED:
+        return list(weights)
+    copies = [w.detach().to(dtype) for w, dtype in zip(weights, dtypes)]
+    return [torch.ops.mkldnn._reorder_linear_weight(w, rows) if _prefers_onednn(w.dtype, 1) else w for w in copies]
+
+
+def _packed_dtype(dtype: torch.dtype, rows: int) -> torch.dtype:
+    emulated = dtype in _LEAST_WIDENED and rows >= _LEAST_WIDENED[dtype].copied and emulates(dtype)
+    return torch.float32 if emulated else dtype
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -89,6 +152,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     a batch of products with 64 rows of W each.
     """
     rows, dtype = x.shape[0], x.dtype
+    if widened(x, weight):
+        return in_fp32(product, x, weight, bias)
     if fuses(x, weight):
         return onednn_linear(x, weight, bias)
     if dtype == torch.bfloat16 and x.is_cpu and has_tiles():
@@ -108,15 +173,19 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y.add_(bias)
 
 
-def product_with_columns(dy: Tensor, weight: Tensor) -> Tensor:
-    """dY W of (rows, out) and (out, in)."""
-    if dy.dtype == torch.float32 and fuses(dy, weight):
-        return onednn_linear(dy, weight.t(), None)
-    return dy @ weight
+def product_with_columns(dy: Tensor, weight: Tensor, dg: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+    """dY W (+ dG Wg), of (rows, out) and (out, in)."""
+    if _widened_backward(dy):
+        return in_fp32(product_with_columns, dy, weight, dg, gate)
+    by_onednn = dy.dtype == torch.float32 and fuses(dy, weight)
+    dx = onednn_linear(dy, weight.t(), None) if by_onednn else dy @ weight
+    return dx if dg is None or gate is None else dx.addmm_(dg, gate)
 
 
 def product_over_rows(dy: Tensor, x: Tensor) -> Tensor:
     """dYᵀ X, (out, in), of (rows, out) and (rows, in): a weight's gradient, accumulated in fp32."""
+    if _widened_backward(dy):
+        return in_fp32(product_over_rows, dy, x)
     long, short = max(dy.shape[1], x.shape[1]), min(dy.shape[1], x.shape[1])
     if dy.dtype != torch.float32 or long < _LEAST_RATIO * short or not fuses(dy, x):
         return torch.mm(dy.t(), x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,7 +12,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastattn import backend
-from fastattn.eager.products import fp32_by_onednn
+from fastattn.checks import FLOAT_DTYPES
+from fastattn.eager.products import fp32_by_onednn, widens
 from fastattn.ops import feed_forward as ops
 from fastattn.tracing import listening
 
@@ -67,11 +69,14 @@ def _wraps_tensors(weight: object) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + b: PyTorch's, or `fastattn.linear` where its product is the faster one (fp32 on some CPUs)."""
+    """x Wᵀ + b: PyTorch's, or `fastattn.linear` where its product is the faster one (on some CPUs)."""
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
-    if not (plain and x.is_cpu and x.dtype == weight.dtype == torch.float32) or listening():
+    if not (plain and x.is_cpu) or listening() or not backend.eager_on_cpu():
         return F.linear(x, weight, bias)
-    if not fp32_by_onednn() or torch.is_autocast_enabled("cpu") or not backend.eager_on_cpu():
+    autocasts = torch.is_autocast_enabled("cpu") and {x.dtype, weight.dtype} <= set(FLOAT_DTYPES)
+    dtype = torch.get_autocast_dtype("cpu") if autocasts else x.dtype
+    faster = fp32_by_onednn() if dtype == torch.float32 else widens(math.prod(x.shape[:-1]), dtype)
+    if not faster or not (autocasts or x.dtype == weight.dtype):
         return F.linear(x, weight, bias)
     return ops.linear(x, weight, bias)
 

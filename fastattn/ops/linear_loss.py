@@ -5,16 +5,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from fastattn import checks
-from fastattn.backend import device_guard, implementation
+from fastattn.backend import device_guard, eager_on_cpu, implementation
 from fastattn.eager.loss import definition
-from fastattn.eager.products import fuses, product
+from fastattn.eager.products import emulates, fuses, product
 from fastattn.loss_rules import IGNORE_INDEX, LossRules
 from fastattn.ops.library import call, define, differentiate, in_batch, needs_composite, observed
 from fastattn.ops.loss import check_options, check_target_range, check_targets, counted
@@ -119,14 +118,9 @@ def _check(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -
         checks.check_shape("bias", bias, (weight.shape[0],), "classes")
 
 
-def _without_autocast(input: Tensor) -> AbstractContextManager[object]:
-    return nullcontext() if input.is_meta else torch.autocast(input.device.type, enabled=False)
-
-
+@checks.without_autocast
 def _logits(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    x, w, b = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    with _without_autocast(input):
-        return torch.nn.functional.linear(x, w, b)
+    return torch.nn.functional.linear(input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def _chunk(x: Tensor, weight: Tensor, bias: Tensor | None, room: Tensor) -> Tensor:
@@ -159,9 +153,11 @@ def _forward(
     grad_weight = new(weight.shape if needs[1] else 0, dtype=torch.float32)
     grad_bias = weight.new_zeros(classes if needs[2] else 0, dtype=torch.float32)
     x, w, b = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if input.is_cpu and eager_on_cpu() and emulates(dtype):
+        x, w, b, dtype = x.float(), w.float(), None if b is None else b.float(), torch.float32
     unit = _largest(token_weight) if dtype != torch.float32 and rows and any(needs) else None
     relative = token_weight if unit is None else token_weight / unit
-    with device_guard(input.device), _without_autocast(input):
+    with device_guard(input.device):
         launcher = implementation("loss", input.device)
         step = min(launcher.chunk_rows(classes), rows)
         buffer = x.new_empty(step, -(-classes // ROW_MULTIPLE) * ROW_MULTIPLE)
