@@ -421,9 +421,30 @@ MUTANTS = (
     Mutant(
         "weights are copied whatever they take",
         "eager/products.py",
-        "if not pays or sum(w.nbytes for w in weights) > MOST_PACKED:",
-        "if not pays:",
+        "if sum(w.numel() * dtype.itemsize for w, dtype in zip(weights, dtypes)) > MOST_PACKED:",
+        "if False:",
         CPU_PRODUCTS,
+    ),
+    Mutant(
+        "the gate's product is lost in fp32",
+        "eager/products.py",
+        "in_fp32(product_with_columns, dy, weight, dg, gate)",
+        "in_fp32(product_with_columns, dy, weight)",
+        CPU_PRODUCTS,
+    ),
+    Mutant(
+        "a CPU without 16-bit instructions multiplies in 16 bits",
+        "eager/products.py",
+        "return lacking or not onednn_takes(dtype)",
+        "return False and lacking",
+        ("tests/test_cpu_products.py", "-k", "which_cpus"),
+    ),
+    Mutant(
+        "autocast goes on inside of an op",
+        "checks.py",
+        "if autocasts(device) else nullcontext():",
+        "if not autocasts(device) else nullcontext():",
+        ("tests/test_autocast.py",),
     ),
     Mutant(
         "RMS norm writes over an fp32 residual stream",

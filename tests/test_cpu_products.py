@@ -97,6 +97,20 @@ def test_packed_weights(cpu, monkeypatch):
     assert products.pack(weights, 3) == weights, "more memory than a generation may take"
 
 
+def test_which_cpus_lack_instructions(monkeypatch):
+    """oneDNN calls bf16 supported from AVX-512 on, but products of it need more."""
+    for flags, expected in {
+        (): True, ("avx512_f", "avx512_bw"): True, ("avx512_bf16",): False, ("amx_bf16",): False, ("avx_ne_convert",): False,
+    }.items():  # fmt: skip
+        capabilities = {"architecture": "x86_64", **dict.fromkeys(flags, True)}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        monkeypatch.setattr(products, "onednn_takes", lambda dtype: dtype != torch.float16)
+        find = products.emulates.__wrapped__  # without what was found of this CPU
+        assert [find(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [False, expected, True]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64"})
+    assert not products.emulates.__wrapped__(torch.bfloat16), "elsewhere oneDNN knows"
+
+
 @pytest.mark.parametrize("cpu", ["old", "old amd"], indirect=True)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_without_instructions_for_16_bits(cpu, dtype, monkeypatch):
