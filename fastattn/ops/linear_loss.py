@@ -55,7 +55,8 @@ def linear_cross_entropy(
     of the weight accumulates in fp32 and is rounded once, to the weight's own dtype; under autocast the products alone
     are taken in autocast's dtype. The host never waits for the device.
 
-    On top of the weight's gradient in fp32 and the input's, a call needs one chunk of logits: 8 to 32 MB on a CPU.
+    On top of the weight's gradient in fp32 and the input's, a call needs one chunk of logits: 8 to 32 MB on a CPU. A CPU without
+    instructions for the 16-bit dtype multiplies an fp32 copy of the weight.
 
     Args:
         input: (..., features), fp32, fp16 or bf16.
