@@ -1,13 +1,17 @@
 """Which class of scores a call belongs to, and that the class decides its tiles."""
 
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 
+from fastattn.kernels import attention_config
 from fastattn.kernels import launch as launching
 from fastattn.kernels.attention_config import (
+    AttentionConfig,
     attention_backward_key_config,
     attention_backward_query_config,
     attention_forward_config,
@@ -70,6 +74,46 @@ def test_light_scores_take_larger_tiles_than_heavy_ones(arch):
             assert size(choose, scores, 128) > size(choose, "heavy", 128)
     for scores in ("loaded", "dropped"):
         assert size(attention_backward_key_config, scores, 128) > size(attention_backward_key_config, "heavy", 128)
+
+
+def newer_tiles(choose, tables):
+    """For each entry of the tables of newer versions of Triton: what a version asks for there, and the entry."""
+    for scores, families in tables.items():
+        of_scores = {"blocks": scores == "blocks", "scores": "plain" if scores in ("blocks", "rest") else scores}
+        for family, table in families.items():
+            arch = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "small": 120}[family]
+            for width, tiles in table.items():
+                yield (
+                    lambda version, arch=arch, width=width, of_scores=of_scores: choose(
+                        Target("cuda", arch, 100, triton_version=version), width, 2, **of_scores
+                    ),
+                    AttentionConfig(*tiles),
+                )
+
+
+@pytest.mark.parametrize(
+    ("choose", "tables"),
+    [
+        (attention_backward_query_config, attention_config._BACKWARD_QUERY_NEWER),
+        (attention_backward_key_config, attention_config._BACKWARD_KEY_NEWER),
+    ],
+)
+def test_newer_versions_of_triton_take_tiles_of_their_own(choose, tables):
+    for ask, config in newer_tiles(choose, tables):
+        assert ask((3, 8)) == ask((3, 9)) == ask((3, 10)) == config
+        assert ask((3, 7)) != config
+
+
+def test_tiles_of_the_installed_triton():
+    target = Target("cuda", 80, 108)
+    assert target.triton_version == tuple(map(int, triton.__version__.split(".")[:2]))
+    before, after = (
+        attention_backward_query_config(replace(target, triton_version=version), 256, 2) for version in ((3, 7), (3, 9))
+    )
+    assert (before, after) == (
+        AttentionConfig(64, 32, 4, 2, False, 128),
+        AttentionConfig(32, 64, 4, 2, True, 128),
+    )
 
 
 @pytest.mark.parametrize(("backend", "limit"), [("cuda", 64), ("cuda", None), ("hip", 64)])

@@ -213,6 +213,20 @@ _BACKWARD_KEY_DROPPED: dict[str, _Table] = {
     "small": {64: (32, 64, 4, 1), 128: (32, 64, 8, 1, True, MAX_HEAD, 255)},
 }
 
+# Triton 3.8 and newer (compiled: 3.9.0) leave other values in registers. Where the tiles above spill there, these do not: for a class of
+# scores or for "blocks", a block mask, instead of every table above; for "rest" instead of the last, that of plain scores.
+_NEWER = (3, 8)
+_BACKWARD_QUERY_NEWER: dict[str, dict[str, _Table]] = {
+    "alibi": {"small": {256: (64, 32, 8, 1)}},
+    "capped": {"small": {256: (64, 32, 8, 1)}},
+    "loaded": {"small": {256: (64, 32, 8, 1)}},
+    "rest": {"sm_80": {256: (32, 64, 4, 2, True, 128)}, "small": {256: (32, 64, 4, 1, True, _CHUNK)}},
+}
+_BACKWARD_KEY_NEWER: dict[str, dict[str, _Table]] = {
+    "blocks": {"sm_80": {256: (64, 32, 8, 2, True, _CHUNK)}},
+    "rest": {"sm_80": {256: (64, 32, 4, 2, True, _CHUNK)}, "small": {256: (16, 32, 4, 2)}},
+}
+
 
 def _family(target: Target) -> str:
     if target.backend == "hip":
@@ -231,6 +245,11 @@ def _needs_small_tiles(scores: Scores, blocks: bool, head_dim: int, itemsize: in
         return False
     many = scores == "heavy" or (scores == "dropped" and head_dim > 128)
     return many or itemsize == 4 or ragged or family == "amd"
+
+
+def _of_newer(target: Target, tables: dict[str, dict[str, _Table]], which: str) -> tuple[bool, dict[str, _Table]]:
+    """For `_first`: those of `tables` that Triton's version asks for."""
+    return target.triton_version >= _NEWER, tables.get(which, {})
 
 
 def _first(family: str, head_dim: int, *tables: tuple[bool, dict[str, _Table]]) -> AttentionConfig:
@@ -303,11 +322,13 @@ def attention_backward_query_config(
         return AttentionConfig(block_m, block_n, 8, 1, max_registers=most if heavy else None)
     if not heavy:
         exceptions = (
+            _of_newer(target, _BACKWARD_QUERY_NEWER, "blocks" if blocks else scores),
             (blocks, _BACKWARD_QUERY_LISTED),
             (scores == "dropped", _BACKWARD_QUERY_DROPPED),
             (scores == "alibi", _BACKWARD_QUERY_ALIBI),
             (scores == "capped", _BACKWARD_QUERY_CAPPED),
             (scores == "loaded", _BACKWARD_QUERY_LOADED),
+            _of_newer(target, _BACKWARD_QUERY_NEWER, "rest"),
         )
         return _first(family, head_dim, *exceptions, (True, _BACKWARD_QUERY))
     if ragged and head_dim <= 128 and family != "amd":
@@ -350,6 +371,7 @@ def attention_backward_key_config(
         return AttentionConfig(32 if head_dim <= 64 else 16, 32, 4 if head_dim <= 32 else 8, 1, max_registers=most)
     if not heavy:
         exceptions = (
+            _of_newer(target, _BACKWARD_KEY_NEWER, "blocks" if blocks else scores),
             (blocks, _BACKWARD_KEY_LISTED),
             (blocks, _BACKWARD_KEY),
             (scores == "dropped", _BACKWARD_KEY_DROPPED),
@@ -361,6 +383,7 @@ def attention_backward_key_config(
             (packed, _BACKWARD_KEY_PACKED),
             (grouped or packed, _BACKWARD_KEY_GROUPED),
             (ragged, _BACKWARD_KEY_RAGGED_PLAIN),
+            _of_newer(target, _BACKWARD_KEY_NEWER, "rest"),
         )
         return _first(family, head_dim, *exceptions, (True, _BACKWARD_KEY))
     if ragged and head_dim <= 128 and family != "amd":

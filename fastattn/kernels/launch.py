@@ -14,6 +14,7 @@ from triton.compiler.compiler import make_backend
 from fastattn.interpreting import interpreting
 
 INTERPRETING = interpreting()  # as Triton, which has just read it
+TRITON_VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Target:
         arch: compute capability as in sm_90 → 90 on CUDA; 0 elsewhere.
         processors: streaming multiprocessors (compute units) of the device.
         tf32: whether products of fp32 may be asked for in TF32.
+        triton_version: of the compiler, 3.7.1 as (3, 7).
     """
 
     backend: str
     arch: int
     processors: int
     tf32: bool = True
+    triton_version: tuple[int, ...] = TRITON_VERSION
 
 
 MOST_ALONG_OTHER_AXES = 65_535  # programs along a grid's second and third axis, on NVIDIA's and AMD's GPUs
