@@ -130,8 +130,11 @@ _BACKWARD_KEY_PACKED: dict[str, _Table] = {
 _FORWARD_RAGGED = AttentionConfig(32, 16, 8, 1)
 _BACKWARD_QUERY_RAGGED = AttentionConfig(32, 32, 8, 1, chunk=_CHUNK)
 _BACKWARD_KEY_RAGGED = AttentionConfig(32, 32, 8, 1, hoist=False)
-# ... and without a feature those of aligned heads spill 704 to 2,200 bytes here
-_BACKWARD_KEY_RAGGED_PLAIN: dict[str, _Table] = {"sm_80": {128: (64, 64, 8, 1, False)}}
+# ... and without a feature those of aligned heads spill 704 to 2,200 bytes here, of 250 numbers on sm_120 320 under Triton 3.9.0 alone
+_BACKWARD_KEY_RAGGED_PLAIN: dict[str, _Table] = {
+    "sm_80": {128: (64, 64, 8, 1, False)},
+    "small": {256: (16, 32, 4, 2, False)},
+}
 
 # Heads that share a key head, and packed sequences, keep more counters and pointers through the loops: with the tiles above dK and
 # dV spill 8 to 184 bytes (on sm_90 with Triton 3.9.0 alone), packed forwards of 128 on sm_90 8 bytes and of 256 on sm_100 32; heads
@@ -314,7 +317,9 @@ def attention_backward_query_config(
     family = _family(target)
     heavy = _needs_small_tiles(scores, blocks, head_dim, itemsize, ragged, family)
     if itemsize == 4 and head_dim > 128:
-        return AttentionConfig(16, 16, 4 if target.backend == "hip" else 8, 1, False, _CHUNK, max_registers=255)
+        # addresses in the loop spill 8 to 40 bytes with Triton 3.9.0
+        hoist = target.backend == "cuda" and target.triton_version >= _NEWER
+        return AttentionConfig(16, 16, 4 if target.backend == "hip" else 8, 1, hoist, _CHUNK, max_registers=255)
     if itemsize == 4:
         block_m, block_n = (32, 16 if heavy else 32) if head_dim <= 64 else (16, 16)
         # of 255 registers a block mask with everything spills 8 bytes on sm_100, of 192 none
