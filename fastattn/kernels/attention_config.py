@@ -220,13 +220,18 @@ _BACKWARD_KEY_DROPPED: dict[str, _Table] = {
 # scores or for "blocks", a block mask, instead of every table above; for "rest" instead of the last, that of plain scores.
 _NEWER = (3, 8)
 _BACKWARD_QUERY_NEWER: dict[str, dict[str, _Table]] = {
-    "alibi": {"small": {256: (64, 32, 8, 1)}},
+    "alibi": {"sm_90": {128: (128, 64, 8, 2, False)}, "small": {256: (64, 32, 8, 1)}},
     "capped": {"small": {256: (64, 32, 8, 1)}},
-    "loaded": {"small": {256: (64, 32, 8, 1)}},
+    "dropped": {"sm_80": {128: (128, 32, 8, 2)}},
+    "loaded": {"sm_100": {64: (128, 128, 8, 1, False, MAX_HEAD, 255)}, "small": {256: (64, 32, 8, 1)}},
     "rest": {"sm_80": {256: (32, 64, 4, 2, True, 128)}, "small": {256: (32, 64, 4, 1, True, _CHUNK)}},
 }
 _BACKWARD_KEY_NEWER: dict[str, dict[str, _Table]] = {
+    "alibi": {"sm_80": {128: (64, 32, 4, 2)}},
     "blocks": {"sm_80": {256: (64, 32, 8, 2, True, _CHUNK)}},
+    "capped": {"sm_90": {64: (64, 128, 8, 1, False)}, "sm_100": {64: (64, 128, 8, 1, True, MAX_HEAD, 255)}},
+    "dropped": {"sm_100": {64: (64, 64, 8, 1, True, MAX_HEAD, 255)}},
+    "loaded": {"sm_90": {128: (32, 64, 4, 1, False)}},
     "rest": {"sm_80": {256: (64, 32, 4, 2, True, _CHUNK)}, "small": {256: (16, 32, 4, 2)}},
 }
 
@@ -376,13 +381,13 @@ def attention_backward_key_config(
         return AttentionConfig(32 if head_dim <= 64 else 16, 32, 4 if head_dim <= 32 else 8, 1, max_registers=most)
     if not heavy:
         exceptions = (
+            (scores == "alibi" and (grouped or packed), _BACKWARD_KEY_ALIBI_GROUPED),
+            (scores == "capped" and (grouped or packed), _BACKWARD_KEY_CAPPED_GROUPED),
             _of_newer(target, _BACKWARD_KEY_NEWER, "blocks" if blocks else scores),
             (blocks, _BACKWARD_KEY_LISTED),
             (blocks, _BACKWARD_KEY),
             (scores == "dropped", _BACKWARD_KEY_DROPPED),
-            (scores == "alibi" and (grouped or packed), _BACKWARD_KEY_ALIBI_GROUPED),
             (scores == "alibi", _BACKWARD_KEY_ALIBI),
-            (scores == "capped" and (grouped or packed), _BACKWARD_KEY_CAPPED_GROUPED),
             (scores == "capped", _BACKWARD_KEY_CAPPED),
             (scores == "loaded", _BACKWARD_KEY_LOADED),
             (packed, _BACKWARD_KEY_PACKED),
