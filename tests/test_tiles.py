@@ -1,7 +1,6 @@
 """Which class of scores a call belongs to, and that the class decides its tiles."""
 
 from collections import defaultdict
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from fastattn.kernels.attention_config import (
     attention_backward_query_config,
     attention_forward_config,
 )
+from fastattn.kernels.config import norm_backward_config
 from fastattn.kernels.launch import Target
 from fastattn.kernels.tiles import score_class
 from fastattn.score_rules import ScoreRules
@@ -104,16 +104,15 @@ def test_newer_versions_of_triton_take_tiles_of_their_own(choose, tables):
         assert ask((3, 7)) != config
 
 
-def test_tiles_of_the_installed_triton():
-    target = Target("cuda", 80, 108)
-    assert target.triton_version == tuple(map(int, triton.__version__.split(".")[:2]))
-    before, after = (
-        attention_backward_query_config(replace(target, triton_version=version), 256, 2) for version in ((3, 7), (3, 9))
-    )
-    assert (before, after) == (
-        AttentionConfig(64, 32, 4, 2, False, 128),
-        AttentionConfig(32, 64, 4, 2, True, 128),
-    )
+def test_other_figures_of_newer_versions_of_triton():
+    before, after = (Target("cuda", 90, 132, triton_version=version) for version in ((3, 7), (3, 9)))
+    assert [attention_backward_query_config(target, 256, 4).hoist for target in (before, after)] == [False, True]
+    norms = [norm_backward_config(target, 768, 2, False, False, True) for target in (before, after)]
+    assert [norm.max_registers for norm in norms] == [64, None]
+
+
+def test_a_target_has_the_installed_triton():
+    assert Target("cuda", 80, 108).triton_version == tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 @pytest.mark.parametrize(("backend", "limit"), [("cuda", 64), ("cuda", None), ("hip", 64)])

@@ -216,9 +216,8 @@ _BACKWARD_KEY_DROPPED: dict[str, _Table] = {
     "small": {64: (32, 64, 4, 1), 128: (32, 64, 8, 1, True, MAX_HEAD, 255)},
 }
 
-# Triton 3.8 and newer (compiled: 3.9.0) leave other values in registers. Where the tiles above spill there, these do not: for a class of
-# scores or for "blocks", a block mask, instead of every table above; for "rest" instead of the last, that of plain scores.
-_NEWER = (3, 8)
+# Where the tiles above spill with Triton 3.8 or newer, these do not: for a class of scores, or "blocks" for a block mask, instead of the
+# tables above; for "rest" instead of that of plain scores alone.
 _BACKWARD_QUERY_NEWER: dict[str, dict[str, _Table]] = {
     "alibi": {"sm_90": {128: (128, 64, 8, 2, False)}, "small": {256: (64, 32, 8, 1)}},
     "capped": {"small": {256: (64, 32, 8, 1)}},
@@ -257,7 +256,7 @@ def _needs_small_tiles(scores: Scores, blocks: bool, head_dim: int, itemsize: in
 
 def _of_newer(target: Target, tables: dict[str, dict[str, _Table]], which: str) -> tuple[bool, dict[str, _Table]]:
     """For `_first`: those of `tables` that Triton's version asks for."""
-    return target.triton_version >= _NEWER, tables.get(which, {})
+    return target.has_newer_triton, tables.get(which, {})
 
 
 def _first(family: str, head_dim: int, *tables: tuple[bool, dict[str, _Table]]) -> AttentionConfig:
@@ -323,7 +322,7 @@ def attention_backward_query_config(
     heavy = _needs_small_tiles(scores, blocks, head_dim, itemsize, ragged, family)
     if itemsize == 4 and head_dim > 128:
         # addresses in the loop spill 8 to 40 bytes with Triton 3.9.0
-        hoist = target.backend == "cuda" and target.triton_version >= _NEWER
+        hoist = target.backend == "cuda" and target.has_newer_triton
         return AttentionConfig(16, 16, 4 if target.backend == "hip" else 8, 1, hoist, _CHUNK, max_registers=255)
     if itemsize == 4:
         block_m, block_n = (32, 16 if heavy else 32) if head_dim <= 64 else (16, 16)

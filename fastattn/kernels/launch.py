@@ -35,6 +35,11 @@ class Target:
     tf32: bool = True
     triton_version: tuple[int, ...] = TRITON_VERSION
 
+    @property
+    def has_newer_triton(self) -> bool:
+        """3.8 or newer (compiled: 3.9.0), which leaves other values in registers and so asks for other tiles here and there."""
+        return self.triton_version >= (3, 8)
+
 
 MOST_ALONG_OTHER_AXES = 65_535  # programs along a grid's second and third axis, on NVIDIA's and AMD's GPUs
 
