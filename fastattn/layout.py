@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+MOST_BETWEEN_ROWS = 1 << 24  # elements: the offsets inside one tile of a kernel are 32-bit, to save registers
+
+
 class Packing(NamedTuple):
     """How sequences lie one after the other along the length dimension of (1, H, T, D) tensors.
 
@@ -30,10 +33,10 @@ def new_output(query: Tensor, value_dim: int) -> Tensor:
     """An uninitialised (B, Hq, Nq, value_dim) tensor in the order of `query` (B, Hq, Nq, D).
 
     Where `query` keeps a row's heads together, as a projection's output split into heads does, so does the result: merging
-    its heads again is then a view.
+    its heads again is then a view. (Not where that would put rows too far apart for a kernel.)
     """
     batch, heads, rows, _ = query.shape
-    if query.stride(1) < query.stride(2):
+    if query.stride(1) < query.stride(2) and heads * value_dim <= MOST_BETWEEN_ROWS:
         return query.new_empty((batch, rows, heads, value_dim)).transpose(1, 2)
     return query.new_empty((batch, heads, rows, value_dim))
 
@@ -48,11 +51,15 @@ def as_output(tensor: Tensor, query: Tensor) -> Tensor:
 def new_gradient(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised gradient of a query, key or value (B, H, N, D), in its dtype or another."""
     batch, heads, rows, dim = tensor.shape
+    if heads * dim > MOST_BETWEEN_ROWS:
+        return tensor.new_empty(tensor.shape, dtype=dtype)
     return tensor.new_empty((batch, rows, heads, dim), dtype=dtype).transpose(1, 2)
 
 
 def as_gradient(tensor: Tensor) -> Tensor:
     """`tensor` (B, H, N, D), copied into the layout of `new_gradient` unless it has it already."""
+    if tensor.shape[1] * tensor.shape[3] > MOST_BETWEEN_ROWS:
+        return tensor.contiguous()
     together = tensor.transpose(1, 2)
     return tensor if together.is_contiguous() else together.contiguous().transpose(1, 2)
 

@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
+from fastattn.layout import as_gradient, as_output, new_gradient, new_output
 from fastattn.ops.attention import attention_backward_op, attention_op
 from tests import reference, sanitizer
 from tests.compare import assert_close, max_error
@@ -229,3 +230,13 @@ def test_offsets_beyond_32_bits(rows, stride, monkeypatch):
         assert torch.equal(*outs)
         grads = [torch.autograd.grad(out.float().square().sum(), qkv) for out, qkv in zip(outs, leaves)]
     assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_results_of_many_heads_keep_their_rows_where_kernels_reach_them():
+    """Heads side by side would put these rows 2^25 elements apart, and a kernel's 32-bit offsets would wrap around."""
+    query = torch.empty(1, 3, 1 << 19, 64, device="meta").transpose(1, 2)
+    results = [new_output(query, 64), as_output(query, query), new_gradient(query), as_gradient(query)]
+    assert all(result.is_contiguous() for result in results)
+    few = query[:, : 1 << 18]
+    results = [new_output(few, 64), as_output(few, few), new_gradient(few), as_gradient(few)]
+    assert all(result.stride(2) == 1 << 24 for result in results)

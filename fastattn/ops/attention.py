@@ -29,7 +29,7 @@ from fastattn.checks import (
 from fastattn.dropout import draw_seed
 from fastattn.eager import attention as eager
 from fastattn.eager import attention_fused
-from fastattn.layout import new_gradient, new_output
+from fastattn.layout import MOST_BETWEEN_ROWS, new_gradient, new_output
 from fastattn.ops.distributed import in_shares, is_distributed
 from fastattn.ops.leading_dims import four_dims
 from fastattn.ops.library import call, define, differentiate, needs_composite, tensors_only
@@ -133,9 +133,8 @@ differentiate(attention_backward_op, _double_gradient)
 
 
 def row_contiguous(x: Tensor) -> Tensor:
-    """`x`, copied where the last dimension is not contiguous or where rows lie so far apart (16M elements) that the
-    offsets inside one tile of a kernel, which are 32-bit to save registers, could overflow."""
-    return x if x.stride(-1) == 1 and x.stride(-2) <= 1 << 24 else x.contiguous()
+    """`x`, copied where the last dimension is not contiguous or where rows lie too far apart for a kernel."""
+    return x if x.stride(-1) == 1 and x.stride(-2) <= MOST_BETWEEN_ROWS else x.contiguous()
 
 
 def _check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
