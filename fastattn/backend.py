@@ -156,5 +156,6 @@ def explain(function: Callable[..., Any], *args: Any, **options: Any) -> str:
     if tensor is None:
         raise TypeError(f"the call of {function.__name__} has no tensor argument")
     backend, reason = choose(tensor.device)
-    details = importlib.import_module(f"fastattn.ops.{name}").explain(function, *args, **options)
+    with device_guard(tensor.device):  # tiles are those of its GPU
+        details = importlib.import_module(f"fastattn.ops.{name}").explain(function, *args, **options)
     return "\n  ".join([f"{function.__name__} on {tensor.device}: {backend}, because {reason}", *details])

@@ -1,10 +1,14 @@
 """What attention accepts and refuses: empty and degenerate inputs, strides, and errors raised before any launch."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 
 import fastattn
+from fastattn.eager import attention as eager_attention
+from fastattn.score_rules import ScoreRules
 from tests import reference
 from tests.test_attention import BACKENDS
 
@@ -340,6 +344,20 @@ def test_explain_draws_no_random_number(backend):
     assert backend == "triton" or "matrix products" in text
     with pytest.raises(ValueError, match="dropout_p must be in"):
         fastattn.explain(fastattn.attention, x, x, x, dropout_p=1.5)
+
+
+def test_explain_asks_the_gpu_that_the_tensors_are_on(monkeypatch):
+    asked = []
+    monkeypatch.setattr(fastattn.backend, "device_guard", lambda device: nullcontext(asked.append(device)))
+    x = torch.zeros(1, 2, 8, 16)
+    fastattn.explain(fastattn.attention, x, x, x)
+    assert asked == [x.device]
+
+
+def test_plain_pytorch_on_a_gpu_is_not_waited_for():
+    q, k, v = (x.to("meta") for x in qkv())  # which has no numbers to look at
+    rules = ScoreRules(None, None, None, None, None, 0.25, None, 0, 5.0, 0.0)
+    assert eager_attention.forward(q, k, v, rules, "ieee")[0].shape == q.shape
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

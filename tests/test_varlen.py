@@ -165,8 +165,9 @@ def test_longest_sequences_beyond_32_bits_are_as_long_as_all_rows(longest, backe
         ({"cu_seqlens_k": torch.tensor([0, 1, 3], dtype=torch.int32)}, ValueError, "same length, got 2 and 3"),
         ({"max_seqlen_k": 2}, ValueError, "max_seqlen_k is 2, but a sequence has 3 rows"),
         ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q must be at least 0, got -1"),
+        ({"alibi_slopes": torch.ones(2, device="meta")}, ValueError, "alibi_slopes is on meta but query is on cpu"),
     ],
-    ids=["rank", "dtype", "offsets", "count", "too_short", "negative"],
+    ids=["rank", "dtype", "offsets", "count", "too_short", "negative", "device"],
 )
 def test_bad_arguments_are_named(change, error, message):
     x, cu = torch.zeros(3, 2, 8), torch.tensor([0, 3], dtype=torch.int32)

@@ -139,7 +139,8 @@ def forward(
         q, k, v = block.of_rows(query), block.of_columns(key), block.of_columns(value)
         if not fused:
             found = _attend(q, k, v, block)
-            parts.append(_attend(q, k, v, replace(block, concrete=False)) if found[1].isnan().any() else found)
+            again = block.concrete and bool(found[1].isnan().any())
+            parts.append(_attend(q, k, v, replace(block, concrete=False)) if again else found)
             continue
         out, lse = attention_fused.block_forward(q, k, v, block)
         if rules.sinks is not None:

@@ -187,12 +187,12 @@ def varlen_attention(
             raise ValueError(f"{name} is {longest}, but a sequence has {most} rows")
     max_seqlen_q = torch.sym_min(max_seqlen_q, query.shape[0])  # kernels count to it in 32 bits, program by program
     max_seqlen_k = torch.sym_min(max_seqlen_k, key.shape[0])
-    check_same_device(query=query, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    slopes = check_slopes(alibi_slopes, cu_seqlens_q.numel() - 1, query.shape[1])
+    check_same_device(query=query, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, alibi_slopes=slopes)
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()  # (kernels know no stride)
     left, right = check_window(window, causal)
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
     q, k, v, rules = canonical(q, k, v, None, None, None, sinks, scale, left, right, softcap, dropout_p)
-    slopes = check_slopes(alibi_slopes, cu_seqlens_q.numel() - 1, query.shape[1])
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if needs_composite(q, k, v, rules.sinks):
         out, lse = eager.definition(q, k, v, rules._replace(alibi_slopes=slopes), packing)
