@@ -1,10 +1,13 @@
 """Dropout's random numbers: Philox's published answers, and the same choice by every way of computing it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 
 from fastattn.dropout import dropout_threshold
 from fastattn.eager import random as eager
@@ -63,6 +66,15 @@ def test_kernels_choose_as_the_definition(how, shape):
             2, 3, -1, -1
         )
     torch.testing.assert_close(out.bool(), whole[1, 2, first_row:, first_column:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("how", ["rows", "tile"])
+def test_debugging_lets_the_counters_wrap_around(how, monkeypatch):
+    """With TRITON_DEBUG=1 an integer that overflows ends the process, unless the kernel says that it may."""
+    options = dataclasses.replace(interpreter.interpreter_builder.options, debug=True)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+    out = torch.empty(16, 32, dtype=torch.int8)
+    write_choices[(1,)](out, SEED, 1, 2, 0, 0, 1, ROWS=16, COLUMNS=32, HOW=how)
 
 
 @pytest.mark.parametrize("columns", [range(1), range(5, 77), range(64, 96), range(31, 33), range(40, 40)])
