@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton
 
 import fastattn
 from fastattn.kernels import decode, launch, loss, normalization, normalization_backward
@@ -48,3 +49,18 @@ def test_too_many_along_another_axis_is_an_error():
 
     with pytest.raises(ValueError, match=r"kernel would need a grid of \(1, 65536\): GPUs take at most 65535"):
         launch.launch(kernel, (1, MANY))
+
+
+def test_a_gpu_that_is_too_small_is_told_of():
+    """A T4's shared memory is smaller than that of any GPU that tiles are made for."""
+
+    class Kernel:
+        __name__ = "kernel"
+
+        def __getitem__(self, grid):
+            raise triton.OutOfResources(81_920, 65_536, "shared memory")
+
+    with pytest.raises(
+        RuntimeError, match="kernel does not fit this GPU, which has 65536 of shared memory where 81920"
+    ):
+        launch.launch(Kernel(), (1,))

@@ -112,6 +112,11 @@ def launch(
         constexprs["PRECISION"] = "ieee"
     try:
         kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+    except triton.OutOfResources as error:  # tiles are made for the GPUs that targets.py names, and like ones
+        raise RuntimeError(
+            f"{kernel.__name__} does not fit this GPU, which has {error.limit} of {error.name} where {error.required} are needed; "
+            "take the backend 'eager'"
+        ) from error
     except RuntimeError as error:
         if "0 active drivers" not in str(error):
             raise
