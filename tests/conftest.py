@@ -30,6 +30,11 @@ else:
     sanitizer.install()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if ON_GPU:  # where PyTorch warns of TF32 that is left off, and of its own debug mode: both would be errors
+        config.addinivalue_line("filterwarnings", "default")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not (ON_GPU and torch.cuda.is_available()):

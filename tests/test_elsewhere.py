@@ -1,5 +1,9 @@
 """How the tests of a GPU reach it (tests/elsewhere.py), shown with copies on the CPU and with tensors that have no numbers."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -48,3 +52,24 @@ def test_nothing_stays_on_the_cpu(family, name, monkeypatch):
     op = FAMILIES[family][name]
     results = op.call(op.ours)(*op.tensors())
     assert all(y.is_meta for y in results)
+
+
+WARNS = """
+import warnings, pytest, torch
+torch.cuda.is_available = lambda: True
+
+@pytest.mark.gpu
+def test_that_warns():
+    warnings.warn("TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled.")
+"""
+
+
+def test_what_pytorch_warns_of_on_a_gpu_is_no_error(pytestconfig, tmp_path):
+    (tmp_path / "test_warns.py").write_text(WARNS)
+    command = ["-m", "pytest", "-q", "-p", "tests.conftest", "-c", pytestconfig.rootpath / "pyproject.toml", tmp_path]
+    environment = {**os.environ, "FASTATTN_TEST_GPU": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    run = subprocess.run(
+        [sys.executable, *command], cwd=pytestconfig.rootpath, env=environment, capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert "1 passed, 1 warning" in run.stdout, run.stdout + run.stderr
