@@ -16,8 +16,8 @@ import dataclasses
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import fastattn
 from fastattn.interpreting import interpreting
 from fastattn.models import GPT, Classifier, GPTConfig
 from fastattn.models.pretrained import read_json
+from fastattn.ops import normalization
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STEPS = ("training", "packed", "generation")
@@ -101,10 +102,21 @@ def warm(
         found.append(Compiled(src.name, times.total / 1e6, cache_hit))
         report(found[-1])
 
-    with stand_in(arch), fastattn.backend.use("triton"), knobs.compilation.scope():
+    with stand_in(arch), fastattn.backend.use("triton"), _autocast_as_on_a_gpu(), knobs.compilation.scope():
         knobs.compilation.listener = listener
         function()
     return found
+
+
+@contextmanager
+def _autocast_as_on_a_gpu() -> Iterator[None]:
+    """Norms of 16-bit numbers give fp32 there, and on the CPU, whose tensors stand in for the GPU's, 16 bits."""
+    devices = normalization.AUTOCAST_TO_FP32
+    normalization.AUTOCAST_TO_FP32 = (*devices, "cpu")
+    try:
+        yield
+    finally:
+        normalization.AUTOCAST_TO_FP32 = devices
 
 
 def read_config(folder: Path) -> tuple[type[GPT] | type[Classifier], Any]:

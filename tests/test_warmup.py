@@ -29,6 +29,21 @@ def steps():
 print(json.dumps([(found.kernel, found.cached) for found in warmup.warm(steps, sys.argv[2])]))
 """
 
+NORM = """
+import torch, fastattn
+from fastattn.warmup import warm
+x, weight = torch.zeros(2, 64, dtype=torch.bfloat16), torch.ones(64)
+
+def under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        fastattn.layer_norm(x, 64, weight)
+
+def as_on_a_gpu():
+    torch.ops.fastattn.norm(x, None, None, weight, None, None, None, 1, 1e-5, True, 0.0, 0.0, torch.float32, torch.bfloat16)
+
+print([len(warm(call, "sm_90")) for call in (under_autocast, as_on_a_gpu)])
+"""
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
@@ -64,6 +79,11 @@ def test_a_warm_cache_has_every_kernel_of_a_later_run(saved, tmp_path):
     assert [name for name, cached in later if not cached] == []
     elsewhere = json.loads(python(tmp_path, "-c", LATER, saved, "sm_80"))
     assert not any(cached for _, cached in elsewhere), "another GPU's kernels are other kernels"
+
+
+def test_norms_are_autocast_as_on_a_gpu(tmp_path):
+    """To fp32, where the CPU, whose tensors stand in for the GPU's, leaves them in 16 bits: one kernel, which a GPU asks for."""
+    assert python(tmp_path, "-c", NORM) == "[1, 0]\n", "the second call found its kernel compiled"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from fastattn.ops.normalization_cpu import layer_norm_by_torch, rms_norm_by_torc
 from fastattn.replay import replay
 
 # Devices whose autocast runs torch's layer norm in fp32; on the others it runs in the input's dtype.
-AUTOCAST_TO_FP32 = ("cuda", "xpu", "mps")
+AUTOCAST_TO_FP32: tuple[str, ...] = ("cuda", "xpu", "mps")
 
 
 @overload
