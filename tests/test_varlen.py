@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import fastattn
+from fastattn.kernels import attention_backward
 from fastattn.ops.varlen import varlen_op
 from tests import reference
 from tests.compare import assert_close, value_and_gradients
@@ -144,6 +145,35 @@ def test_opcheck_and_one_graph(backend):
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
         got, expected = (torch.autograd.grad(f(q, k, v), (q, k, v)) for f in (compiled, step))
     assert all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
+def test_one_long_sequence_does_not_cost_the_others_its_memory(monkeypatch):
+    """What the backward keeps of each row grows with the rows that there are, not with sequences times the longest."""
+    lengths, kept, launch = [1, 300, 1, 0, 1, 200, 1, 1, 1], [], attention_backward.launch
+
+    def recorded(kernel, grid, *arguments, **options):
+        kept.extend(x.numel() for x in arguments if isinstance(x, torch.Tensor) and x.dtype == torch.float32)
+        launch(kernel, grid, *arguments, **options)
+
+    monkeypatch.setattr(attention_backward, "launch", recorded)
+    x = torch.randn(sum(lengths), 2, 16).half()
+    cu = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+
+    def gradients(attend):
+        leaves = [x.clone().requires_grad_() for _ in range(3)]
+        return torch.autograd.grad(attend(*leaves).float().square().sum(), leaves)
+
+    def packed(q, k, v):
+        return fastattn.varlen_attention(q, k, v, cu, cu, max(lengths), max(lengths), causal=True)
+
+    def apart(q, k, v):
+        sequences = zip(*(t.transpose(0, 1)[None].split(lengths, 2) for t in (q, k, v)))
+        return torch.cat([fastattn.attention(*qkv, causal=True) for qkv in sequences], 2)[0].transpose(0, 1)
+
+    with fastattn.backend.use("triton"):
+        got = gradients(packed)
+        assert max(kept) <= 2 * 2 * (sum(lengths) + 128 * len(lengths))
+        assert all(torch.equal(a, b) for a, b in zip(got, gradients(apart)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

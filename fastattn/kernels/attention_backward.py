@@ -68,8 +68,8 @@ def backward(
     plain, scores = score_class(rules)
     mask, bias, slopes, sinks, seed, scale, left, right, softcap, dropout_p = rules
     mask, blocks = split_mask(mask)
-    batch, heads, num_queries, head_dim = query.shape
-    num_keys, value_dim = value.shape[2:]
+    batch, heads, rows, head_dim = query.shape
+    num_queries, (num_keys, value_dim) = rows, value.shape[2:]
     kv_heads = key.shape[1]
     block_d, block_dv = head_block(head_dim), head_block(value_dim)
     target, width, ragged = current_target(), max(block_d, block_dv), is_ragged(head_dim, value_dim)
@@ -84,7 +84,14 @@ def backward(
             for t in (bias if need_bias else None, sinks if need_sinks else None)
         )
         return grad_query, grad_key.zero_(), grad_value.zero_(), grad_bias, grad_sinks
-    statistics = lse.new_empty((batch, heads, 2, triton.cdiv(num_queries, STATISTICS) * STATISTICS))
+    blocks_of_rows = (
+        None if packing is None else rows // STATISTICS + batch
+    )  # with the sequences' lengths, memory would grow
+    statistics = lse.new_empty(
+        (batch, heads, 2, triton.cdiv(num_queries, STATISTICS) * STATISTICS)
+        if blocks_of_rows is None
+        else (heads, 2, blocks_of_rows * STATISTICS)
+    )
     grad_bias = None if bias is None or not need_bias else bias.new_empty(bias.shape)
     grad_sinks = None
 
@@ -116,7 +123,7 @@ def backward(
     config = attention_backward_query_config(target, width, itemsize, scores, listed, ragged)
     launch(
         attention_backward_query, (batch * heads * triton.cdiv(num_queries, config.block_m),), *inputs(launch_lists(blocks)), *sequences, out,
-        strides(out), grad_out, strides(grad_out), lse, grad_lse, lse.stride(), statistics, grad_query, strides(grad_query),
+        strides(out), grad_out, strides(grad_out), lse, grad_lse, lse.stride(), statistics, blocks_of_rows, grad_query, strides(grad_query),
         *scalars, together, heads, group, *lengths, **chunks(config), HOIST=config.hoist, **constants, **_blocks(config),
     )  # fmt: skip
     if bias is not None and grad_bias is not None:
@@ -139,7 +146,7 @@ def backward(
     )
     launch(
         attention_backward_key, (batch * kv_heads * triton.cdiv(num_keys, config.block_n),), *inputs(launch_lists(blocks, by_column=True)), *sequences, grad_out,
-        strides(grad_out), statistics, grad_key, strides(grad_key), grad_value, strides(grad_value), *scalars, together,
+        strides(grad_out), statistics, blocks_of_rows, grad_key, strides(grad_key), grad_value, strides(grad_value), *scalars, together,
         kv_heads, *lengths, GROUP=group, **chunks(config), HOIST=config.hoist, **constants, **_blocks(config),
     )  # fmt: skip
     if sinks is not None and need_sinks:

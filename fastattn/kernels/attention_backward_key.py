@@ -26,7 +26,7 @@ from fastattn.kernels.masks import (
 )
 from fastattn.kernels.order import key_block
 from fastattn.kernels.random import keep_tile
-from fastattn.kernels.recompute import load_pair, probability, row_statistics, score_gradient
+from fastattn.kernels.recompute import first_statistic, load_pair, probability, row_statistics, score_gradient
 
 
 @triton.jit
@@ -103,7 +103,9 @@ def _walk_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["together", "num_kv_heads", "num_queries", "num_keys", "left", "right", "threshold"])
+@triton.jit(do_not_specialize=[
+    "statistics_blocks", "together", "num_kv_heads", "num_queries", "num_keys", "left", "right", "threshold",
+])  # fmt: skip
 def attention_backward_key(
     q_ptr, q_strides,  # (B, Hq, Nq, D)
     k_ptr, k_strides,  # (B, Hkv, Nk, D)
@@ -115,7 +117,7 @@ def attention_backward_key(
     seed_ptr,  # int64 (1,), or None
     cu_q_ptr, cu_k_ptr,  # int32 (sequences + 1,), or None
     do_ptr, do_strides,  # (B, Hq, Nq, DV)
-    statistics_ptr,  # fp32 (B, Hq, 2, Nq padded): minus the LSE, and minus delta
+    statistics_ptr, statistics_blocks,  # fp32 (B, Hq, 2, Nq padded): minus the LSE, and minus delta; see `attention_backward_query`
     dk_ptr, dk_strides,  # (B, Hkv, Nk, D)
     dv_ptr, dv_strides,  # (B, Hkv, Nk, DV)
     score_scale, scale, softcap, threshold, keep_scale, together, num_kv_heads, num_queries, num_keys, left, right,
@@ -127,13 +129,14 @@ def attention_backward_key(
     batch, kv_head, start_n = key_block(tl.program_id(0), num_kv_heads, num_keys, together, BLOCK_N)
     b, kv_h = batch.to(tl.int64), kv_head.to(tl.int64)
     num_heads = num_kv_heads * GROUP
-    max_queries, max_keys = num_queries, num_keys
+    max_keys = num_keys
     if cu_q_ptr is not None:
         first_q, num_queries = sequence(cu_q_ptr, batch)
         first_k, num_keys = sequence(cu_k_ptr, batch)
         if start_n >= num_keys:
             return
         b = 0
+        statistics_ptr += first_statistic(first_q, batch, STATISTICS)
         q_ptr += first_q * q_strides[2]
         do_ptr += first_q * do_strides[2]
         k_ptr += first_k * k_strides[2]
@@ -168,7 +171,10 @@ def attention_backward_key(
         )
         q_head = q_ptr + b * q_strides[0] + h * q_strides[1]
         do_head = do_ptr + b * do_strides[0] + h * do_strides[1]
-        lse_head, delta_head = row_statistics(statistics_ptr, batch * num_heads + head, max_queries, STATISTICS)
+        if cu_q_ptr is not None:
+            lse_head, delta_head = row_statistics(statistics_ptr, head, statistics_blocks * STATISTICS, STATISTICS)
+        else:
+            lse_head, delta_head = row_statistics(statistics_ptr, batch * num_heads + head, num_queries, STATISTICS)
         mask_head = None
         bias_head = None
         slope = None

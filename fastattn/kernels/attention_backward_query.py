@@ -28,7 +28,7 @@ from fastattn.kernels.masks import (
 )
 from fastattn.kernels.order import query_block
 from fastattn.kernels.random import keep_tile
-from fastattn.kernels.recompute import load_pair, probability, row_statistics, score_gradient
+from fastattn.kernels.recompute import first_statistic, load_pair, probability, row_statistics, score_gradient
 
 
 @triton.jit
@@ -93,7 +93,17 @@ def _walk_keys(
 
 
 @triton.jit(
-    do_not_specialize=["together", "num_heads", "group", "num_queries", "num_keys", "left", "right", "threshold"]
+    do_not_specialize=[
+        "statistics_blocks",
+        "together",
+        "num_heads",
+        "group",
+        "num_queries",
+        "num_keys",
+        "left",
+        "right",
+        "threshold",
+    ]
 )
 def attention_backward_query(
     q_ptr, q_strides,  # (B, Hq, Nq, D)
@@ -108,6 +118,7 @@ def attention_backward_query(
     out_ptr, out_strides, do_ptr, do_strides,  # (B, Hq, Nq, DV)
     lse_ptr, dlse_ptr, lse_strides,  # fp32 (B, Hq, Nq); dlse may be None
     statistics_ptr,  # fp32 (B, Hq, 2, Nq padded): minus the LSE, -inf where a row sees nothing, and minus delta
+    statistics_blocks,  # None; of packed sequences the blocks of rows that a head has
     dq_ptr, dq_strides,  # (B, Hq, Nq, D)
     score_scale, scale, softcap, threshold, keep_scale, together, num_heads, group, num_queries, num_keys, left, right,
     D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr,
@@ -116,10 +127,8 @@ def attention_backward_query(
 ):  # fmt: skip
     """dQ of one block of rows; stores the rows' statistics for the other passes."""
     batch, head, start_m = query_block(tl.program_id(0), num_heads, num_queries, together, BLOCK_M)
-    batch_head = batch * num_heads + head
     max_queries = num_queries
     b, h, kv_h = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
-    lse_rows, delta_rows = row_statistics(statistics_ptr, batch_head, num_queries, STATISTICS)
     if slopes_ptr is not None:
         slopes_ptr += b * slopes_strides[0] + h * slopes_strides[1]
     if cu_q_ptr is not None:
@@ -136,6 +145,10 @@ def attention_backward_query(
         lse_ptr += first_q
         if dlse_ptr is not None:
             dlse_ptr += first_q
+        statistics_ptr += first_statistic(first_q, batch, STATISTICS)
+        lse_rows, delta_rows = row_statistics(statistics_ptr, head, statistics_blocks * STATISTICS, STATISTICS)
+    else:
+        lse_rows, delta_rows = row_statistics(statistics_ptr, batch * num_heads + head, num_queries, STATISTICS)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, CHUNK)
     offs_dv = tl.arange(0, CHUNK_V)

@@ -24,6 +24,13 @@ def row_statistics(ptr, batch_head, num_queries, STATISTICS: tl.constexpr):
 
 
 @triton.jit
+def first_statistic(first_q, index, STATISTICS: tl.constexpr):
+    """Where in a head's statistics those of a packed sequence start: at a multiple of STATISTICS, too. With one block of them more for
+    each sequence before it than its first row needs, none reach into the next one's."""
+    return (first_q // STATISTICS + index) * STATISTICS
+
+
+@triton.jit
 def probability(
     product, minus_lse, mask, bias, slope, x, y, visible, scale, softcap, PLAIN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
