@@ -92,19 +92,9 @@ def _walk_keys(
     return dq
 
 
-@triton.jit(
-    do_not_specialize=[
-        "statistics_blocks",
-        "together",
-        "num_heads",
-        "group",
-        "num_queries",
-        "num_keys",
-        "left",
-        "right",
-        "threshold",
-    ]
-)
+@triton.jit(do_not_specialize=[
+    "statistics_blocks", "together", "num_heads", "group", "num_queries", "num_keys", "left", "right", "threshold",
+])  # fmt: skip
 def attention_backward_query(
     q_ptr, q_strides,  # (B, Hq, Nq, D)
     k_ptr, k_strides,  # (B, Hkv, Nk, D)
