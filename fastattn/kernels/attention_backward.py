@@ -86,8 +86,10 @@ def backward(
         return grad_query, grad_key.zero_(), grad_value.zero_(), grad_bias, grad_sinks
     # of packed sequences as many blocks of rows as they have, not as many as the longest has for each of them
     blocks_of_rows = None if packing is None else rows // STATISTICS + batch
-    in_all = heads * (batch * triton.cdiv(num_queries, STATISTICS) if blocks_of_rows is None else blocks_of_rows)
-    statistics = lse.new_empty(in_all * 2 * STATISTICS)
+    samples, blocks_of_each = (
+        (batch, triton.cdiv(num_queries, STATISTICS)) if blocks_of_rows is None else (1, blocks_of_rows)
+    )
+    statistics = lse.new_empty((samples, heads, 2, blocks_of_each * STATISTICS))
     grad_bias = None if bias is None or not need_bias else bias.new_empty(bias.shape)
     grad_sinks = None
 
