@@ -42,8 +42,7 @@ def random(*shapes, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("columns", [40, 192, 200])
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 17])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 40), (2, 200), (3, 192), (8, 200), (9, 40), (17, 200)])
 def test_products(cpu, rows, columns, has_bias, dtype):
     x, weight, bias, dy = random((rows, 24), (columns, 24), (columns,), (rows, columns), dtype=dtype)
     bias = bias if has_bias else None
