@@ -89,7 +89,7 @@ def tiles_of(monkeypatch):
     return choose
 
 
-@pytest.mark.parametrize(("feature", "width", "heads", "dtype", "target"), a_few(ATTENTION, 79))
+@pytest.mark.parametrize(("feature", "width", "heads", "dtype", "target"), a_few(ATTENTION, 173))
 def test_attention(feature, width, heads, dtype, target, tiles_of):
     tiles_of(target)
     length = 200 if heads == "packed" else 140
@@ -97,7 +97,7 @@ def test_attention(feature, width, heads, dtype, target, tiles_of):
     check(case, DTYPES[dtype], "triton")
 
 
-@pytest.mark.parametrize(("mask", "dtype", "target"), a_few(BLOCKS, 11))
+@pytest.mark.parametrize(("mask", "dtype", "target"), a_few(BLOCKS, 23))
 def test_block_masks(mask, dtype, target, tiles_of):
     tiles_of(target)
     with fastattn.backend.use("triton"):

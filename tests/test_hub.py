@@ -107,7 +107,9 @@ def test_ours_are_theirs_once_saved(name, tmp_path):
     torch.testing.assert_close(loaded.float()(TOKENS)[0], other.float().eval()(TOKENS).logits, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("gpt2", "mistral") else pytest.mark.slow) for n in OURS]
+)
 def test_reading_in_pieces_and_training_on_both_backends(name):
     model, losses = ours(name), []
     with torch.no_grad():
