@@ -13,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.examples ## train a small GPT on Shakespeare: about 3 minutes on two CPU cores
+demo: $(VENV)/.examples ## train a small GPT on Shakespeare: 3 to 8 minutes on two CPU cores
 	$(BIN)/python examples/train_gpt.py --out $(OUT) --resume --prompt "ROMEO:"
 
 demo-classifier: $(VENV)/.classifier ## train a classifier of film reviews: under 5 minutes on two CPU cores

@@ -1,6 +1,6 @@
 """Train a GPT on text, from raw files to a model that writes.
 
-    python examples/train_gpt.py                                   Shakespeare, about 3 minutes on two CPU cores
+    python examples/train_gpt.py                                   Shakespeare, 3 to 8 minutes on two CPU cores
     python examples/train_gpt.py --data book.txt --out runs/book   a UTF-8 file, or a folder of .txt and .md files
     python examples/train_gpt.py --architecture llama --kv-heads 2  as Llama instead of GPT-2
     the same command with --resume                                 goes on exactly where it was interrupted
