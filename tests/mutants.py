@@ -426,6 +426,13 @@ MUTANTS = (
         CPU_PRODUCTS,
     ),
     Mutant(
+        "statistics of packed sequences lie over each other",
+        "kernels/recompute.py",
+        "(first_q // STATISTICS + index) * STATISTICS",
+        "(first_q // STATISTICS) * STATISTICS",
+        ("tests/test_varlen.py", "-k", "one_long_sequence"),
+    ),
+    Mutant(
         "the gate's product is lost in fp32",
         "eager/products.py",
         "in_fp32(product_with_columns, dy, weight, dg, gate)",

@@ -44,11 +44,8 @@ def test_nothing_is_cast_but_the_inputs(name, dtype):
     function, shapes = CASES[name]
     generator = torch.manual_seed(0)
     inputs = [torch.randn(shape, generator=generator) for shape in shapes]
-    differentiable = name not in (
-        "decode",
-        "column sums",
-        "linear cross entropy",
-    )  # (gradients of the last are fp32 here)
+    # (gradients of the last are fp32 here)
+    differentiable = name not in ("decode", "column sums", "linear cross entropy")
 
     def run(tensors, enabled):
         leaves = [x.detach().requires_grad_(differentiable) for x in tensors]

@@ -17,6 +17,12 @@ CPUS = {
     "amd": (False, True, False), "tiles": (True, False, False), "neither": (False, False, False),
     "old": (False, False, True), "old amd": (False, True, True),
 }  # fmt: skip
+OFTEN = [(1, 40), (2, 200), (3, 192), (8, 200), (9, 40), (17, 200)]
+SIZES = [
+    pytest.param(rows, columns, marks=[] if (rows, columns) in OFTEN else pytest.mark.slow)
+    for rows in (1, 2, 3, 8, 9, 17)
+    for columns in (40, 192, 200)
+]
 HALVES = {torch.bfloat16: products._Rows(3, 2, 2), torch.float16: products._Rows(2, 1, 1)}
 
 
@@ -42,7 +48,7 @@ def random(*shapes, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 40), (2, 200), (3, 192), (8, 200), (9, 40), (17, 200)])
+@pytest.mark.parametrize(("rows", "columns"), SIZES)
 def test_products(cpu, rows, columns, has_bias, dtype):
     x, weight, bias, dy = random((rows, 24), (columns, 24), (columns,), (rows, columns), dtype=dtype)
     bias = bias if has_bias else None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastattn.block_mask import BLOCK, Blocks, hulls
 from fastattn.eager import attention_products
-from fastattn.eager.products import emulates, has_tiles, onednn_takes
+from fastattn.eager.products import emulates, has_tiles
 from fastattn.eager.row_block import RowBlock
 from fastattn.layout import shared_planes
 
@@ -47,7 +47,7 @@ def slow_alone(query: Tensor) -> bool:
 
 def faster_in_fp32(dtype: torch.dtype) -> bool:
     """Whether a row takes less time with keys and values that are fp32 already."""
-    return (dtype == torch.bfloat16 and not has_tiles()) or (dtype == torch.float16 and not onednn_takes(dtype))
+    return emulates(dtype) or (dtype == torch.bfloat16 and not has_tiles())
 
 
 def backward(
@@ -172,7 +172,7 @@ def as_stored(blocks: list[RowBlock], key: Tensor, value: Tensor) -> tuple[Tenso
 
 def better_in_fp32(query: Tensor) -> bool:
     """fp16 on CPUs without products of it: PyTorch's kernels take 1.4 times as long as in fp32, with backward 5 times and more."""
-    return query.dtype == torch.float16 and query.is_cpu and faster_in_fp32(torch.float16)
+    return query.dtype == torch.float16 and query.is_cpu and emulates(torch.float16)
 
 
 def block_forward(query: Tensor, key: Tensor, value: Tensor, block: RowBlock) -> tuple[Tensor, Tensor]:

@@ -51,12 +51,17 @@ def onednn_takes(dtype: torch.dtype) -> bool:
     return dtype not in known or bool(getattr(torch.ops.mkldnn, known[dtype])())
 
 
+def _capabilities() -> dict[str, Any]:
+    """What PyTorch knows of the CPU; nothing in old versions."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
 @cache
 def emulates(dtype: torch.dtype) -> bool:
     """Whether this is a 16-bit dtype for whose products the CPU has no instructions."""
     if dtype not in _LEAST_WIDENED:
         return False
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities = _capabilities()
     x86 = capabilities.get("architecture") == "x86_64"
     lacking = x86 and dtype == torch.bfloat16 and not any(capabilities.get(name) for name in _BF16_INSTRUCTIONS)
     return lacking or not onednn_takes(dtype)
@@ -95,7 +100,7 @@ def has_tiles() -> bool:
 @cache
 def fp32_by_onednn() -> bool:
     """Whether oneDNN's fp32 products are faster than MKL's: on AMD's CPUs with AVX-512 (`python -m bench.report feed_forward`)."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities = _capabilities()
     amd = "AMD" in str(capabilities.get("cpu_name", "")) and bool(capabilities.get("avx512_f"))
     return amd and torch.backends.mkl.is_available() and _linear_pointwise is not None and onednn_takes(torch.float32)
 

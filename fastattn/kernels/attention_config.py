@@ -133,7 +133,7 @@ _BACKWARD_KEY_RAGGED = AttentionConfig(32, 32, 8, 1, hoist=False)
 # ... and without a feature those of aligned heads spill 704 to 2,200 bytes here, of 250 numbers on sm_120 320 under Triton 3.9.0 alone
 _BACKWARD_KEY_RAGGED_PLAIN: dict[str, _Table] = {
     "sm_80": {128: (64, 64, 8, 1, False)},
-    "small": {256: (16, 32, 4, 2, False)},
+    "small": {256: _BACKWARD_KEY["small"][256]},
 }
 
 # Heads that share a key head, and packed sequences, keep more counters and pointers through the loops: with the tiles above dK and
