@@ -25,6 +25,8 @@ import triton.language as tl
 from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
+from fastattn.kernels import interpreter_speed
+
 # What may touch a bf16 tile: moving its bits, converting them, and the dot, which is defined below.
 _ALLOWED_ON_BFLOAT16 = frozenset(
     [
@@ -93,7 +95,7 @@ def round_to_tfloat32(values: np.ndarray) -> np.ndarray:
 
 
 def _is_bfloat16(value: Any) -> bool:
-    return isinstance(value, TensorHandle) and value.dtype.scalar == tl.bfloat16
+    return type(value) is TensorHandle and value.dtype.scalar.name == "bf16"  # (called for each operand of each operation)
 
 
 def _forbid_bfloat16(method: Callable, operation: str) -> Callable:
@@ -243,4 +245,5 @@ def install() -> None:
     _patch_arithmetic()
     _patch_launch()
     _patch_language_once_per_launch()
+    interpreter_speed.install()
     InterpreterBuilder.computes_like_a_gpu = True
