@@ -23,6 +23,8 @@ def steps():
     with torch.autocast("cpu", torch.bfloat16):
         model(tokens, tokens)[1].backward()
     half = model.bfloat16().eval()
+    if sys.argv[3] == "short":
+        return
     half.generate(tokens[:, :70], 3)
     half.generate(tokens[:1].repeat(1, 5), 2)
 
@@ -66,7 +68,7 @@ def test_a_warm_cache_has_every_kernel_of_a_later_run(saved, tmp_path):
     assert all("compiled in" in line for line in said[1:-1])
     assert said[-1].startswith(f"{count} kernels: {count} compiled in ")
     assert said[-1].endswith(", 0 were there")
-    later = json.loads(python(tmp_path, "-c", LATER, saved, "sm_90"))
+    later = json.loads(python(tmp_path, "-c", LATER, saved, "sm_90", "whole"))
     kernels = {
         "attention_forward",
         "attention_backward_key",
@@ -77,7 +79,8 @@ def test_a_warm_cache_has_every_kernel_of_a_later_run(saved, tmp_path):
     }
     assert kernels <= {name for name, _ in later}
     assert [name for name, cached in later if not cached] == []
-    elsewhere = json.loads(python(tmp_path, "-c", LATER, saved, "sm_80"))
+    elsewhere = json.loads(python(tmp_path, "-c", LATER, saved, "sm_80", "short"))
+    assert elsewhere
     assert not any(cached for _, cached in elsewhere), "another GPU's kernels are other kernels"
 
 
