@@ -124,6 +124,7 @@ def test_a_cache_that_cannot_be_written(capsys, monkeypatch, tmp_path):
 
 
 def test_a_cache_without_a_name(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("TRITON_CACHE_DIR", "")
     with pytest.raises(SystemExit):
         main(["--arch", "sm_90"])
