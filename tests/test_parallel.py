@@ -188,7 +188,13 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize(("processes", "options", "message"), ERRORS.values(), ids=ERRORS)
+@pytest.mark.parametrize(
+    ("processes", "options", "message"),
+    [
+        pytest.param(*error, id=name, marks=[pytest.mark.slow] if name == "the first one's" else [])
+        for name, error in ERRORS.items()
+    ],
+)
 def test_errors(processes: int, options: str, message: str, text: Path, tmp_path: Path) -> None:
     result = run(command(processes, settings(text, tmp_path, options)))
     assert result.returncode == 1
