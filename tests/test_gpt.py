@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune as prune
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn.backend
 from fastattn.eager import products
@@ -391,6 +393,22 @@ def test_sampling_frequencies() -> None:
     assert (frequencies(top_k=2, top_p=0.5) - kept(1)).abs().max() == 0  # 0.4 / 0.7 alone reaches one half
     assert (frequencies(temperature=0) - kept(1)).abs().max() == 0
     assert (frequencies(temperature=1e-30) - kept(1)).abs().max() == 0
+
+
+def test_sampling_sums_integers() -> None:
+    """A GPU refuses the cumulative sum of floats where PyTorch is to be deterministic: its last digits depend on the order."""
+
+    class Summed(TorchDispatchMode):
+        dtypes: ClassVar[list[torch.dtype]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "cumsum" in str(func):
+                self.dtypes.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    with Summed() as summed:
+        sample(torch.randn(2, 50), 1.0, None, 0.9, torch.Generator())
+    assert summed.dtypes == [torch.int64]
 
 
 def test_a_token_of_probability_zero_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

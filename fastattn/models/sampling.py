@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_ONE = (
+    2.0**40
+)  # probabilities are counted in integers, whose sum is the same in any order (a GPU has no such sum of floats)
+
 
 def sample(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
@@ -24,11 +28,13 @@ def sample(
         logits, order = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
     elif top_p is not None:
         logits, order = logits.sort(dim=-1, descending=True)
-    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
-    last = torch.full_like(cumulative[:, :1], cumulative.shape[-1] - 1, dtype=torch.int64)
+    cumulative = logits.softmax(dim=-1).mul(_ONE).long().cumsum(dim=-1)
+    last = torch.full_like(cumulative[:, :1], cumulative.shape[-1] - 1)
     if top_p is not None:
-        last = torch.minimum(last, torch.searchsorted(cumulative, torch.full_like(cumulative[:, :1], top_p)))
-    u = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cumulative.gather(1, last)
+        enough = (cumulative[:, -1:].double() * top_p).ceil().long()
+        last = torch.minimum(last, torch.searchsorted(cumulative, enough))
+    u = torch.rand(len(logits), 1, generator=generator, device=logits.device)
+    u = (u.double() * cumulative.gather(1, last)).long()
     index = torch.minimum(last, torch.searchsorted(cumulative, u, right=True))
     return (index if order is None else order.gather(1, index)).squeeze(1)
 
