@@ -49,6 +49,15 @@ def integer_kernel(a, b, out, WHAT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def compare_kernel(a, b, out, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x, y = tl.load(a + offs), tl.load(b + offs)
+    number = out.dtype.element_ty
+    tl.store(out + offs, (x > y).to(number))
+    tl.store(out + BLOCK + offs, (x > y).to(number) + (x != y).to(number))
+
+
+@triton.jit
 def promotion_kernel(short, wide, half, out, BLOCK: tl.constexpr):
     """out (BLOCK, BLOCK, 3): int32 · int64, fp16 · int32, int32 · a number that is none"""
     offs = tl.arange(0, BLOCK)
@@ -219,6 +228,13 @@ def test_integers_that_overflow_raise(what, dtype, length):
     a[-1] = beyond
     with pytest.raises(AssertionError, match=f"int{dtype.itemsize * 8} overflow detected for operation {what}"):
         integer_kernel[(1,)](a, b, out, WHAT=what, BLOCK=length)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64, torch.float16, torch.float32], ids=str)
+def test_a_comparison_cast_to_its_operands_type_is_a_number(dtype):
+    a, b, out = torch.arange(16).to(dtype), torch.full((16,), 5).to(dtype), torch.full((2, 16), 7).to(dtype)
+    compare_kernel[(1,)](a, b, out, BLOCK=16)
+    assert torch.equal(out, torch.stack([(a > b).to(dtype), (a > b).to(dtype) + (a != b).to(dtype)]))
 
 
 def test_operands_of_several_types_are_promoted():

@@ -129,8 +129,8 @@ def _patch_casts() -> None:
         self: InterpreterBuilder, source: TensorHandle, target: tl.dtype, towards_zero: bool = False
     ) -> TensorHandle:
         target = target.scalar
-        if source.dtype.scalar == target:
-            return source
+        if source.dtype.scalar == target and source.data.dtype == triton_interpreter._get_np_dtype(target):
+            return source  # (a comparison's handle has its operands' type, but holds booleans)
         if _is_bfloat16(source):
             source = TensorHandle(bfloat16_to_float32(source.data), tl.float32)
             return source if target == tl.float32 else cast(self, source, target)
