@@ -1,12 +1,13 @@
 """Triton's interpreter in half the time: what it works out at every operation, worked out once or more directly.
 
 A kernel's tiles are small in tests, so that the interpreter spends its time on types, shapes and checks in Python, not in NumPy.
-Nothing here changes a result or leaves out a check:
+Nothing here changes a result:
 
 * a shape's `tl.tuple`, its size and its text are made once per shape, not three times per operation;
 * two operands of one type and shape need no promotion and no broadcast;
 * NumPy's type of a Triton type is looked up, not found in a table that is built anew;
-* 32-bit integers are checked for overflow by one addition in 64 bits instead of ten of Triton's operations.
+* whether integers overflow, ten of Triton's operations whose result it drops unless asked to debug, is asked only where somebody wants
+  to know (`check_overflow`, for tests), by one operation in 64 bits.
 
 Only `interpreter.install()` calls this, only under the interpreter. Works with Triton 3.6 to 3.9.
 """
@@ -32,7 +33,7 @@ def _patch_types() -> None:
     def block(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
         sizes = tuple([size.value if isinstance(size, tl.constexpr) else size for size in shape])
         known = shapes.get(sizes)
-        if known is None:
+        if known is None or not all(type(size) is int for size in sizes):  # (16.0 is equal to 16)
             original_block(self, element_ty, shape)
             shapes[tuple(self.shape.values)] = self.shape, self.numel, str(self.shape)
             return
@@ -108,6 +109,18 @@ def _patch_operands() -> None:
 
 
 def _patch_overflow() -> None:
+    original: Callable = TritonSemantic.binary_op_sanitize_overflow_impl
+
+    def overflow(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor, binary_op: Callable) -> None:
+        if self.builder.options.debug:
+            original(self, lhs, rhs, binary_op)
+
+    TritonSemantic.binary_op_sanitize_overflow_impl = overflow
+
+
+def check_overflow() -> None:
+    """From now on, an integer of up to 32 bits that overflows in a kernel of this process raises AssertionError."""
+
     def overflow(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor, binary_op: Callable) -> None:
         integer, name = lhs.dtype, binary_op.__name__
         if integer.int_bitwidth >= 64 or not self.builder.options.sanitize_overflow:
