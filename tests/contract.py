@@ -179,13 +179,13 @@ def check_transforms(op: Op, backend: str) -> None:
 
 
 @contextmanager
-def recording() -> Iterator[list[tuple[Any, list[Any]]]]:
-    """The custom ops that run inside, each with copies of its arguments."""
+def recording(namespace: str = "fastattn") -> Iterator[list[tuple[Any, list[Any]]]]:
+    """The ops of ours, or of another namespace, that run inside, each with copies of its arguments."""
     calls: list[tuple[Any, list[Any]]] = []
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.namespace == "fastattn":
+            if func.namespace == namespace:
                 calls.append((func, [a.detach().clone() if isinstance(a, Tensor) else a for a in args]))
             return func(*args, **(kwargs or {}))
 

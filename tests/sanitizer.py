@@ -1,4 +1,4 @@
-"""Checks every memory access of an interpreted kernel: within the tensors passed in, and free of races.
+"""Checks every memory access of an interpreted kernel: within the tensors passed in, and free of races. And its integers' overflow.
 
 The programs of a grid run in any order and at the same time on a GPU, but one after the other in the interpreter, so
 that a race gives the right answer in every test. `install()` makes each launch keep, for every element of every tensor
@@ -7,7 +7,9 @@ argument, which program stored to it, read it and updated it atomically, and rai
 * `OutOfBounds` for an access outside the elements of all tensor arguments. The elements are those that shape and
   strides reach: the gaps between the rows of a strided view are out of bounds, too;
 * `Race` when two programs touch one element and at least one of them stores (two atomic updates are fine), or when one
-  store writes an element twice.
+  store writes an element twice;
+* `AssertionError` for an integer of up to 32 bits that overflows where the kernel does not say that it may
+  (`sanitize_overflow=False`). Triton's interpreter drops this check unless asked to debug.
 
 The state starts anew with each launch: launches are ordered on a stream. What a single program stores and reads back
 itself is not checked.
@@ -16,14 +18,16 @@ itself is not checked.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from triton.language.semantic import TritonSemantic
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
+_EXACTLY = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 NOBODY, SEVERAL = -1, -2  # the other values of the state arrays are program numbers
 
 
@@ -180,11 +184,21 @@ def _watch(method_name: str, kind: str, mask_position: int | None) -> None:
     setattr(InterpreterBuilder, method_name, watched)
 
 
+def _refuse_overflow(self: TritonSemantic, lhs: Any, rhs: Any, binary_op: Callable) -> None:
+    integer, name = lhs.dtype, binary_op.__name__
+    if integer.int_bitwidth >= 64 or not self.builder.options.sanitize_overflow:
+        return
+    exact = _EXACTLY[name](lhs.handle.data, rhs.handle.data, dtype=np.int64)
+    fits = exact.min() >= integer.get_int_min_value() and exact.max() <= integer.get_int_max_value()
+    assert fits, f"int{integer.int_bitwidth} overflow detected for operation {name}"
+
+
 def install() -> None:
-    """Watch every interpreted launch of this process; calling it again does nothing."""
+    """Watch every interpreted launch of this process; calling it again does nothing. Import `fastattn` before."""
     if getattr(InterpreterBuilder, "is_watched", False):
         return
     InterpreterBuilder.is_watched = True
+    TritonSemantic.binary_op_sanitize_overflow_impl = _refuse_overflow
     _watch("create_masked_load", "read", mask_position=1)
     _watch("create_masked_store", "write", mask_position=2)
     _watch("create_atomic_rmw", "update", mask_position=3)

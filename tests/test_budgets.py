@@ -8,7 +8,7 @@ from bench.codegen.resources import Resources
 
 RECORDED = budgets.read()
 CASES = {case.name: case for case in budgets.budget_cases()}
-# What takes longest to compile is compiled by default where registers (sm_90) or shared memory (sm_120) are scarcest, or once.
+# What takes longest to compile is compiled by default where registers (sm_90) or shared memory (sm_120) are scarcest, or on two.
 BY_DEFAULT = {
     "varlen bfloat16 D256 causal": ("sm_90",),
     "varlen bfloat16 D256 everything": ("sm_120",),

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 from dataclasses import replace
-from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -12,13 +11,13 @@ import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune as prune
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn.backend
 from fastattn.eager import products
 from fastattn.models import GPT, GPTConfig, KVCache, attention_maps
 from fastattn.models.decoding import TokenReader, can_read_tokens
 from fastattn.models.sampling import penalise_repetition, sample
+from tests import contract
 
 TINY = GPTConfig(vocab_size=61, context_length=24, num_layers=2, num_heads=3, d_model=24, d_ff=40)
 VARIANTS = {
@@ -397,18 +396,11 @@ def test_sampling_frequencies() -> None:
 
 def test_sampling_sums_integers() -> None:
     """A GPU refuses the cumulative sum of floats where PyTorch is to be deterministic: its last digits depend on the order."""
-
-    class Summed(TorchDispatchMode):
-        dtypes: ClassVar[list[torch.dtype]] = []
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if "cumsum" in str(func):
-                self.dtypes.append(args[0].dtype)
-            return func(*args, **(kwargs or {}))
-
-    with Summed() as summed:
+    with contract.recording("aten") as calls:
         sample(torch.randn(2, 50), 1.0, None, 0.9, torch.Generator())
-    assert summed.dtypes == [torch.int64]
+    assert [arguments[0].dtype for op, arguments in calls if op.overloadpacket is torch.ops.aten.cumsum] == [
+        torch.int64
+    ]
 
 
 def test_a_token_of_probability_zero_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

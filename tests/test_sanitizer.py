@@ -1,4 +1,4 @@
-"""Planted out-of-bounds accesses and races are caught; clean kernels over unusual views are not accused."""
+"""Planted out-of-bounds accesses, races and overflows are caught; clean kernels over unusual views are not accused."""
 
 import pytest
 import torch
@@ -146,3 +146,35 @@ def test_one_storage_seen_as_two_dtypes():
     target = torch.zeros(4, 16, dtype=torch.int16)
     run_copy(bits.view(torch.int32)[:, :8], target.view(torch.int32)[:, :8])
     assert torch.equal(bits, target)
+
+
+@triton.jit
+def integer_kernel(a, b, out, WHAT: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x, y = (tl.load(a + offs), tl.load(b + offs)) if BLOCK > 1 else (tl.load(a), tl.load(b))
+    if WHAT == "add":
+        result = x + y
+    elif WHAT == "sub":
+        result = x - y
+    else:
+        result = x * y
+    tl.store(out + offs, result)
+
+
+LARGEST = {torch.int8: 2**7 - 1, torch.int16: 2**15 - 1, torch.int32: 2**31 - 1}
+
+
+@pytest.mark.parametrize("length", [1, 16])
+@pytest.mark.parametrize("dtype", LARGEST)
+@pytest.mark.parametrize("what", ["add", "sub", "mul"])
+def test_integers_that_overflow_raise(what, dtype, length):
+    """The largest or smallest number itself is reached, and nothing beyond it."""
+    largest = LARGEST[dtype]
+    fits, beyond = (largest - 1, largest) if what == "add" else (-largest, -largest - 1)
+    a, b = torch.full((length,), fits, dtype=dtype), torch.full((length,), -1 if what == "mul" else 1, dtype=dtype)
+    out = torch.zeros_like(a)
+    integer_kernel[(1,)](a, b, out, WHAT=what, BLOCK=length)
+    assert torch.equal(out, getattr(torch, what)(a, b))
+    a[-1] = beyond
+    with pytest.raises(AssertionError, match=f"int{dtype.itemsize * 8} overflow detected for operation {what}"):
+        integer_kernel[(1,)](a, b, out, WHAT=what, BLOCK=length)

@@ -6,8 +6,7 @@ Nothing here changes a result:
 * a shape's `tl.tuple`, its size and its text are made once per shape, not three times per operation;
 * two operands of one type and shape need no promotion and no broadcast;
 * NumPy's type of a Triton type is looked up, not found in a table that is built anew;
-* whether integers overflow, ten of Triton's operations whose result it drops unless asked to debug, is asked only where somebody wants
-  to know (`check_overflow`, for tests), by one operation in 64 bits.
+* whether integers overflow, ten of Triton's operations whose result it drops unless asked to debug, is worked out only then.
 
 Only `interpreter.install()` calls this, only under the interpreter. Works with Triton 3.6 to 3.9.
 """
@@ -23,7 +22,7 @@ import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as triton_interpreter
 
-_EXACTLY = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+_INTEGERS = {int}
 
 
 def _patch_types() -> None:
@@ -33,7 +32,7 @@ def _patch_types() -> None:
     def block(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
         sizes = tuple([size.value if isinstance(size, tl.constexpr) else size for size in shape])
         known = shapes.get(sizes)
-        if known is None or not all(type(size) is int for size in sizes):  # (16.0 is equal to 16)
+        if known is None or not _INTEGERS.issuperset(map(type, sizes)):  # (16.0 is equal to 16)
             original_block(self, element_ty, shape)
             shapes[tuple(self.shape.values)] = self.shape, self.numel, str(self.shape)
             return
@@ -114,20 +113,6 @@ def _patch_overflow() -> None:
     def overflow(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor, binary_op: Callable) -> None:
         if self.builder.options.debug:
             original(self, lhs, rhs, binary_op)
-
-    TritonSemantic.binary_op_sanitize_overflow_impl = overflow
-
-
-def check_overflow() -> None:
-    """From now on, an integer of up to 32 bits that overflows in a kernel of this process raises AssertionError."""
-
-    def overflow(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor, binary_op: Callable) -> None:
-        integer, name = lhs.dtype, binary_op.__name__
-        if integer.int_bitwidth >= 64 or not self.builder.options.sanitize_overflow:
-            return
-        exact = _EXACTLY[name](lhs.handle.data, rhs.handle.data, dtype=np.int64)
-        fits = exact.min() >= integer.get_int_min_value() and exact.max() <= integer.get_int_max_value()
-        assert fits, f"int{integer.int_bitwidth} overflow detected for operation {name}"
 
     TritonSemantic.binary_op_sanitize_overflow_impl = overflow
 

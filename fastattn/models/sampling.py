@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ONE = (
-    2.0**40
-)  # probabilities are counted in integers, whose sum is the same in any order (a GPU has no such sum of floats)
+# Probabilities are integers out of this: their sum is the same in any order. (A GPU refuses that of floats to be deterministic.)
+_ONE = 2.0**40
 
 
 def sample(
