@@ -255,7 +255,9 @@ def test_the_command(pytestconfig):
             [*command, *places], cwd=pytestconfig.rootpath, capture_output=True, text=True, check=False
         )
 
-    assert "matmul_tile" in run("tests/toy_launches.py:launch_matmul").stdout
+    said = run("tests/toy_launches.py:launch_matmul", "tests/toy_launches.py:launch_cuda").stdout
+    assert "matmul_tile" in said
+    assert torch.cuda.is_available() or "(without a GPU, launch with tensors on the CPU, or give" in said
     result = run("tests/toy_launches.py:launch_matmul", "no.py:x", "tests/toy_launches.py:double")
     assert result.stderr.splitlines() == [
         "'no.py:x' is not path/to/file.py:name of an existing file",
@@ -263,10 +265,6 @@ def test_the_command(pytestconfig):
         "its arguments are given by --signature 'x=*fp32,n=i32' and --constants",
     ]
     assert (result.stdout, result.returncode) == ("", 1)
-    if not torch.cuda.is_available():
-        assert (
-            "(without a GPU, launch with tensors on the CPU, or give" in run("tests/toy_launches.py:launch_cuda").stdout
-        )
     result = run("tests/toy_launches.py:nothing", "tests/toy_launches.py:launch_what_does_not_compile")
     assert result.stdout.splitlines()[-4:] == [
         f"  ! tests/toy_launches.py:{said}"

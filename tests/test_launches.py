@@ -12,7 +12,7 @@ EVERY_LAUNCH = [(case, target) for case in CASES for target in TARGETS]
 
 
 def core_launches() -> list[tuple[Case, str]]:
-    """The core cases that have no budget, each on one target in turn; test_budgets compiles the others on every target."""
+    """The core cases that have no budget, each on one target in turn; test_budgets compiles the others on several."""
     cases = [case for case in CASES if case.core and case not in budgets.budget_cases()]
     return list(zip(cases, itertools.cycle(TARGETS)))
 

@@ -35,9 +35,11 @@ ENVIRONMENT = {
     "PYTHONWARNINGS": "error",
 }
 RUNS = {
-    "ddp": "--parallel ddp",
     "ddp accumulating": "--parallel ddp --batch-size 2 --accumulate 2 --eval-batches 6",
     "fsdp": "--parallel fsdp",
+}
+SLOW_RUNS = {
+    "ddp": "--parallel ddp",
     "fsdp accumulating": "--parallel fsdp --batch-size 2 --accumulate 2 --eval-batches 6 --checkpoint-activations",
 }
 
@@ -111,24 +113,35 @@ def train_in_stages(stages: list[tuple[int, str, signal.Signals | None]], text: 
         assert any(out.glob("checkpoint*")), stderr
 
 
-def train_all(processes: int, text: Path, folder: Path) -> Path:
-    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in RUNS]
-    runs = {store.port: settings(text, folder / name, more) for store, (name, more) in zip(stores, RUNS.items())}
-    mp.spawn(distributed_worker.run_script, (processes, str(SCRIPT), runs), nprocs=processes)
+def train_on_two(chosen: dict[str, str], text: Path, folder: Path) -> Path:
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in chosen]
+    runs = {store.port: settings(text, folder / name, more) for store, (name, more) in zip(stores, chosen.items())}
+    mp.spawn(distributed_worker.run_script, (2, str(SCRIPT), runs), nprocs=2)
     return folder
 
 
 @pytest.fixture(scope="module")
 def on_two(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_all(2, text, tmp_path_factory.mktemp("two"))
+    return train_on_two(RUNS, text, tmp_path_factory.mktemp("two"))
+
+
+def check_alike(out: Path, alone: Path) -> None:
+    assert curve(out) == pytest.approx(curve(alone), rel=1e-4)
+    weights = [GPT.from_pretrained(folder).state_dict() for folder in (out, alone)]
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-5)
+    assert not list(out.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_train_as_one(name: str, on_two: Path, alone: Path) -> None:
-    assert curve(on_two / name) == pytest.approx(curve(alone), rel=1e-4)
-    weights = [GPT.from_pretrained(folder).state_dict() for folder in (on_two / name, alone)]
-    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-5)
-    assert not list(on_two.rglob("*.tmp"))
+    check_alike(on_two / name, alone)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_in_other_ways(text: Path, alone: Path, tmp_path: Path) -> None:
+    train_on_two(SLOW_RUNS, text, tmp_path)
+    for name in SLOW_RUNS:
+        check_alike(tmp_path / name, alone)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds torchrun's processes in /proc")
@@ -191,7 +204,7 @@ ERRORS = {
 @pytest.mark.parametrize(
     ("processes", "options", "message"),
     [
-        pytest.param(*error, id=name, marks=[pytest.mark.slow] if name == "the first one's" else [])
+        pytest.param(*error, id=name, marks=[pytest.mark.slow] if name in ("batch", "the first one's") else [])
         for name, error in ERRORS.items()
     ],
 )

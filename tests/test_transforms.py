@@ -22,8 +22,8 @@ def random(*shape):
 
 
 # (a compiled function may not draw numbers from a generator of its own)
-GAIN, BIAS, INWARD, OUTWARD, KEYS = random(8), random(8), random(5, 8), random(8, 5), random(1, 1, 4, 8)
-COS, SIN = fastattn.rotary_tables(4, 8)
+GAIN, BIAS, INWARD, OUTWARD, KEYS = random(4), random(4), random(5, 4), random(4, 5), random(1, 1, 4, 4)
+COS, SIN = fastattn.rotary_tables(2, 8)
 
 
 def attention(**options):
@@ -31,9 +31,9 @@ def attention(**options):
 
 
 OPS = {
-    "layer_norm": lambda x: fastattn.layer_norm(x, 8, GAIN, BIAS),
-    "layer_norm residual dropout": lambda x: fastattn.layer_norm(x, 8, residual=x, dropout_p=0.5)[0],
-    "rms_norm": lambda x: fastattn.rms_norm(x, 8),
+    "layer_norm": lambda x: fastattn.layer_norm(x, 4, GAIN, BIAS),
+    "layer_norm residual dropout": lambda x: fastattn.layer_norm(x, 4, residual=x, dropout_p=0.5)[0],
+    "rms_norm": lambda x: fastattn.rms_norm(x, 4),
     "linear": lambda x: fastattn.linear(x, INWARD, activation="gelu"),
     "feed_forward": lambda x: fastattn.feed_forward(x, INWARD, None, OUTWARD, None, activation="silu"),
     "rotary": lambda x: fastattn.rotary(x[None, None], None, COS, SIN)[0],
@@ -62,7 +62,7 @@ def backend(request):
 @pytest.mark.parametrize("name", OPS)
 def test_gradients_in_batches(name, backend):
     """`vectorize=True` takes rows of a Jacobian through the graph at once, as batched tensors."""
-    x, f = random(3, 8), OPS[name]
+    x, f = random(3, 4), OPS[name]
     functional = torch.autograd.functional
     for derivative, function in ((functional.jacobian, f), (functional.hessian, lambda x: f(x).square().sum())):
         one_by_one = seeded(derivative, function, x)
@@ -73,7 +73,7 @@ def test_gradients_in_batches(name, backend):
 # without dropout, which draws a seed, and without packing, whose plain definition has to read the offsets (and says so)
 @pytest.mark.parametrize("name", [name for name in OPS if "dropout" not in name and "varlen" not in name])
 def test_forward_mode_in_a_compiled_function(name, backend):
-    x, v, f = random(3, 8), random(3, 8) + 1.0, OPS[name]
+    x, v, f = random(3, 4), random(3, 4) + 1.0, OPS[name]
     truth = torch.func.jvp(f, (x,), (v,))[1]
     assert truth.any()
     of_jvp = torch.compile(lambda x, v: torch.func.jvp(f, (x,), (v,))[1], backend="eager", fullgraph=True)
@@ -90,7 +90,7 @@ def test_forward_mode_in_a_compiled_function(name, backend):
 @pytest.mark.parametrize("name", OPS)
 def test_a_compiled_backward(name):
     """Compiled autograd traces what a gradient does in Python; it is one graph, and nothing of it is left behind."""
-    x, f = random(3, 8).requires_grad_(), OPS[name]
+    x, f = random(3, 4).requires_grad_(), OPS[name]
     expected = seeded(lambda x: torch.autograd.grad(f(x).sum(), x), x)
     for _ in range(2):
         with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
@@ -103,14 +103,14 @@ def test_a_compiled_backward(name):
 def test_a_graph_without_tangents_refuses_them(backend):
     """The compiler keeps no guard on PyTorch's dual levels: what it traced without them holds the op itself."""
     compiled = torch.compile(OPS["layer_norm"], backend="eager")
-    compiled(random(3, 8))
+    compiled(random(3, 4))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
-        compiled(forward_ad.make_dual(random(3, 8), random(3, 8)))
+        compiled(forward_ad.make_dual(random(3, 4), random(3, 4)))
     torch.compiler.reset()
 
 
 def test_a_tangent_of_the_incoming_gradient_is_not_lost(backend):
-    x = random(3, 8).requires_grad_()
+    x = random(3, 4).requires_grad_()
     y = fastattn.attention(*[x[None, None]] * 3, softcap=2.0)
 
     def gradient(dy):
