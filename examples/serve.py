@@ -74,6 +74,14 @@ class LimitBody:
             await self.app(scope, counted if scope["type"] == "http" else receive, send)
 
 
+def describe(error: dict[str, Any]) -> str:
+    """One of pydantic's errors about a request, in words."""
+    at = error["loc"][1:]
+    if error["type"] == "json_invalid":
+        return f"the body is not JSON: {error['ctx']['error']} at character {at[0]}"
+    return f"{'.'.join(map(str, at)) or 'body'}: {error['msg']}"
+
+
 def create_app(texts: Texts | None = None, labels: Labels | None = None, limits: Limits | None = None) -> FastAPI:
     """The application, with a GPT, a classifier, or both. Its end closes the engine."""
 
@@ -92,8 +100,7 @@ def create_app(texts: Texts | None = None, labels: Labels | None = None, limits:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        parts = [f"{'.'.join(str(at) for at in part['loc'][1:]) or 'body'}: {part['msg']}" for part in error.errors()]
-        return Refusal(400, "; ".join(parts)).response()
+        return Refusal(400, "; ".join(map(describe, error.errors()))).response()
 
     @app.get("/", response_class=HTMLResponse)
     async def page() -> str:

@@ -279,6 +279,13 @@ def test_refused_requests(client: Callable[..., Any], body: dict[str, Any], stat
     assert web.post("/v1/completions", json={"prompt": "a"}).status_code == 200
 
 
+@pytest.mark.parametrize(("body", "at"), [("hello", 0), ('{"prompt": "a"', 14)])
+def test_a_body_that_is_not_json(client: Callable[..., Any], body: str, at: int) -> None:
+    response = client().post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert re.fullmatch(f"the body is not JSON: Expecting .* at character {at}", response.json()["error"]["message"])
+
+
 def test_values_that_change_nothing(client: Callable[..., Any]) -> None:
     """OpenAI's clients send them; what is not a number says so."""
     web, neutral = client(), {"presence_penalty": 0, "frequency_penalty": 0.0, "best_of": 1}
