@@ -203,6 +203,8 @@ REFUSED = [
     ("bench.tune", ["attention_forward", "--flags", "foo"], "--flags must be of causal, "),
     ("bench.tune", ["attention_forward", "--dtype", "foo"], "--dtype: invalid choice: 'foo'"),
     ("bench.codegen.__main__", ["--jobs", "0"], "--jobs: must be at least 1, got 0"),
+    ("bench.codegen.__main__", ["--targets", "sm_90,sm_1"], "--targets must be of sm_80, "),
+    ("bench.codegen.__main__", ["--targets", ""], "gfx942, got ''"),
     ("bench.codegen.__main__", ["--kernels", "zzz"], "no case has 'zzz' in its name"),
     ("bench.codegen.__main__", ["--output", "FILE"], "--output: cannot be a folder"),
     ("bench.codegen.schedule", ["--heads", "8"], "unrecognized arguments: --heads 8"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -275,6 +276,17 @@ def test_the_command(pytestconfig):
             "in 'tl.store(x + tl.arange(0, BLOCK), tl.arange(0, BLOCK + 1))'",
         )
     ]
+
+
+def test_a_reader_who_has_gone_changes_neither_files_nor_status(pytestconfig, tmp_path):
+    place = "tests/toy_launches.py:launch_matmul"
+    command = [sys.executable, "-m", "bench.codegen", place, "--targets", "sm_90", "--output", str(tmp_path)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout:
+        result = subprocess.run(command, cwd=pytestconfig.rootpath, stdout=stdout, stderr=subprocess.PIPE, check=False)
+    assert (result.stderr, result.returncode) == (b"", 0)
+    assert (tmp_path / "report.md").exists()
 
 
 @pytest.mark.parametrize("window", [(None, None), (None, 0), (3, 0), (2, 5), (None, 1)])

@@ -108,7 +108,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="a launching function or a kernel; nothing runs, so that CPU tensors do; "
         "an autotuner takes its first configuration that fits",
     )
-    parser.add_argument("--targets", default="sm_80,sm_90,sm_100,sm_120,gfx942", help=f"of {', '.join(TARGETS)}")
+    parser.add_argument(
+        "--targets", default="sm_80,sm_90,sm_100,sm_120,gfx942", help=f"of {', '.join(TARGETS)} (%(default)s)"
+    )
     parser.add_argument("--kernels", default="", help="only cases and kernels with this text in their name")
     parser.add_argument("--all", action="store_true", help="all cases, not only the core ones")
     parser.add_argument("--summary", action="store_true", help="one Markdown line per kernel, a column per target")
@@ -124,25 +126,38 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--validate", action="store_true", help="the model's error where measured figures are public")
     parser.add_argument("--measure", action="store_true", help="on this machine's GPU, measured against predicted")
     parser.add_argument("--write-budgets", action="store_true", help="record new budgets and print what changed")
-    parser.add_argument("--jobs", type=count, default=os.cpu_count(), help="processes that compile")
+    parser.add_argument(
+        "--jobs", type=count, default=os.cpu_count(), help="processes that compile; default: a core each"
+    )
     options = parser.parse_args(argv)
+    options.targets = [name.strip() for name in options.targets.split(",")]
+    if unknown := [name for name in options.targets if name not in TARGETS]:
+        parser.error(f"--targets must be of {', '.join(TARGETS)}, got {', '.join(map(repr, unknown))}")
     options.cases = [case for case in cases.CASES if case.core or options.all]
     if options.write_budgets:
-        options.cases = budgets.budget_cases()
+        options.targets, options.cases = budgets.TARGETS, budgets.budget_cases()
     options.cases = [case for case in options.cases if options.kernels in case.name or options.kernels in case.function]
     if not (options.cases or options.places):
         parser.error(f"no case has {options.kernels!r} in its name{'' if options.all else '; --all searches more'}")
     return options
 
 
+def say(text: str) -> None:
+    """Print; a reader who has gone, such as head, changes neither the files nor the exit status."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def report_timeline(step: str, target: str, output: Path | None) -> None:
     """Print the launches of one step of a GPT with their predicted times; plot them into `output`."""
     function = {"training": cases.training_step, "decode": cases.decode_step}[step]
     steps = [timeline.predict(row) for row in report_launches(function, target)]
-    print(f"\n{step} step on {target}: {function.__doc__}\n{timeline.table(steps)}")
+    say(f"\n{step} step on {target}: {function.__doc__}\n{timeline.table(steps)}")
     if output:
         output.mkdir(parents=True, exist_ok=True)
-        print(f"wrote {timeline.plot(steps, output / f'timeline_{step}_{target}.png')}")
+        say(f"wrote {timeline.plot(steps, output / f'timeline_{step}_{target}.png')}")
 
 
 def print_measured(without_gpu: str) -> int:
@@ -155,23 +170,23 @@ def print_measured(without_gpu: str) -> int:
     if not on_gpu:
         print(f"this machine has no GPU: predictions for {name} alone, in a minute or two", file=sys.stderr)
     compared = [row for workload in measure.WORKLOADS for row in measure.compare(workload, target, on_gpu)]
-    print(f"{name}\n\n{measure.table(compared)}")
+    say(f"{name}\n\n{measure.table(compared)}")
     return 0
 
 
-def _report_cases(options: argparse.Namespace, targets: Sequence[str]) -> list[Reported]:
+def _report_cases(options: argparse.Namespace) -> list[Reported]:
     with compilers(options.jobs) as pool:
         jobs = [
             (f"{case.name} on {target}", pool.submit(report_case, case, target))
-            for target in targets
+            for target in options.targets
             for case in options.cases
         ]
         return [(name, _result(job)) for name, job in jobs]
 
 
-def _report_places(options: argparse.Namespace, targets: Sequence[str]) -> list[Reported]:
+def _report_places(options: argparse.Namespace) -> list[Reported]:
     """Each target in processes of its own: some files ask for the GPU when they are imported, and remember it."""
-    asked = (options.signature, options.constants)
+    targets, asked = options.targets, (options.signature, options.constants)
     found: list[Reported] = []
     for start in range(0, len(targets), options.jobs):
         with ExitStack() as stack:
@@ -197,36 +212,30 @@ def _result(job: Future[list[report.Row] | str]) -> list[report.Row] | str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
-    targets = budgets.TARGETS if options.write_budgets else tuple(name.strip() for name in options.targets.split(","))
-    try:
-        for target in targets:
-            find_target(target)
-    except ValueError as error:
-        sys.exit(str(error))
     if options.validate:
         with compilers(options.jobs) as pool:
-            print(published.table(list(pool.map(published.validate, published.FIGURES))))
+            say(published.table(list(pool.map(published.validate, published.FIGURES))))
         return 0
     if options.measure:
-        return print_measured(targets[0])
+        return print_measured(options.targets[0])
     if options.timeline:
-        for target in targets:
+        for target in options.targets:
             report_timeline(options.timeline, target, options.output)
         return 0
     rows: list[report.Row] = []
     failures: list[str] = []
-    for name, found in _report_places(options, targets) if options.places else _report_cases(options, targets):
+    for name, found in _report_places(options) if options.places else _report_cases(options):
         if isinstance(found, str):
             failures.append(f"{name}: {found}")
         else:
             rows += found
-    print(report.summary_table(rows) if options.summary else report.terminal_table(rows))
+    say(report.summary_table(rows) if options.summary else report.terminal_table(rows))
     for failure in failures:
-        print(f"  ! {failure}")
+        say(f"  ! {failure}")
     if options.output:
-        print("wrote " + ", ".join(str(path) for path in report.write_report(rows, options.output)))
+        say("wrote " + ", ".join(str(path) for path in report.write_report(rows, options.output)))
     if options.write_budgets and not failures:
-        print("\n".join(["budgets (! worse, ~ changed, + new, - gone):", *budgets.write(rows)]))
+        say("\n".join(["budgets (! worse, ~ changed, + new, - gone):", *budgets.write(rows)]))
     return 1 if failures or any(row["violations"] for row in rows) else 0
 
 
