@@ -217,7 +217,7 @@ def read(path: Path) -> dict[str, Any]:
     """A results.json, or that of a folder.
 
     Raises:
-        OSError, ValueError: it is not there, or something else.
+        ValueError: it cannot be read, or is something else.
     """
     if path.is_dir():
         path /= "results.json"
@@ -225,6 +225,8 @@ def read(path: Path) -> dict[str, Any]:
         result = json.loads(path.read_text())
         if not all({"case", "provider", "rounds"} <= row.keys() and row["rounds"] for row in result["rows"]):
             raise ValueError("a row without case, provider or rounds")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not a results.json of this benchmark ({error!r})") from error
     return dict(result)
@@ -271,8 +273,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.compare:
         try:
             table, slower = compare(*map(read, arguments.compare))
-        except (OSError, ValueError) as error:
-            parser.error(str(error))
+        except ValueError as error:
+            parser.error(f"--compare: {error}")
         print(table)
         print(
             "\nnew / old: of fastattn's time ÷ that of the peer under 'against' in the same run; above 1 it became slower"

@@ -199,7 +199,7 @@ def read_text(arguments: argparse.Namespace) -> str:
                 f"--index must be in [0, {len(documents)}), the texts of {arguments.data}, got {arguments.index}"
             )
         return documents[arguments.index].text
-    return corpus.read_stdin() if str(arguments.file) == "-" else corpus.read_file(arguments.file)
+    return corpus.read_stdin() if str(arguments.file) == "-" else corpus.read_file(arguments.file, "--file")
 
 
 def look(arguments: argparse.Namespace) -> None:

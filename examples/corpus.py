@@ -83,8 +83,12 @@ def read_documents(source: str) -> list[Document]:
     return list(reversed(unique.values()))
 
 
-def read_file(path: Path) -> str:
-    data = path.read_bytes()
+def read_file(path: Path, option: str = "--data") -> str:
+    """The text of a UTF-8 file; DataError, with the option that named it, where it cannot be read."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{option} {path} cannot be read: {error.strerror}") from error
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:

@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         export = export_classifier if labelled.is_classifier(arguments.model) else export_gpt
         if not arguments.overwrite:
             training.refuse_models(arguments.out, "add --overwrite, or change --out")
-        arguments.out.mkdir(parents=True, exist_ok=True)
+        training.make_folder(arguments.out)
         training.say(f"fastattn {fastattn.__version__}: {export(arguments.model, arguments.out)}")
     except (DataError, TrainingError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -100,7 +100,7 @@ class Writer:
 def read_prompts(path: Path) -> list[str]:
     """The lines of a text file that are not blank, or the field `prompt` of a .jsonl file's."""
     # (`splitlines` would cut strings at characters that JSON allows in them)
-    lines = [line for line in corpus.read_file(path).split("\n") if line.strip()]
+    lines = [line for line in corpus.read_file(path, "--prompts").split("\n") if line.strip()]
     if path.suffix.lower() != ".jsonl":
         return lines
     try:

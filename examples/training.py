@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -105,6 +106,15 @@ def refuse_models(folder: Path, advice: str) -> None:
             raise TrainingError(f"{folder / name} exists: {advice}")
 
 
+def make_folder(out: Path) -> None:
+    """Make the folder that --out names; TrainingError where it cannot be one, or not be written into."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise TrainingError(f"--out {out} cannot be a folder to write into: {error.strerror}") from error
+
+
 def check_out(out: Path, saved: list[Path], arguments: argparse.Namespace) -> None:
     """TrainingError where a run into `out` would write over another run, or over a model that none of ours began.
 
@@ -141,7 +151,7 @@ def lock(folder: Path) -> Iterator[None]:
     The folder is made where it is missing, and taken away again where nothing was put into it.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with open(folder / ".lock", "wb") as file:
         try:
             import fcntl

@@ -178,6 +178,14 @@ def test_what_is_wrong_with_a_source(fails: Callable[..., str], tmp_path: Path) 
     assert "--data is empty" in fails("prepare", "", "--out", tmp_path)
 
 
+@pytest.mark.parametrize(("script", "option"), [("generate", "--prompts"), ("attention_map", "--file")])
+def test_the_option_of_a_file_that_is_not_there(
+    script: str, option: str, gpt: Path, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    path = tmp_path / "mistyped.txt"
+    assert fails(script, gpt, option, path) == f"error: {option} {path} cannot be read: No such file or directory"
+
+
 def test_metrics_are_of_a_gpt(classifier: Path, fails: Callable[..., str]) -> None:
     given = (classifier, "--data", "nowhere.csv", "--device", "cpu")
     assert "--metrics is of a GPT" in fails("evaluate", *given, "--metrics", "accuracy")
@@ -190,6 +198,7 @@ def test_an_export_does_not_write_over_a_model(
 
     monkeypatch.setitem(sys.modules, "transformers", None)
     before = {path: path.read_bytes() for path in classifier.iterdir()}
+    assert "config.json cannot be a folder to write into" in fails("export", gpt, "--out", classifier / "config.json")
     assert "exists: add --overwrite, or change --out" in fails("export", gpt, "--out", classifier)
     if importlib.util.find_spec("gguf"):
         assert "exists: add --overwrite, or change --save" in fails("chat", "--save", classifier)

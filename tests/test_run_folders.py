@@ -66,6 +66,18 @@ def test_a_run_that_cannot_begin_leaves_no_folder(
     assert ("the folder no_model does not exist" if script == "finetune_gpt" else "'mistyped.csv' is neither") in error
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("out", ["file", "file/below", "/proc/below", "/proc"])
+def test_an_out_that_cannot_be_a_folder(
+    script: str, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    assert __import__(script).main([*SCRIPTS[script], "--data", "x", "--out", out]) == 1
+    assert capfd.readouterr().err.startswith(f"error: --out {out} cannot be a folder to write into: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_folder_with_files_stays(tmp_path: Path) -> None:
     import training
 
