@@ -61,8 +61,9 @@ def answer(model: GPT, tokenizer: Tokenizer, conversation: str, arguments: argpa
     prompt = tokenizer.encode(f"{conversation}<|im_start|>assistant\n").ids
     tokens = torch.tensor([prompt], device=model.norm.weight.device)
     options = {"temperature": arguments.temperature, "top_p": arguments.top_p, "seed": arguments.seed}
-    end, new = tokenizer.token_to_id(END), model.stream(tokens, arguments.tokens, **options)
-    said = []
+    with training.named_by_options(arguments):
+        new = model.stream(tokens, arguments.tokens, **options)
+    end, said = tokenizer.token_to_id(END), []
     for piece in decode_stream(tokenizer, prompt, iter(lambda: int(next(new, end)), end)):
         print(piece, end="", flush=True)
         said.append(piece)

@@ -78,7 +78,9 @@ class Writer:
     def tokens(self, prompt: list[int], sample: int) -> Iterator[int]:
         """What follows the prompt, up to the end of the text."""
         given = torch.tensor([prompt], device=self.device)
-        for token in self.model.stream(given, self.arguments.tokens, **options(self.arguments, sample)):
+        with training.named_by_options(self.arguments):
+            stream = self.model.stream(given, self.arguments.tokens, **options(self.arguments, sample))
+        for token in stream:
             self.count += 1
             if token.item() == self.end:
                 return

@@ -184,12 +184,10 @@ class Trainer:
         self.tokenizer = labelled.train_tokenizer(self.train.texts, arguments.model["vocab_size"])
         self.unknown = self.tokenizer.token_to_id(labelled.UNKNOWN)
         settings = arguments.model | {"vocab_size": self.tokenizer.get_vocab_size(), "num_classes": len(data.names)}
-        try:
+        with training.named_by_options(arguments):
             self.config = ClassifierConfig(**settings)
             torch.manual_seed(arguments.seed)
             self.model = Classifier(self.config)
-        except ValueError as error:
-            raise TrainingError(str(error)) from error
         length = self.config.context_length
         self.tokens = [labelled.encode(self.tokenizer, part.texts, length) for part in (self.train, self.test)]
         if self.config.ngram_votes:

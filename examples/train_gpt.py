@@ -125,7 +125,7 @@ class Trainer:
         tokens = arguments.tokens or self.out / "tokens"
         with processes.main_first():
             self.corpus = corpus.prepare(arguments.data, tokens, arguments.vocab_size, arguments.val_fraction)
-        try:
+        with training.named_by_options(arguments):
             self.config = GPTConfig(
                 vocab_size=self.corpus.vocab_size,
                 context_length=arguments.context_length,
@@ -138,8 +138,6 @@ class Trainer:
             )
             torch.manual_seed(arguments.seed)
             self.model = GPT(self.config).to(self.device)
-        except ValueError as error:
-            raise TrainingError(str(error)) from error
         for part in ("train", "val"):
             corpus.check_length(getattr(self.corpus, part), self.config.context_length, part)
         self.baselines = self.corpus.baselines()

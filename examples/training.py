@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -104,6 +105,20 @@ def refuse_models(folder: Path, advice: str) -> None:
     for name in ("config.json", "model.safetensors", "classifier.pt2"):
         if (folder / name).exists():
             raise TrainingError(f"{folder / name} exists: {advice}")
+
+
+@contextmanager
+def named_by_options(arguments: argparse.Namespace) -> Iterator[None]:
+    """A ValueError within becomes a TrainingError that calls parameters by their options, as num_heads by --heads."""
+
+    def option(parameter: re.Match[str]) -> str:
+        names = (parameter[0], re.sub("^(num|max_new)_", "", parameter[0]))
+        return next((f"--{name.replace('_', '-')}" for name in names if hasattr(arguments, name)), parameter[0])
+
+    try:
+        yield
+    except ValueError as error:
+        raise TrainingError(re.sub(r"^\w+(?= must )|\b[a-z]+_\w+", option, str(error))) from error
 
 
 def make_folder(out: Path) -> None:

@@ -255,7 +255,7 @@ def test_bad_text(train: Callable[..., str], content: bytes, message: str, tmp_p
 BAD_ARGUMENTS = {
     "missing file": ("--data", "nowhere.txt", 1, "is neither a file nor a folder"),
     "folder without text": ("--data", EXAMPLES.parent / "fastattn", 1, "holds no text files"),
-    "heads": ("--heads", 3, 1, "d_model must be a multiple of num_heads"),
+    "heads": ("--heads", 3, 1, "error: --d-model must be a multiple of --heads, got 16 and 3"),
     "steps": ("--steps", 0, 2, "--steps must be at least 1"),
     "weight_decay": ("--weight-decay", "nan", 2, "--weight-decay must be at least 0, got nan"),
     "vocabulary": ("--vocab-size", 100, 1, "--vocab-size must be at least 257"),
@@ -334,11 +334,12 @@ def test_generate(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert once.startswith("the king")
     assert "12 tokens" in speed
     assert call("--prompt", "", "--seed", 1)[0].strip()
-    assert "top_p must be in (0, 1]" in call("--top-p", 2, status=1)[1]
+    assert "error: --top-p must be in (0, 1]" in call("--top-p", 2, status=1)[1]
+    assert "error: --tokens must be at least" in call("--tokens", -1, status=1)[1]
     for penalty in (0.01, 100.0):  # the same few words again and again, or never
         said = call("--temperature", 0, "--repetition-penalty", penalty)[0].split()
         assert (len(set(said)) < len(said) - 2) == (penalty < 1)
-    assert "repetition_penalty must be above 0" in call("--repetition-penalty", 0, status=1)[1]
+    assert "error: --repetition-penalty must be above 0" in call("--repetition-penalty", 0, status=1)[1]
     assert generate.main([str(EXAMPLES)]) == 1
     assert "holds no tokenizer.json" in capfd.readouterr().err
 
@@ -355,7 +356,7 @@ def test_generate_in_batch_and_in_conversation(
         assert generate.main([str(argument) for argument in arguments]) == status
         return capfd.readouterr()
 
-    assert call("--prompt", "the king", "--top-k", 0, status=1) == ("", "error: top_k must be at least 1, got 0\n")
+    assert call("--prompt", "the king", "--top-k", 0, status=1) == ("", "error: --top-k must be at least 1, got 0\n")
     prompts = ["the king", "my lord\u2028is"]
     whole = [call("--prompt", prompt)[0].removesuffix("\n") for prompt in prompts]
     text, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
