@@ -432,6 +432,7 @@ def plot_losses(metrics: Metrics, baselines: dict[str, float], path: Path, title
     for (name, value), style in zip(baselines.items(), (":", "--")):
         axes.axhline(value, color="gray", linestyle=style, label=f"{name} baseline, {value:.2f}")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.autoscale_view()  # a line that lies inside the limits so far has not moved them
     axes.set_ylim(top=1.1 * max([*baselines.values(), 0.0]))
     axes.grid(alpha=0.3)
     axes.legend()

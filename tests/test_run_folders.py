@@ -225,6 +225,22 @@ def test_the_picture_tells_a_part_from_all(tmp_path: Path, monkeypatch: pytest.M
     assert not axes.texts
 
 
+@pytest.mark.parametrize("unigram", [3.9001, 6.0999, 4.5])
+def test_no_baseline_lies_on_the_frame_of_the_picture(
+    unigram: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of losses from 4 to 6 alone, matplotlib's limits are 3.9 and 6.1."""
+    import training
+
+    metrics, drawn = training.Metrics(tmp_path / "metrics.jsonl", 0, tensorboard=False), []
+    metrics.records += [{"step": step, "loss": 6.0 - step} for step in range(3)]
+    plt = training.pyplot()
+    monkeypatch.setattr(plt, "close", drawn.append)
+    training.plot_losses(metrics, {"uniform": 6.0, "unigram": unigram}, tmp_path / "loss.png", "a run")
+    low, high = drawn[0].axes[0].get_ylim()
+    assert all(low + 0.03 * (high - low) < value < high - 0.03 * (high - low) for value in (6.0, unigram))
+
+
 def test_the_smoothed_curve_stays_with_the_loss_of_a_short_run() -> None:
     """With a fixed length of 20 steps it stood far above the loss of a run of 60, as if training were behind validation."""
     import training
