@@ -233,6 +233,17 @@ class StopSignal:
             signal.signal(number, handler)
 
 
+# A setting that changes with others where it is not given, and how the names of those others begin.
+FOLLOWS = {
+    "model.vocab_size": ("data.",),
+    "model.num_classes": ("data.",),
+    "model.d_ff": ("model.d_model",),
+    "model.head_dim": ("model.d_model", "model.num_heads"),
+    "model.num_kv_heads": ("model.num_heads",),
+    "model.qkv_bias": ("model.bias",),
+}
+
+
 class Checkpoint:
     """Everything that a run needs to go on exactly where it was, in one file that is replaced atomically.
 
@@ -288,14 +299,15 @@ class Checkpoint:
             return dict(state)
 
     def check(self, identity: dict[str, Any], path: Path) -> None:
-        """TrainingError, with every setting that changed, where `path` was not written by this configuration."""
+        """TrainingError, with every setting that was changed, where `path` was not written by this configuration."""
         then, now = _flat(identity), _flat(self.identity)
         if then != now:
             names = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
             if names == [self.may_grow] and then[self.may_grow] < now[self.may_grow]:
                 self.grown_from = then[self.may_grow]
                 return
-            changes = ", ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in names)
+            given = [name for name in names if not any(other.startswith(FOLLOWS.get(name, ())) for other in names)]
+            changes = ", ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in given)
             raise TrainingError(
                 f"{path} belongs to a run with another configuration: {changes}. Give the old values to go on, "
                 "another --out to train beside it, or --overwrite to start anew"
