@@ -13,7 +13,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -218,11 +218,14 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     return list(tokenizer.encode(whole(text)).ids) or [end_of_text(tokenizer)]
 
 
-def prepare(source: str, root: Path, vocab_size: int, val_fraction: float) -> Corpus:
+def prepare(
+    source: str, root: Path, vocab_size: int, val_fraction: float, say: Callable[[str], object] = print
+) -> Corpus:
     """Tokenise `source` into a folder of its own below `root`, unless it is already there.
 
     The folder's name is a hash of the text and the settings, so that another text never overwrites the tokens of a
-    run. About `val_fraction` of the text is for validation; the tokenizer sees only the rest.
+    run. About `val_fraction` of the text is for validation; the tokenizer sees only the rest. `say` is told
+    before it begins.
     """
     if not 0.0 < val_fraction < 1.0:
         raise DataError(f"--val-fraction must be in (0, 1), got {val_fraction}")
@@ -239,6 +242,7 @@ def prepare(source: str, root: Path, vocab_size: int, val_fraction: float) -> Co
     if (folder / "manifest.json").is_file():
         return _open(folder)
     parts = dict(zip(("train", "val"), _split(texts, val_fraction)))
+    say(f"data   {source}: making tokens of {sum(map(len, parts.values())):,} characters, for this and later runs")
     tokenizer = train_tokenizer(parts["train"], vocab_size)
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
     folder.mkdir(parents=True, exist_ok=True)

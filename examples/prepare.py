@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--val-fraction", type=float, default=0.1, help="share of the text held out (%(default)s)")
     arguments = parser.parse_args(argv)
     try:
-        prepared = corpus.prepare(arguments.source, arguments.out, arguments.vocab_size, arguments.val_fraction)
+        sizes = arguments.vocab_size, arguments.val_fraction
+        prepared = corpus.prepare(arguments.source, arguments.out, *sizes, training.say)
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

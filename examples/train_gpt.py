@@ -124,7 +124,8 @@ class Trainer:
             )
         tokens = arguments.tokens or self.out / "tokens"
         with processes.main_first():
-            self.corpus = corpus.prepare(arguments.data, tokens, arguments.vocab_size, arguments.val_fraction)
+            sizes = arguments.vocab_size, arguments.val_fraction
+            self.corpus = corpus.prepare(arguments.data, tokens, *sizes, training.say)
         with training.named_by_options(arguments):
             self.config = GPTConfig(
                 vocab_size=self.corpus.vocab_size,
@@ -213,6 +214,12 @@ class Trainer:
             _, loss = self.wrapped(inputs.to(self.device), targets.to(self.device))
         return loss
 
+    def bar(self, *arguments: Any, shown: bool = True, **options: Any) -> tqdm:
+        """tqdm's, of the main process; a line now and then where nobody watches."""
+        interval = 0.5 if sys.stderr.isatty() else 15.0
+        shown = shown and self.processes.main
+        return tqdm(*arguments, mininterval=interval, dynamic_ncols=True, disable=not shown, **options)
+
     @torch.no_grad()
     def validation_loss(self, batches: int | None) -> float:
         """Mean over windows of the validation text, all of them where `batches` is None."""
@@ -221,7 +228,8 @@ class Trainer:
         starts = corpus.validation_starts(len(tokens), self.config.context_length, limit)
         self.model.eval()
         total = 0.0
-        for batch in (starts[i : i + size] for i in range(0, len(starts), size)):
+        for i in self.bar(range(0, len(starts), size), "validation", unit="batch", shown=batches is None):
+            batch = starts[i : i + size]
             share = self.processes.share(batch)
             # FSDP needs every process in every pass, also where the last batch has too few windows for all.
             total += self._loss(tokens, share if len(share) else batch[:1]).item() * len(share)
@@ -244,10 +252,8 @@ class Trainer:
     def run(self) -> int:
         """Train to the last step, or until a signal; the exit status is returned."""
         steps, every = self.arguments.steps, self.arguments.eval_every
-        interval = 0.5 if sys.stderr.isatty() else 15.0
-        shown = {"mininterval": interval, "dynamic_ncols": True, "disable": not self.processes.main}
         val_loss = None
-        with training.StopSignal() as stop, tqdm(total=steps, initial=self.step, unit="step", **shown) as progress:
+        with training.StopSignal() as stop, self.bar(total=steps, initial=self.step, unit="step") as progress:
             while self.step < steps and not (number := self.processes.max(stop.received or 0)):
                 start = time.perf_counter()
                 record = self.train_step()

@@ -50,6 +50,9 @@ def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert result.returncode == 0, result.stderr
     assert "uniform guessing" in result.stdout
     assert "unigram guessing" in result.stdout
+    characters = f"{len(text.read_text()) + len('<|endoftext|>'):,} characters"
+    assert result.stdout.startswith(f"data   {text}: making tokens of {characters}, for this and later runs\ndata   ")
+    assert "validation: 100%" in result.stderr
     return out
 
 
@@ -164,7 +167,7 @@ def test_accumulation_is_a_larger_batch(train: Callable[..., str], text: Path, t
 def test_a_finished_run_can_be_lengthened(train: Callable[..., str], text: Path, copied: Path) -> None:
     """Its steps so far remain, the rest follows the longer schedule, and fewer steps than there were are refused."""
     before = curve(copied)
-    train(text, copied, 320, "--resume")
+    assert "validation: 100%" in train(text, copied, 320, "--resume")
     after = curve(copied)
     assert after[: len(before)] == before
     rates = {step: value for step, name, value in after if name == "lr"}
@@ -295,7 +298,9 @@ def test_validation_shares_no_document_with_training(tmp_path: Path, capfd: pyte
     arguments = [str(folder), "--out", str(tmp_path), "--vocab-size", "300", "--val-fraction", "0.2"]
     assert prepare.main(arguments) == 0
     printed = capfd.readouterr().out
+    assert "making tokens of" in printed
     corpora = [corpus.prepare(str(folder), tmp_path, 300, 0.2) for _ in range(2)]
+    assert not capfd.readouterr().out  # they are there
     assert str(corpora[0].folder) in printed
     assert corpora[0].manifest == corpora[1].manifest
     assert corpora[0].manifest["documents"] == 10
