@@ -94,10 +94,10 @@ def test_tensorboard_holds_the_metrics(train: Callable[..., str], text: Path, co
 
 
 def test_killed_runs_resume_to_the_same_curve(text: Path, finished: Path, tmp_path: Path) -> None:
-    """kill -9 at random moments; then SIGTERM and Ctrl-C, which save first."""
+    """kill -9 at a random moment; then SIGTERM and Ctrl-C, which save first."""
     choose, step, out = random.Random(), 15, tmp_path / "killed"
     arguments = script("train_gpt.py", *settings(text, out, 300, "--resume"))
-    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         process = subprocess.Popen(
             arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
         )

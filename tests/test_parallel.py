@@ -146,9 +146,9 @@ def test_two_processes_train_as_one_in_other_ways(text: Path, alone: Path, tmp_p
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds torchrun's processes in /proc")
 def test_killed_runs_resume_on_another_number_of_processes(text: Path, alone: Path, tmp_path: Path) -> None:
-    train_in_stages([(2, "fsdp", signal.SIGKILL), (1, "none", signal.SIGKILL), (2, "fsdp", None)], text, tmp_path)
+    train_in_stages([(2, "fsdp", signal.SIGKILL), (1, "none", None)], text, tmp_path)
     assert curve(tmp_path) == pytest.approx(curve(alone), rel=1e-4)
-    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-60"]
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint.pt"]
 
 
 @pytest.mark.slow
@@ -157,6 +157,10 @@ def test_four_processes_train_as_one(text: Path, alone: Path, tmp_path: Path) ->
     stages = [(4, "fsdp", signal.SIGTERM), (2, "ddp", signal.SIGKILL), (1, "none", signal.SIGTERM), (4, "ddp", None)]
     train_in_stages(stages, text, tmp_path / "stages")
     assert curve(tmp_path / "stages") == pytest.approx(curve(alone), rel=1e-4)
+    stages = [(1, "none", signal.SIGKILL), (2, "fsdp", None)]
+    train_in_stages(stages, text, tmp_path / "sharded")
+    assert curve(tmp_path / "sharded") == pytest.approx(curve(alone), rel=1e-4)
+    assert [path.name for path in (tmp_path / "sharded").glob("*checkpoint*")] == ["checkpoint-60"]
     for kind in ("ddp", "fsdp"):
         result = run(command(4, settings(text, tmp_path / kind, f"--parallel {kind}")))
         assert result.returncode == 0, result.stderr
