@@ -204,6 +204,8 @@ def read_text(arguments: argparse.Namespace) -> str:
 
 def look(arguments: argparse.Namespace) -> None:
     text, device = corpus.whole(read_text(arguments)), training.choose_device(arguments.device)
+    if arguments.out:
+        training.make_folder(arguments.out.parent)
     model: GPT | Classifier
     if labelled.is_classifier(arguments.model):
         model, tokenizer, names = labelled.load_classifier(arguments.model, device)
@@ -218,7 +220,6 @@ def look(arguments: argparse.Namespace) -> None:
     if len(found.pieces) < len(encoding.ids):
         training.say(f"note: the text has {len(encoding.ids):,} tokens, of which the model reads {len(found.pieces):,}")
     out = arguments.out or arguments.model / "attention"
-    out.parent.mkdir(parents=True, exist_ok=True)
     title = f"{arguments.model.name}{f': {verdict}' if verdict else ''}"
     draw(found, out.with_name(f"{out.name}.png"), title)
     with atomic_write(out.with_name(f"{out.name}.html")) as file:

@@ -75,6 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
     device = training.choose_device(arguments.device)
     if arguments.save and not arguments.overwrite:
         training.refuse_models(arguments.save, "add --overwrite, or change --save")
+    if arguments.save:
+        training.make_folder(arguments.save, "--save")
     model, tokenizer, _ = read_gguf(arguments.gguf or weights())
     if arguments.save:
         model.save_pretrained(arguments.save)

@@ -251,6 +251,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     try:
         device = training.choose_device(arguments.device)
+        if arguments.out:
+            training.make_place(arguments.out)
         evaluate = evaluate_classifier if labelled.is_classifier(arguments.model) else evaluate_gpt
         result = evaluate(arguments, device)
         path = arguments.out or arguments.model / "evaluation.json"

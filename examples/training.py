@@ -121,13 +121,20 @@ def named_by_options(arguments: argparse.Namespace) -> Iterator[None]:
         raise TrainingError(re.sub(r"^\w+(?= must )|\b[a-z]+_\w+", option, str(error))) from error
 
 
-def make_folder(out: Path) -> None:
-    """Make the folder that --out names; TrainingError where it cannot be one, or not be written into."""
+def make_folder(folder: Path, option: str = "--out") -> None:
+    """Make the folder that an option names; TrainingError where it cannot be one, or not be written into."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise TrainingError(f"--out {out} cannot be a folder to write into: {error.strerror}") from error
+        raise TrainingError(f"{option} {folder} cannot be a folder to write into: {error.strerror}") from error
+
+
+def make_place(file: Path) -> None:
+    """Make the folder of a file that --out names; TrainingError, before the work is done, where it could not be written."""
+    if file.is_dir():
+        raise TrainingError(f"--out {file} is a folder: give the name of a file")
+    make_folder(file.parent)
 
 
 def check_out(out: Path, saved: list[Path], arguments: argparse.Namespace) -> None:

@@ -186,6 +186,18 @@ def test_the_option_of_a_file_that_is_not_there(
     assert fails(script, gpt, option, path) == f"error: {option} {path} cannot be read: No such file or directory"
 
 
+def test_where_a_result_cannot_be_written_is_known_before(
+    gpt: Path, classifier: Path, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    file = gpt / "config.json"
+    data = ("--data", "nowhere.csv", "--device", "cpu", "--out")
+    assert fails("evaluate", classifier, *data, gpt) == f"error: --out {gpt} is a folder: give the name of a file"
+    assert f"--out {file} cannot be a folder to write into" in fails("evaluate", classifier, *data, file / "below")
+    (tmp_path / "text").write_text("the king")
+    said = fails("attention_map", gpt, "--file", tmp_path / "text", "--out", file / "below")
+    assert f"--out {file} cannot be a folder to write into" in said
+
+
 def test_metrics_are_of_a_gpt(classifier: Path, fails: Callable[..., str]) -> None:
     given = (classifier, "--data", "nowhere.csv", "--device", "cpu")
     assert "--metrics is of a GPT" in fails("evaluate", *given, "--metrics", "accuracy")
@@ -202,6 +214,8 @@ def test_an_export_does_not_write_over_a_model(
     assert "exists: add --overwrite, or change --out" in fails("export", gpt, "--out", classifier)
     if importlib.util.find_spec("gguf"):
         assert "exists: add --overwrite, or change --save" in fails("chat", "--save", classifier)
+        file = classifier / "config.json"
+        assert f"--save {file} cannot be a folder to write into: " in fails("chat", "--save", file)
     assert {path: path.read_bytes() for path in classifier.iterdir()} == before
     shutil.copytree(classifier, tmp_path / "copy")
     assert export.main([str(gpt), "--out", str(tmp_path / "copy"), "--overwrite"]) == 0
