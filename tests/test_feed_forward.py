@@ -217,7 +217,7 @@ def test_nothing_is_kept_without_gradients():
     assert arguments[-2:] == [False, False]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
 def test_traced():
     """`torch.jit.trace` traces twice, the second time without gradients, and compares the graphs."""
     layer, x = fastattn.nn.FeedForward(8), torch.randn(3, 8)

@@ -228,7 +228,7 @@ def test_the_host_never_waits_in_a_training_step():
     assert last < first
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_a_compiled_gpt_is_the_plain_one():
     model, tokens = small_gpt()
     results = []

@@ -401,7 +401,7 @@ def test_a_view_of_a_parameter_is_not_overwritten():
         fastattn.cross_entropy(parameter.view(-1, 5), torch.tensor([0, 1, 2]), inplace=True)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("bias", [True, False])
 def test_traced(bias):
     """`torch.jit.trace` takes no list of bools, traces twice, the second time without gradients, and compares the graphs."""
