@@ -177,7 +177,6 @@ def test_shards_of_another_run_and_broken_ones_are_refused(text: Path, on_two: P
     assert f"{out / 'checkpoint-60'} cannot be read as a checkpoint" in broken.stderr
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo's own, of a block's input
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["compiled", "compiled and checkpointed"])
 def test_blocks_compile_once_and_mean_the_same(checkpointed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPT.parent))

@@ -86,7 +86,6 @@ def test_forward_mode_in_a_compiled_function(name, backend):
     torch.compiler.reset()
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo's own
 @pytest.mark.parametrize("name", OPS)
 def test_a_compiled_backward(name):
     """Compiled autograd traces what a gradient does in Python; it is one graph, and nothing of it is left behind."""
