@@ -45,7 +45,7 @@ test-all: $(VENV)/.dev ## run the tests and the exhaustive sweeps
 	$(BIN)/python -m pytest $(PROCESSES) -m "slow or not slow"
 
 # The budgets are those of the Triton in constraints.txt.
-test-torch: $(VENV)-$(TORCH)/.dev ## run the tests with another PyTorch and the Triton that it brings: make test-torch TORCH=2.11.0
+test-torch: $(VENV)-$(TORCH)/.dev ## run the tests with another PyTorch and the Triton that it brings: make test-torch TORCH=2.12.0
 	$(VENV)-$(TORCH)/bin/python -m pytest $(PROCESSES) --ignore tests/test_budgets.py
 
 $(VENV)-$(TORCH)/.dev: pyproject.toml constraints.txt

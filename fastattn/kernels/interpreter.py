@@ -11,7 +11,7 @@ bf16 kernel returns garbage without a warning. `install()` repairs what can be r
 * floating-point exceptions stay silent, as they do on a GPU;
 * an error inside a kernel reaches the caller as it was raised, not wrapped once per device function.
 
-Works with Triton 3.6 to 3.9. Only `fastattn.kernels` imports this module, and only under the interpreter.
+Works with Triton 3.7 to 3.9. Only `fastattn.kernels` imports this module, and only under the interpreter.
 """
 
 from __future__ import annotations
@@ -236,17 +236,6 @@ def _patch_language_once_per_launch() -> None:
     triton_interpreter._patch_lang = patch
 
 
-def _patch_indices() -> None:
-    """Triton 3.6 asks NumPy for int() of an array with one element, which NumPy 2.4 refuses where it has dimensions."""
-    original_patch = triton_interpreter._patch_lang_tensor
-
-    def patch(tensor: Any, scope: Any) -> None:
-        original_patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    triton_interpreter._patch_lang_tensor = patch
-
-
 def install() -> None:
     """Repair the interpreter of this process; calling it again does nothing."""
     if getattr(InterpreterBuilder, "computes_like_a_gpu", False):
@@ -255,7 +244,6 @@ def install() -> None:
     _patch_dot()
     _patch_arithmetic()
     _patch_launch()
-    _patch_indices()
     _patch_language_once_per_launch()
     interpreter_speed.install()
     InterpreterBuilder.computes_like_a_gpu = True

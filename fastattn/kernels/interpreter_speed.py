@@ -8,7 +8,7 @@ Nothing here changes a result:
 * NumPy's type of a Triton type is looked up, not found in a table that is built anew;
 * whether integers overflow, ten of Triton's operations whose result it drops unless asked to debug, is worked out only then.
 
-Only `interpreter.install()` calls this, only under the interpreter. Works with Triton 3.6 to 3.9.
+Only `interpreter.install()` calls this, only under the interpreter. Works with Triton 3.7 to 3.9.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def _check(
     if by_token and (cos.shape[0] not in (1, batch) or cos.shape[1] != tokens):
         raise ValueError(f"cos must be ({batch} or 1, {tokens}, half), a row for each token, got {tuple(cos.shape)}")
     has_offset = isinstance(offset, Tensor) or offset != 0
-    if by_token + has_offset + (positions is not None) > 1:
+    if (by_token and has_offset) or (positions is not None and (by_token or has_offset)):
         raise ValueError("only one of positions, offset and tables with a row for each token can be given")
     if positions is not None:
         checks.check_tensor("positions", positions, INTEGERS)
