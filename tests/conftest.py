@@ -15,8 +15,7 @@ from tests.scripts import EXAMPLES
 
 ON_GPU = os.environ.get("FASTATTN_TEST_GPU") == "1"
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # each process of `make test` has a core of its own
-    torch.set_num_threads(1)
+torch.set_num_threads(1)  # each process of `make test` has a core of its own; what a test compares with has one thread, too
 
 if ON_GPU:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses to be deterministic
