@@ -383,7 +383,10 @@ def test_attention_maps_come_where_a_call_asks_for_them(name):
     assert len(model(**batch).attentions) == 2
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "vit", "timm_block", "nn_transformer"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "vit")]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "timm_block", "nn_transformer", *SLOW])
 def test_patched_models_compile_to_one_graph(name):
     model, batch = make(name)
     if name in CAUSAL:
