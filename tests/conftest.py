@@ -15,7 +15,8 @@ from tests.scripts import EXAMPLES
 
 ON_GPU = os.environ.get("FASTATTN_TEST_GPU") == "1"
 
-torch.set_num_threads(1)  # each process of `make test` has a core of its own; what a test compares with has one thread, too
+# Each process of `make test` has a core of its own, and so do the scripts that tests start and compare with.
+torch.set_num_threads(1)
 
 if ON_GPU:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses to be deterministic
