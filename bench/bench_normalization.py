@@ -56,6 +56,10 @@ def ours(case: Norm) -> Callable[..., Tensor]:
     return lambda x, *weights: norm(x, case.width, *weights, eps=EPS)
 
 
+def ours_compiled(case: Norm) -> Callable[..., Tensor]:
+    return in_one_graph(ours(case))
+
+
 def torch_nn(case: Norm) -> Callable[..., Tensor]:
     if case.fp32_parameters and not torch.cuda.is_available():
         raise Unavailable("the gradients of fp32 parameters are sums in 16 bits")
@@ -98,6 +102,7 @@ PROVIDERS = {
     "torch.nn": torch_nn,
     "torch.nn in fp32": torch_nn_in_fp32,
     "plain PyTorch": plain,
+    "fastattn, torch.compile": ours_compiled,
     "plain, torch.compile": compiled,
     "liger-kernel": liger,
 }

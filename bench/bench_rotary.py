@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastattn
 from bench import machine
-from bench.cases import DTYPES, OpCase, comparison, in_one_graph, need
+from bench.cases import DTYPES, OpCase, comparison, if_compiled, in_one_graph, need
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,10 @@ def ours(case: Rotary) -> Callable[..., Tensor]:
     return lambda query, cos, sin: fastattn.rotary(query, None, cos, sin)[0]
 
 
+def ours_compiled(case: Rotary) -> Callable[..., Tensor]:
+    return in_one_graph(ours(case))
+
+
 def plain(case: Rotary) -> Callable[..., Tensor]:
     """The two halves, written in PyTorch."""
 
@@ -84,6 +88,7 @@ def compiled(case: Rotary) -> Callable[..., Tensor]:
 PROVIDERS = {
     "fastattn": ours,
     "plain PyTorch": plain,
+    "fastattn, torch.compile": ours_compiled,
     "plain, torch.compile": compiled,
     "transformers": transformers,
 }
@@ -96,6 +101,6 @@ REST = [
 ]
 
 
-@comparison(PROVIDERS, DEFAULT, REST)
+@comparison(PROVIDERS, DEFAULT, REST, slow=if_compiled)
 def test_rotary(compare: Callable[..., None], case: Rotary, provider: str) -> None:
     compare(case, provider, PROVIDERS)

@@ -243,9 +243,12 @@ def prepare(
         return _open(folder)
     parts = dict(zip(("train", "val"), _split(texts, val_fraction)))
     say(f"data   {source}: making tokens of {sum(map(len, parts.values())):,} characters, for this and later runs")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{root} cannot be a folder for tokens: {error.strerror}") from error
     tokenizer = train_tokenizer(parts["train"], vocab_size)
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
-    folder.mkdir(parents=True, exist_ok=True)
     counts = {}
     for name, part in parts.items():
         encoded = tokenizer.encode_batch(_pieces(part))

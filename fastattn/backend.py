@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from fastattn.interpreting import interpreting
+from fastattn.tracing import constant_to_compilers
 
 BACKENDS = ("auto", "triton", "eager")
 
@@ -75,7 +76,12 @@ def choose(device: torch.device) -> tuple[str, str]:
 
 def eager_on_cpu() -> bool:
     """Whether CPU tensors run in PyTorch, asked without a device: calls of less than a millisecond ask it each time."""
-    return _choose("cpu", _override, False)[0] == "eager"
+    return _eager_on_cpu(_override)
+
+
+@constant_to_compilers  # which would take the cache apart
+def _eager_on_cpu(override: str | None) -> bool:
+    return _choose("cpu", override, False)[0] == "eager"
 
 
 @cache

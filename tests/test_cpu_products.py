@@ -110,10 +110,10 @@ def test_which_cpus_lack_instructions(monkeypatch):
         capabilities = {"architecture": "x86_64", **dict.fromkeys(flags, True)}
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
         monkeypatch.setattr(products, "onednn_takes", lambda dtype: dtype != torch.float16)
-        find = products.emulates.__wrapped__  # without what was found of this CPU
+        find = products._emulates.__wrapped__  # without what was found of this CPU
         assert [find(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [False, expected, True]
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64"})
-    assert not products.emulates.__wrapped__(torch.bfloat16), "elsewhere oneDNN knows"
+    assert not products._emulates.__wrapped__(torch.bfloat16), "elsewhere oneDNN knows"
 
 
 @pytest.mark.parametrize("cpu", ["old", "old amd"], indirect=True)

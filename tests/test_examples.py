@@ -311,6 +311,8 @@ def test_validation_shares_no_document_with_training(tmp_path: Path, capfd: pyte
     assert not digits[0] & digits[1]
     assert prepare.main([str(tmp_path / "nowhere")]) == 1
     assert "is neither a file nor a folder" in capfd.readouterr().err
+    assert prepare.main([str(folder), "--out", str(folder / "0.txt")]) == 1
+    assert "0.txt cannot be a folder for tokens: Not a directory" in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("scripts")

@@ -450,6 +450,8 @@ def test_loading_names_what_is_wrong(tmp_path) -> None:
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"num_kv_heads": 4}, "num_heads must be a multiple of num_kv_heads, got 6 and 4"),
         ({"head_dim": 300}, "must be at most 256, got 300"),
+        ({"positions": "rotary", "d_model": 30}, r"d_model / num_heads must be even with rotary positions, got 30 / 6"),
+        ({"positions": "rotary", "head_dim": 5}, "head_dim must be even with rotary positions, got 5"),
         ({"norm": "batch"}, "norm must be one of layer_norm, rms_norm, got 'batch'"),
         ({"window": 0}, "window must be at least 1, got 0"),
         ({"head_dim": -4}, "head_dim must be at least 1, got -4"),

@@ -54,7 +54,7 @@ def norm(shape, dims=1, *, weight=True, bias=True, rms=False, offset=0.0, dropou
         return reference.normalise(dropped, **tensors, dims=dims, eps=eps, centered=not rms, weight_offset=offset)
 
     grows = ("input", "residual", *(name for name in others if others[name][0] == shape[0]))
-    return Op(ours, definition, shapes, plain, dtypes or {}, grows=grows)
+    return Op(ours, definition, shapes, plain, dtypes or {}, grows=grows, left_to_compiler=not dropout_p)
 
 
 CASES = {

@@ -43,7 +43,7 @@ def rotary(
         )  # fmt: skip
 
     shapes = {"query": (batch, heads[0], tokens, dim), "key": (batch, heads[1], tokens, dim)}
-    return Op(ours, definition, shapes, grows=("query", "key"))
+    return Op(ours, definition, shapes, grows=("query", "key"), left_to_compiler=True)
 
 
 CASES = {
@@ -161,10 +161,10 @@ def test_in_place_compiles(grad):
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     inputs = tensors(grad)
     expected, got = step(*inputs), compiled(*inputs)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+    torch.testing.assert_close(got, expected)  # (the compiler gets the definition, whose roundings are others)
     if grad:
         results = [torch.autograd.grad([y.sin().sum() for y in ys], inputs) for ys in (expected, got)]
-        assert all(torch.equal(a, b) for a, b in zip(*results))
+        torch.testing.assert_close(*results)
 
 
 def test_the_in_place_op_is_registered_right():

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastattn.tracing import constant_to_compilers
+
 _linear_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 MOST_PACKED = 1 << 30  # bytes
 # Of an x86 CPU any of which multiplies bf16 numbers; oneDNN calls bf16 supported from AVX-512 on, which does not.
@@ -56,9 +58,14 @@ def _capabilities() -> dict[str, Any]:
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 
-@cache
+@constant_to_compilers
 def emulates(dtype: torch.dtype) -> bool:
     """Whether this is a 16-bit dtype for whose products the CPU has no instructions."""
+    return _emulates(dtype)
+
+
+@cache
+def _emulates(dtype: torch.dtype) -> bool:
     if dtype not in _LEAST_WIDENED:
         return False
     capabilities = _capabilities()

@@ -78,12 +78,16 @@ class GPTConfig:
                 object.__setattr__(self, name, value)
         sizes = ["vocab_size", "context_length", "num_layers", "num_heads", "num_kv_heads", "d_model", "d_ff"]
         check_sizes(self, *sizes, *(name for name in ("head_dim", "window") if getattr(self, name) is not None))
+        source, numbers = "head_dim", str(self.head_dim)
         if self.head_dim is None:
+            source, numbers = "d_model / num_heads", f"{self.d_model} / {self.num_heads}"
             object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
         choices = {"norm": NORMS, "positions": POSITIONS, "activation": tuple(ACTIVATIONS), "recompute": RECOMPUTE}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.positions == "rotary" and self.head_dim % 2:  # type: ignore[operator]
+            raise ValueError(f"{source} must be even with rotary positions, got {numbers}")
         if self.num_heads % self.num_kv_heads:  # type: ignore[operator]
             heads = f"{self.num_heads} and {self.num_kv_heads}"
             raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {heads}")

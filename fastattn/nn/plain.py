@@ -71,11 +71,15 @@ def _wraps_tensors(weight: object) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b: PyTorch's, or `fastattn.linear` where its product is the faster one (on some CPUs)."""
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
-    if not (plain and x.is_cpu) or listening() or not backend.eager_on_cpu():
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if not (plain and x.is_cpu) or (listening() and not compiling) or not backend.eager_on_cpu():
         return F.linear(x, weight, bias)
     autocasts = torch.is_autocast_enabled("cpu") and {x.dtype, weight.dtype} <= set(FLOAT_DTYPES)
     dtype = torch.get_autocast_dtype("cpu") if autocasts else x.dtype
-    faster = fp32_by_onednn() if dtype == torch.float32 else widens(math.prod(x.shape[:-1]), dtype)
+    if dtype == torch.float32:  # torch.compile chooses by itself
+        faster = not compiling and fp32_by_onednn()
+    else:
+        faster = widens(math.prod(x.shape[:-1]), dtype)
     if not faster or not (autocasts or x.dtype == weight.dtype):
         return F.linear(x, weight, bias)
     return ops.linear(x, weight, bias)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn import backend
 from fastattn.checks import without_autocast
 from fastattn.interpreting import interpreting
 from fastattn.tracing import constant_to_compilers, listening
@@ -179,6 +180,16 @@ def needs_composite(*tensors: Tensor | None) -> bool:
     if torch._C._are_functorch_transforms_active():
         return True
     return has_tangent(*tensors)
+
+
+def left_to_compiler(*tensors: Tensor | None) -> bool:
+    """Whether `torch.compile` gets an op that only passes over memory as its definition: on a CPU, where what it generates is faster.
+
+    An export keeps its ops: the program may run elsewhere.
+    """
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    return all(t is None or t.is_cpu for t in tensors) and backend.eager_on_cpu()
 
 
 @constant_to_compilers

@@ -15,7 +15,7 @@ from fastattn.backend import device_guard, implementation
 from fastattn.dropout import draw_seed
 from fastattn.eager.normalization import modulate, normalise
 from fastattn.eager.random import drop
-from fastattn.ops.library import call, define, differentiate, needs_composite, tensors_only
+from fastattn.ops.library import call, define, differentiate, left_to_compiler, needs_composite, tensors_only
 from fastattn.ops.normalization_cpu import layer_norm_by_torch, rms_norm_by_torch
 from fastattn.replay import replay
 
@@ -174,16 +174,15 @@ def _norm(
     to_fp32 = input.device.type in AUTOCAST_TO_FP32 and torch.is_autocast_enabled(input.device.type)
     output_dtype = torch.float32 if to_fp32 else input.dtype
     hidden_dtype = residual_dtype or (input if residual is None else residual).dtype
-    if needs_composite(input, residual, weight, bias, scale, shift):
+    tensors = input, residual, weight, bias, scale, shift
+    if needs_composite(*tensors) or (seed is None and left_to_compiler(*tensors)):
         h = _hidden(input, residual, seed, dropout_p, len(shape)).to(hidden_dtype)
         x_hat = normalise(h, len(shape), eps, centered)
         y = modulate(x_hat, weight, bias, scale, shift, weight_offset).to(output_dtype)
         return y if residual is None else (y, h)
     scale, shift = _by_group(input, len(shape), scale, shift)
-    tensors = input, residual, seed, weight, bias, scale, shift
-    y, h, _, _ = call(
-        norm_op, *tensors, len(shape), eps, centered, weight_offset, dropout_p, output_dtype, hidden_dtype
-    )
+    options = len(shape), eps, centered, weight_offset, dropout_p, output_dtype, hidden_dtype
+    y, h, _, _ = call(norm_op, input, residual, seed, weight, bias, scale, shift, *options)
     return y if residual is None else (y, h)
 
 

@@ -13,7 +13,7 @@ from fastattn import checks
 from fastattn.backend import device_guard, implementation
 from fastattn.eager.rotary import definition
 from fastattn.layout import new_output
-from fastattn.ops.library import call, define, differentiate, needs_composite, tensors_only
+from fastattn.ops.library import call, define, differentiate, left_to_compiler, needs_composite, tensors_only
 from fastattn.tracing import readable
 
 INTEGERS = (torch.int64, torch.int32)
@@ -89,7 +89,7 @@ def _needs_definition(query: Tensor, key: Tensor | None, cos: Tensor, sin: Tenso
 
 def _rotate(query: Tensor, key: Tensor | None, constants: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     cos, sin, positions, *_ = constants
-    if _needs_definition(query, key, cos, sin):
+    if _needs_definition(query, key, cos, sin) or (positions is None and left_to_compiler(query, key, cos, sin)):
         _check_rows(positions, cos.shape[1])
         return definition(query, *constants), None if key is None else definition(key, *constants)
     rotated, rotated_key = call(rotary_op, query, key, *constants, False)
