@@ -3,7 +3,8 @@
 The rule, in order:
 
 1. `use(...)` in force, or else the environment variable `FASTATTN_BACKEND` (`auto`, `triton` or `eager`), read at import.
-2. `auto`: Triton for tensors on a GPU, and for CPU tensors when `TRITON_INTERPRET=1`; eager for all others.
+2. `auto`: Triton for tensors on a GPU, of NVIDIA's those that Triton is made for (compute capability 8.0, A100, and newer), and for
+   CPU tensors when `TRITON_INTERPRET=1`; eager for all others.
 
 Both implementations have the same launcher signatures: `fastattn/kernels/<op>.py` and `fastattn/eager/<op>.py`.
 """
@@ -25,6 +26,7 @@ from fastattn.interpreting import interpreting
 from fastattn.tracing import constant_to_compilers
 
 BACKENDS = ("auto", "triton", "eager")
+LEAST_CAPABILITY = (8, 0)  # of NVIDIA's GPUs: https://github.com/triton-lang/triton#compatibility
 
 
 def _checked(name: str, source: str) -> str:
@@ -71,7 +73,15 @@ def choose(device: torch.device) -> tuple[str, str]:
         RuntimeError: Triton was asked for and is not installed, or by the environment for tensors on the CPU, which its
             kernels do not take unless TRITON_INTERPRET=1.
     """
-    return _choose(device.type, _override)
+    return _choose(device.type, _override, too_old=_too_old(device))
+
+
+@cache
+def _too_old(device: torch.device) -> bool:
+    """Whether it is an NVIDIA GPU that Triton is not made for: on a T4, say, kernels compile for half a minute and may not fit."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device) < LEAST_CAPABILITY
 
 
 def eager_on_cpu() -> bool:
@@ -85,7 +95,9 @@ def _eager_on_cpu(override: str | None) -> bool:
 
 
 @cache
-def _choose(device_type: str, override: str | None, tensors_there: bool = True) -> tuple[str, str]:
+def _choose(
+    device_type: str, override: str | None, tensors_there: bool = True, too_old: bool = False
+) -> tuple[str, str]:
     """See `choose`; without tensors on the device, that Triton could not take them is no error."""
     has_triton = triton_available()
     if override not in (None, "auto"):
@@ -108,6 +120,12 @@ def _choose(device_type: str, override: str | None, tensors_there: bool = True) 
             reason = "TRITON_INTERPRET=1" if interpreted else "tensors on the CPU run in PyTorch"
         elif not has_triton:
             choice, reason = "eager", f"triton is not installed, so tensors on {device_type} run in PyTorch"
+        elif too_old:
+            oldest = ".".join(map(str, LEAST_CAPABILITY))
+            choice, reason = (
+                "eager",
+                f"Triton is made for GPUs from compute capability {oldest} on, and this one is older",
+            )
         else:
             choice, reason = "triton", f"tensors on {device_type} run in Triton"
     if choice == "triton" and not has_triton:

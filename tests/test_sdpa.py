@@ -195,6 +195,20 @@ def test_kernels_asked_for_by_the_environment_need_a_gpu_or_the_interpreter(monk
         choose("cpu", None)
 
 
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "eager"), ((8, 0), "triton"), ((12, 1), "triton")])
+def test_gpus_that_triton_is_not_made_for_run_in_pytorch(capability, expected, monkeypatch):
+    monkeypatch.setattr(backend, "_VARIABLE", "auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda", 0)
+    too_old = backend._too_old.__wrapped__(device)
+    choice, reason = backend._choose.__wrapped__("cuda", None, too_old=too_old)
+    assert choice == expected
+    assert too_old == ("compute capability 8.0" in reason)
+    assert backend._choose.__wrapped__("cuda", "triton", too_old=too_old)[0] == "triton", "who asks for it gets it"
+    assert not backend._too_old.__wrapped__(torch.device("cpu"))
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without a GPU")
 def test_kernels_without_a_gpu_say_what_to_do_instead():
     """Triton says "0 active drivers ([]). There should only be one."; attention asks for the target, a norm launches at once."""

@@ -15,7 +15,7 @@ from fastattn.kernels.attention_config import (
     attention_backward_query_config,
     attention_forward_config,
 )
-from fastattn.kernels.config import norm_backward_config
+from fastattn.kernels.config import matmul_config, norm_backward_config
 from fastattn.kernels.launch import Target
 from fastattn.kernels.tiles import score_class
 from fastattn.score_rules import ScoreRules
@@ -74,6 +74,18 @@ def test_light_scores_take_larger_tiles_than_heavy_ones(arch):
             assert size(choose, scores, 128) > size(choose, "heavy", 128)
     for scores in ("loaded", "dropped"):
         assert size(attention_backward_key_config, scores, 128) > size(attention_backward_key_config, "heavy", 128)
+
+
+@pytest.mark.parametrize(("arch", "like"), [(103, 100), (86, 120), (89, 120), (121, 120)])
+def test_gpus_that_take_the_tiles_of_others(arch, like):
+    """B300 those of B200; all with little shared memory the same."""
+    target, other = (Target("cuda", number, 100) for number in (arch, like))
+    for choose in (attention_forward_config, attention_backward_query_config, attention_backward_key_config):
+        assert choose(target, 128, 2, "plain") == choose(other, 128, 2, "plain")
+    for columns, itemsize in ((768, 2), (5_000, 4)):
+        assert matmul_config(target, columns, columns, itemsize) == matmul_config(other, columns, columns, itemsize)
+        norms = [norm_backward_config(t, columns, itemsize, True, True, False) for t in (target, other)]
+        assert norms[0] == norms[1]
 
 
 def newer_tiles(choose, tables):

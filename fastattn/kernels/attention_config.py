@@ -235,12 +235,6 @@ _BACKWARD_KEY_NEWER: dict[str, dict[str, _Table]] = {
 }
 
 
-def _family(target: Target) -> str:
-    if target.backend == "hip":
-        return "amd"
-    return {80: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(target.arch, "small")
-
-
 def _width(head_dim: int) -> int:
     """The tables' width of a head."""
     return next(width for width in (64, 128, MAX_HEAD) if head_dim <= width)
@@ -281,7 +275,7 @@ def attention_forward_config(
     divide a head, so that it is read element by element; packed: sequences lie one after the other."""
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1)
-    family = _family(target)
+    family = target.family
     heavy = _needs_small_tiles(scores, blocks, head_dim, itemsize, ragged, family)
     if itemsize == 4 and head_dim > 128:
         most = 255 if not blocks or family == "sm_80" else None
@@ -318,7 +312,7 @@ def attention_backward_query_config(
     """For dQ: block_m query rows stay in registers, block_n key columns pass by."""
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1, chunk=_CHUNK)
-    family = _family(target)
+    family = target.family
     heavy = _needs_small_tiles(scores, blocks, head_dim, itemsize, ragged, family)
     if itemsize == 4 and head_dim > 128:
         # addresses in the loop spill 8 to 40 bytes with Triton 3.9.0
@@ -363,7 +357,7 @@ def attention_backward_key_config(
     head."""
     if target.backend == "interpreter":
         return AttentionConfig(32, 32, 4, 1, chunk=_CHUNK)
-    family = _family(target)
+    family = target.family
     heavy = _needs_small_tiles(scores, blocks, head_dim, itemsize, ragged, family) or (scores == "loaded" and grouped)
     if itemsize == 4 and head_dim > 128:
         block_n, warps = (16, 4) if target.backend == "hip" else (16 if heavy else 32, 8)
@@ -434,7 +428,7 @@ def decode_config(target: Target, head_dim: int, itemsize: int, rows: int, plain
         # left alone, ptxas spills 8 bytes of paged heads of 80 with everything on sm_90, and 8 to 24 of 256 on all but sm_80; with no
         # limit but the hardware's, fewer warps would be resident, and this kernel waits for memory
         limits = {("sm_90", 128): 80, ("sm_90", 256): 255, ("sm_100", 256): 255, ("small", 256): 255}
-        most = limits.get((_family(target), _width(head_dim)))
+        most = limits.get((target.family, _width(head_dim)))
         return AttentionConfig(16, 32 if head_dim <= 64 else 16, 8, 1, max_registers=None if plain else most)
     config = AttentionConfig(*_DECODE[_width(head_dim)])
     block_m = min(64 if head_dim <= 128 else 16, max(16, power_of_2(rows)))

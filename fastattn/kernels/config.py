@@ -73,9 +73,7 @@ def norm_backward_config(
     Such rows are taken as wide ones: 22 bytes move for a number of bf16 input and fp32 stream, since the sums over rows
     read two tensors once more, of at least 16.
     """
-    spills = mixed_residual and (
-        heavy or columns % 16 != 0 or (target.backend == "cuda" and target.arch not in (80, 90, 100))
-    )
+    spills = mixed_residual and (heavy or columns % 16 != 0 or (target.backend == "cuda" and target.family == "small"))
     if columns > (MAX_COLUMNS // 2 if spills else MAX_COLUMNS):
         rows, partial_columns = PARTIAL_TILE
         programs = max(1, 4 * target.processors * partial_columns // columns)
@@ -83,7 +81,7 @@ def norm_backward_config(
     block = power_of_2(columns)
     aligned = columns % 16 == 0
     # with newer Triton 64 registers spill 16 to 24 bytes of 16 bits a number
-    short = target.has_newer_triton and itemsize == 2 and target.backend == "cuda" and target.arch != 80
+    short = target.has_newer_triton and itemsize == 2 and target.backend == "cuda" and target.family != "sm_80"
     narrow = alone and aligned and columns > 512 and not short  # in registers
     rows = max(1, min(16, (1_024 if narrow else 2_048) // block))
     per_processor = {256: 16, 1_024: 8, 2_048: 4, 4_096: 2, 8_192: 1}
@@ -132,16 +130,17 @@ def matmul_config(
         block = MatmulConfig(32, 64, 32, 4, 1, parts=2)
     elif itemsize == 4:
         ragged = columns % 16 or depth % 16
-        few = target.arch == 100 and not ragged  # 32 deep, Triton 3.9.0 spills 8 bytes there
-        block = MatmulConfig(64, 32 if ragged else 64, 16 if few else 32, 4 if target.arch == 100 else 8, 2)
+        blackwell = target.family == "sm_100"
+        few = blackwell and not ragged  # 32 deep, Triton 3.9.0 spills 8 bytes there
+        block = MatmulConfig(64, 32 if ragged else 64, 16 if few else 32, 4 if blackwell else 8, 2)
     elif columns % 16 or depth % 16:  # element by element: the addresses need registers
         block = MatmulConfig(64, 64, 32, 4, 2, parts=2)
-    elif target.arch == 100:
+    elif target.family == "sm_100":
         block = MatmulConfig(128, 256, 64, 8, 3, parts=8)
-    elif target.arch == 90:
+    elif target.family == "sm_90":
         two = accumulators == 2
         block = MatmulConfig(128, 128 if two else 256, 64, 8, 3, parts=2 if two else 8)
-    elif target.arch == 80:
+    elif target.family == "sm_80":
         two = products == 2  # into one accumulator they spill 8 bytes
         block = MatmulConfig(128, 128 if two else 256, 32, 8, 4, parts=2 if two else 8)
     else:

@@ -36,6 +36,13 @@ class Target:
     triton_version: tuple[int, ...] = TRITON_VERSION
 
     @property
+    def family(self) -> str:
+        """Whose tiles it takes: "amd", "sm_80", "sm_90", "sm_100" (sm_103 as well), or "small": those for little shared memory."""
+        if self.backend == "hip":
+            return "amd"
+        return {80: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(self.arch, "small")
+
+    @property
     def has_newer_triton(self) -> bool:
         """3.8 or newer (compiled: 3.9.0), which leaves other values in registers and so asks for other tiles here and there."""
         return self.triton_version >= (3, 8)
