@@ -103,13 +103,8 @@ class Processes:
     def save_pretrained(self, model: GPT, folder: Path) -> None:
         """The main process writes the whole model; the others wait until it has."""
         if self.kind == "fsdp":
-            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-            weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-            if self.main:  # FSDP gives the whole weights to the main process only
-                with torch.device("meta"):
-                    model = GPT(model.config)
-                model.load_state_dict(weights, assign=True)
+            model.save_pretrained(folder)
+            return
         with self.main_first():
             if self.main:
                 model.save_pretrained(folder)

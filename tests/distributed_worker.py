@@ -229,6 +229,27 @@ def train(name: str, how: str = "alone") -> list[float]:
     return losses
 
 
+def generated_and_saved(folder: Path) -> dict[str, list[Tensor]]:
+    """For each way to share a GPT's parameters: what it generates alone, when shared, and when it was saved and loaded."""
+    results = {}
+    for name, options in (("fsdp", {}), ("tensor_parallel", {}), ("gated", {"gated": True, "positions": "rotary"})):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(40, 16, 2, 4, WIDTH, **options))
+        prompt = torch.randint(40, (2, 5))
+        whole = model.generate(prompt, 6, temperature=0)
+        if name == "fsdp":
+            for module in (*model.blocks, model):
+                fully_shard(module)
+        else:
+            tensor_parallel(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+        shared = model.generate(prompt, 6, temperature=0)
+        model.save_pretrained(folder / name)
+        loaded = GPT.from_pretrained(folder / name)
+        results[name] = [whole, shared, loaded.generate(prompt, 6, temperature=0)]
+        assert model(prompt, prompt)[1].item() > 0.0  # (the processes can go on)
+    return results
+
+
 def _prepare() -> None:
     os.environ.update(GLOO_SOCKET_IFNAME="lo", FASTATTN_BACKEND="eager")
     torch.set_num_threads(1)
@@ -248,6 +269,7 @@ def run_all(rank: int, world: int, folder: str) -> None:
         "patched": patch_wrapped(),
         "shared": shared_inputs(),
         "attention": attention_of_shares(),
+        "generated": generated_and_saved(Path(folder)),
     }
     if rank == 0:
         torch.save(results, Path(folder) / "results.pt")

@@ -39,6 +39,12 @@ def test_two_processes_that_share_the_features_train_as_one(name, results):
     assert results["losses"][name, "tensor_parallel"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_shared_model_generates_and_is_saved_whole(results):
+    for whole, shared, loaded in results["generated"].values():
+        assert torch.equal(shared, whole)
+        assert torch.equal(loaded, whole)
+
+
 def test_patching_inside_wrappers(results):
     patched = results["patched"]
     assert patched["swapped"].keys() == {"module", "module.self_attn", "module.norm1", "module.norm2"}

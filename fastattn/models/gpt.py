@@ -24,6 +24,7 @@ from fastattn.models.gpt_config import GPTConfig
 from fastattn.models.layers import Block, KVCache, SelfAttention, make_norm
 from fastattn.models.pretrained import Pretrained, check_indices
 from fastattn.models.sampling import penalise_repetition, sample
+from fastattn.models.sharded import unsharded
 from fastattn.nn import FeedForward, GatedFeedForward, RotaryEmbedding
 from fastattn.nn.modes import evaluating
 from fastattn.nn.plain import is_plain_linear, linear
@@ -95,8 +96,8 @@ class GPT(Pretrained):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def _to_files(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return hub.export(self.config, self.state_dict()) or super()._to_files()
+    def _to_files(self, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return hub.export(self.config, state) or super()._to_files(state)
 
     @classmethod
     def _from_files(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
@@ -293,7 +294,7 @@ class GPT(Pretrained):
         generator: torch.Generator,
     ) -> Iterator[Tensor]:
         context = self.config.context_length
-        with evaluating(self):
+        with evaluating(self), unsharded(self, tokens):
             batch = len(tokens) if max_new_tokens >= MANY_TOKENS else 0
             own = type(self).hidden is GPT.hidden and "hidden" not in vars(self)
             read_token = TokenReader(self, batch) if max_new_tokens > 1 and own and can_read_tokens(self) else None

@@ -12,9 +12,11 @@ from types import ModuleType
 from typing import Any, BinaryIO, ClassVar, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastattn.checks import check_integer
+from fastattn.models.sharded import gathered, is_sharded
 from fastattn.tracing import readable
 
 Model = TypeVar("Model", bound="Pretrained")
@@ -107,19 +109,32 @@ class Pretrained(nn.Module):
     config: Any
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write `config.json` and `model.safetensors` into the folder `path`; each file is replaced atomically."""
-        folder = Path(path)
+        """Write `config.json` and `model.safetensors` into the folder `path`; each file is replaced atomically.
+
+        Where processes share the parameters (FSDP2, `tensor_parallel`), all have to call this: the first writes the whole model.
+        """
+        state = self.state_dict()
+        if not is_sharded(state):
+            self._write(Path(path), state)
+            return
+        first = dist.get_rank() == 0
+        state = gathered(state, keep=first)
+        if first:
+            self._write(Path(path), state)
+        dist.barrier()
+
+    def _write(self, folder: Path, state: dict[str, Tensor]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        settings, tensors = self._to_files()
+        settings, tensors = self._to_files(state)
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with atomic_write(folder / "model.safetensors") as file:
             file.write(_safetensors().save(tensors, metadata={"format": "pt"}))
         with atomic_write(folder / "config.json") as file:
             file.write(json.dumps(settings, indent=2).encode() + b"\n")
 
-    def _to_files(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What `config.json` and `model.safetensors` hold."""
-        return {"model": type(self).__name__, **dataclasses.asdict(self.config)}, self.state_dict()
+    def _to_files(self, state: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What `config.json` and `model.safetensors` hold of a model in this state."""
+        return {"model": type(self).__name__.removeprefix("FSDP"), **dataclasses.asdict(self.config)}, state
 
     @classmethod
     def _from_files(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
