@@ -44,8 +44,9 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh) -> GPT:
     """Divide the blocks of `model` among the processes of `mesh`, in place, with `parallelize_module`.
 
     Every process calls this with the same weights, and then the model with the same tokens. The parameters that are shared
-    become distributed tensors (`save_pretrained` gathers them, torch.distributed.checkpoint saves them in parts), and each `attention.in_proj` becomes
-    three layers, so that whole heads can be shared. FSDP2 over another dimension of the mesh comes afterwards.
+    become distributed tensors (`save_pretrained` gathers them, torch.distributed.checkpoint saves them in parts), and each
+    `attention.in_proj` becomes three layers, so that whole heads can be shared. FSDP2 over another dimension of the mesh
+    comes afterwards.
 
     Args:
         model: as it was built or loaded.
