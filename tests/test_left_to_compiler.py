@@ -79,3 +79,13 @@ def test_linear_layers_of_models(emulated, monkeypatch):
         torch.testing.assert_close(got, expected)
         assert got.dtype == dtype
         assert recorder.ours == [emulated and dtype == torch.bfloat16]
+
+
+def test_a_profiler_sees_what_runs_without_it(monkeypatch):
+    monkeypatch.setattr(products, "emulates", lambda dtype: dtype == torch.bfloat16)
+    layer, x = torch.nn.Linear(8, 8).bfloat16(), torch.randn(64, 8).bfloat16()
+    with fastattn.backend.use("eager"), torch.profiler.profile(acc_events=True) as seen:
+        got = plain.call_linear(layer, x)
+    assert any(event.key == "fastattn::linear" for event in seen.key_averages())
+    with fastattn.backend.use("eager"):
+        assert torch.equal(got, plain.call_linear(layer, x))
