@@ -48,6 +48,20 @@ def test_what_is_left_to_the_compiler(name):
     assert recorder.ours == ([False, True] if name in DEFINITIONS else [True] * len(recorder.ours))
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 2, 0, 3), (3, 1, 0, 2)], ids=str)
+@pytest.mark.parametrize("name", [*DEFINITIONS, "partial rotary"])
+def test_definitions_lie_in_memory_as_the_ops_do(name, order):
+    """What a model makes of a result may be a view, with its own strides."""
+    partial = lambda x: fastattn.rotary(x, None, COS[:, :2], SIN[:, :2])[0]  # noqa: E731
+    x, function = torch.randn(8, 8, 8, 8).permute(order), DEFINITIONS.get(name, partial)
+    for compiler in ("eager", "aot_eager"):
+        torch.compiler.reset()
+        with fastattn.backend.use("eager"):
+            got, expected = torch.compile(function, fullgraph=True, backend=compiler)(x), function(x)
+        assert got.stride() == expected.stride()
+        torch.testing.assert_close(got, expected)
+
+
 def seeded(function, *arguments):
     torch.manual_seed(0)
     return function(*arguments)
@@ -68,7 +82,8 @@ def test_an_exported_program_keeps_its_ops(name):
 @pytest.mark.parametrize("emulated", [False, True])
 def test_linear_layers_of_models(emulated, monkeypatch):
     """In 16 bits, on a CPU without instructions for them, the faster product is taken under a compiler, too."""
-    monkeypatch.setattr(products, "emulates", lambda dtype: emulated and dtype == torch.bfloat16)
+    for module in (products, plain):
+        monkeypatch.setattr(module, "emulates", lambda dtype: emulated and dtype == torch.bfloat16)
     layer = torch.nn.Linear(8, 8)
     for dtype in (torch.float32, torch.bfloat16):
         x, recorder = torch.randn(64, 8), Recorder()
@@ -79,6 +94,12 @@ def test_linear_layers_of_models(emulated, monkeypatch):
         torch.testing.assert_close(got, expected)
         assert got.dtype == dtype
         assert recorder.ours == [emulated and dtype == torch.bfloat16]
+        torch._dynamo.mark_dynamic(x, 0, min=2, max=100)  # whatever the number of rows, the graph is the same
+        with fastattn.backend.use("eager"), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            torch.compiler.reset()
+            compiled(x)
+            torch.testing.assert_close(compiled(x[:3]), layer(x[:3]))
+        assert len(recorder.ours) == 2
 
 
 def test_a_profiler_sees_what_runs_without_it(monkeypatch):

@@ -389,6 +389,18 @@ def test_module():
         assert torch.equal(other(query)[0], expected)
 
 
+def test_tables_that_grow_in_inference_under_a_compiler_can_train_afterwards():
+    module, query = fastattn.nn.RotaryEmbedding(8, 4), torch.randn(1, 2, 20, 8)
+    torch.compiler.reset()
+    with torch.inference_mode():
+        got = torch.compile(module, fullgraph=True, backend="aot_eager")(query)[0]
+    leaf = query.clone().requires_grad_()
+    rotated = module(leaf)[0]
+    torch.testing.assert_close(got, rotated.detach())
+    rotated.sum().backward()
+    assert leaf.grad.any()
+
+
 @pytest.mark.parametrize("touch", [lambda m: m(torch.ones(1, 1, 9, 8)), lambda m: m.float()], ids=["longer", "moved"])
 def test_tables_made_in_inference_mode_train(touch):
     module = fastattn.nn.RotaryEmbedding(8, 4)

@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastattn import backend
 from fastattn.checks import FLOAT_DTYPES
-from fastattn.eager.products import fp32_by_onednn, widens
+from fastattn.eager.products import emulates, fp32_by_onednn, widens
 from fastattn.ops import feed_forward as ops
 from fastattn.tracing import tracing
 
@@ -76,10 +76,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     autocasts = torch.is_autocast_enabled("cpu") and {x.dtype, weight.dtype} <= set(FLOAT_DTYPES)
     dtype = torch.get_autocast_dtype("cpu") if autocasts else x.dtype
-    if dtype == torch.float32:  # torch.compile chooses by itself
-        faster = not compiling and fp32_by_onednn()
+    if compiling:  # which chooses itself in fp32, and should not ask how many rows there are: the op does
+        faster = emulates(dtype)
     else:
-        faster = widens(math.prod(x.shape[:-1]), dtype)
+        faster = fp32_by_onednn() if dtype == torch.float32 else widens(math.prod(x.shape[:-1]), dtype)
     if not faster or not (autocasts or x.dtype == weight.dtype):
         return F.linear(x, weight, bias)
     return ops.linear(x, weight, bias)

@@ -17,7 +17,8 @@ class RotaryEmbedding(nn.Module):
     """`fastattn.rotary` with tables that the module makes: they move with it, stay fp32, and are not in its state_dict.
 
     Where `offset` is an int, the tables grow as needed, to the next power of two ("dynamic" scaling then follows that
-    length). Positions given as tensors must lie below `max_length`, which is not checked on a GPU.
+    length). Positions given as tensors must lie below `max_length`, which is not checked on a GPU. Under `torch.compile` tables that
+    are too small are made in each call: give a `max_length` that suffices.
 
     Args:
         rotary_dim: how many of each head's numbers are rotated: even.
@@ -73,8 +74,9 @@ class RotaryEmbedding(nn.Module):
     def _make_tables(self, length: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(False):  # they outlive the mode, and its tensors cannot be saved for a backward
             cos, sin = rotary_tables(self.rotary_dim, length, base=self.base, scaling=self.scaling, device=device)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        if not torch.compiler.is_compiling():  # in a graph they would be the mode's in spite of that
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
         return cos, sin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:

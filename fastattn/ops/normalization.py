@@ -176,7 +176,7 @@ def _norm(
     hidden_dtype = residual_dtype or (input if residual is None else residual).dtype
     tensors = input, residual, weight, bias, scale, shift
     if needs_composite(*tensors) or (seed is None and left_to_compiler(*tensors)):
-        h = _hidden(input, residual, seed, dropout_p, len(shape)).to(hidden_dtype)
+        h = _hidden(input, residual, seed, dropout_p, len(shape)).to(hidden_dtype).contiguous()
         x_hat = normalise(h, len(shape), eps, centered)
         y = modulate(x_hat, weight, bias, scale, shift, weight_offset).to(output_dtype)
         return y if residual is None else (y, h)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastattn import checks
 from fastattn.backend import device_guard, implementation
 from fastattn.eager.rotary import definition
-from fastattn.layout import new_output
+from fastattn.layout import as_output, new_output
 from fastattn.ops.library import call, define, differentiate, left_to_compiler, needs_composite, tensors_only
 from fastattn.tracing import readable
 
@@ -91,7 +91,9 @@ def _rotate(query: Tensor, key: Tensor | None, constants: tuple[Any, ...]) -> tu
     cos, sin, positions, *_ = constants
     if _needs_definition(query, key, cos, sin) or (positions is None and left_to_compiler(query, key, cos, sin)):
         _check_rows(positions, cos.shape[1])
-        return definition(query, *constants), None if key is None else definition(key, *constants)
+        rotated = [None if x is None else as_output(definition(x, *constants), _in_rows(x)) for x in (query, key)]
+        assert rotated[0] is not None
+        return rotated[0], rotated[1]
     rotated, rotated_key = call(rotary_op, query, key, *constants, False)
     return rotated, None if key is None else rotated_key
 
@@ -190,6 +192,11 @@ class _Overwritten(torch.autograd.Function):
         return call(rotary_op, grad, None, *ctx.saved_tensors, *ctx.constants, True)[0], *[None] * 5
 
 
+def _in_rows(x: Tensor) -> Tensor:
+    """`x`, whose heads' numbers are neighbours in memory."""
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
 def _launch(
     query: Tensor,
     key: Tensor | None,
@@ -219,12 +226,12 @@ def _forward(
     interleaved: bool,
     conjugate: bool,
 ) -> tuple[Tensor, ...]:
-    query, key = (x if x is None or x.stride(3) == 1 else x.contiguous() for x in (query, key))  # type: ignore[assignment]
+    query, key = _in_rows(query), None if key is None else _in_rows(key)
     return tensors_only(query, *_launch(query, key, cos, sin, positions, offset, interleaved, conjugate, False))
 
 
 def _fake(query: Tensor, key: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    query, key = (x if x is None or x.stride(3) == 1 else x.contiguous() for x in (query, key))  # type: ignore[assignment]
+    query, key = _in_rows(query), None if key is None else _in_rows(key)
     return tensors_only(query, *(x if x is None else new_output(x, x.shape[3]) for x in (query, key)))
 
 
