@@ -11,7 +11,9 @@ import torch.nn.functional as F
 
 import fastattn
 from fastattn.eager import loss as eager
+from fastattn.eager import products
 from fastattn.kernels import loss as kernels
+from fastattn.ops import linear_loss
 from tests import contract, reference
 from tests.contract import BACKENDS, DTYPES, Op
 
@@ -99,9 +101,17 @@ CASES |= LOGITS
 SOME = ["mean", "none", "everything", "everything_none", "logits", "logits_everything_none"]
 
 
+def set_emulates(monkeypatch, value):
+    """Whether 16-bit products are said to be slow on this CPU, and so taken in fp32."""
+    for module in (linear_loss, products):
+        monkeypatch.setattr(module, "emulates", lambda dtype: value and dtype != torch.float32)
+
+
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    """Eighteen rows at a time, so that forty rows are three chunks, the last one ragged; and small blocks of each."""
+    """Eighteen rows at a time, so that forty rows are three chunks, the last one ragged; and small blocks of each. 16-bit products
+    are those of CPUs that have instructions for them."""
+    set_emulates(monkeypatch, False)
     for module in (eager, kernels):
         monkeypatch.setattr(module, "chunk_rows", lambda classes: 18)
     monkeypatch.setattr(eager, "BLOCK_NUMBERS", 3 * 33)
@@ -116,6 +126,13 @@ def _small_chunks(monkeypatch):
 @pytest.mark.parametrize("name", CASES)
 def test_values(name, dtype, backend):
     contract.check_values(CASES[name], backend, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("name", SOME)
+def test_values_on_cpus_without_16_bit_instructions(name, dtype, monkeypatch):
+    set_emulates(monkeypatch, True)
+    contract.check_values(CASES[name], "eager", dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

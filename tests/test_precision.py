@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.eager import normalization
+from fastattn.eager import normalization, products
 
 BACKENDS = ["eager", "triton"]
 HALVES = [torch.float16, torch.bfloat16]
@@ -55,10 +55,12 @@ def test_norm_parameter_gradients_add_in_fp32(columns, dtype, backend):
     assert torch.equal(got, torch.full((columns,), rows * step))
 
 
+@pytest.mark.parametrize("emulates", [False, True], ids=["16_bit_products", "fp32_products"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_linear_parameter_gradients_add_in_fp32(dtype, backend):
+def test_linear_parameter_gradients_add_in_fp32(dtype, backend, emulates, monkeypatch):
     """A running sum of 515 ones stops at 256 in bf16, one of 2,051 at 2,048 in fp16."""
+    monkeypatch.setattr(products, "emulates", lambda dtype: emulates and dtype in HALVES)
     rows = 515 if dtype == torch.bfloat16 else 2_051
     x = torch.ones(rows, 16, dtype=dtype)
     weight = torch.zeros(16, 16, dtype=dtype, requires_grad=True)
