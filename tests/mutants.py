@@ -45,6 +45,7 @@ HUB = ("tests/test_hub.py",)
 PATCHING = ("tests/test_patching.py", "tests/test_patching_comparison.py")
 TRANSFORMERS = ("tests/test_transformers_attention.py",)
 TRANSFORMS = ("tests/test_transforms.py",)
+LEFT_TO_COMPILER = ("tests/test_left_to_compiler.py",)
 
 
 @dataclass(frozen=True)
@@ -491,6 +492,27 @@ MUTANTS = (
     ),
     Mutant("z-loss of half the log-sum-exp", "eager/loss.py", "- p.amax(1).log_()", "+ p.amax(1).log_()", EAGER_LOSS),
     Mutant("blocks of dW are added twice", "eager/loss.py", "part.view(-1)\n", "part.view(-1) * 2\n", EAGER_LOSS),
+    Mutant(
+        "a compiled norm's result lies as its input does",
+        "ops/normalization.py",
+        ".to(hidden_dtype).contiguous()",
+        ".to(hidden_dtype)",
+        LEFT_TO_COMPILER,
+    ),
+    Mutant(
+        "exported programs lose their norms",
+        "ops/library.py",
+        " or torch.compiler.is_exporting()",
+        "",
+        LEFT_TO_COMPILER,
+    ),
+    Mutant(
+        "a model shared by FSDP is saved without its processes' parts",
+        "models/sharded.py",
+        "tensor.full_tensor() if",
+        "tensor.to_local() if",
+        ("tests/test_distributed.py", "-k", "saved_whole"),
+    ),
     Mutant(
         "RMS norm's gradient keeps layer norm's term of the mean",
         "eager/normalization.py",
