@@ -159,7 +159,8 @@ def test_gradient_checkpointing_changes_nothing(name):
     model, batch = make(name)
     fastattn.patch(model)
     expected = run(model, batch)
-    model.activation_checkpointing_enable()
+    newer = hasattr(model, "activation_checkpointing_enable")
+    model.activation_checkpointing_enable() if newer else model.gradient_checkpointing_enable()  # (Python 3.10 gets transformers 5.20)
     model.train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -14,10 +14,18 @@ from fastattn.layout import new_output
 def definition(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, offset: int, interleaved: bool) -> Tensor:
     """`x` (B, H, N, D) rotated; cos and sin (B or 1, rows, half), positions (B or 1, N)."""
     c, s = (_of_tokens(table, positions, offset, x.shape[2]) for table in (cos, sin))
-    a, b = (half.float() for half in _pairs(x, c.shape[-1], interleaved))
-    rotated = (a * c - b * s, b * c + a * s)
-    joined = torch.stack(rotated, -1).flatten(-2) if interleaved else torch.cat(rotated, -1)
-    return torch.cat([joined.to(x.dtype), x[..., 2 * c.shape[-1] :]], -1)
+    if x.stride(1) < x.stride(2):  # a token's heads lie together: so they do in the result, without a copy
+        return _turned(x.transpose(1, 2), c.transpose(1, 2), s.transpose(1, 2), interleaved).transpose(1, 2)
+    return _turned(x, c, s, interleaved)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """`x` (..., D) rotated, with all the temporaries that automatic differentiation needs; cos and sin (..., half), fp32."""
+    half = cos.shape[-1]
+    a, b = (part.float() for part in _pairs(x, half, interleaved))
+    rotated = (a * cos - b * sin, b * cos + a * sin)
+    joined = (torch.stack(rotated, -1).flatten(-2) if interleaved else torch.cat(rotated, -1)).to(x.dtype)
+    return joined if joined.shape == x.shape else torch.cat([joined, x[..., 2 * half :]], -1)
 
 
 def rotate(
