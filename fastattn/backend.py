@@ -78,7 +78,7 @@ def choose(device: torch.device) -> tuple[str, str]:
 
 @cache
 def _too_old(device: torch.device) -> bool:
-    """Whether it is an NVIDIA GPU that Triton is not made for: on a T4, say, kernels compile for half a minute and may not fit."""
+    """Whether it is an NVIDIA GPU that Triton is not made for: on a T4, say, kernels compile slowly and may not fit."""
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
         return False
     return torch.cuda.get_device_capability(device) < LEAST_CAPABILITY

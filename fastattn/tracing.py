@@ -31,6 +31,11 @@ def tracing() -> bool:
     )
 
 
+def compiling() -> bool:
+    """Whether `torch.compile` traces, for the machine that runs it; an export's program may run elsewhere."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether a check may look at the numbers: on a GPU the host would wait for them, while tracing there may be none."""
     return tensor.is_cpu and not tracing() and not isinstance(tensor, FakeTensor)

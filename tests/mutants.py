@@ -501,8 +501,8 @@ MUTANTS = (
     ),
     Mutant(
         "exported programs lose their norms",
-        "ops/library.py",
-        " or torch.compiler.is_exporting()",
+        "tracing.py",
+        " and not torch.compiler.is_exporting()",
         "",
         LEFT_TO_COMPILER,
     ),

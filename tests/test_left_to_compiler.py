@@ -6,6 +6,7 @@ import torch
 import fastattn
 from fastattn.eager import products
 from fastattn.nn import plain
+from tests.test_transforms import seeded
 
 X, GAIN = torch.randn(2, 3, 4, 8), torch.ones(8)
 COS, SIN = fastattn.rotary_tables(8, 16)
@@ -62,11 +63,6 @@ def test_definitions_lie_in_memory_as_the_ops_do(name, order):
         torch.testing.assert_close(got, expected)
 
 
-def seeded(function, *arguments):
-    torch.manual_seed(0)
-    return function(*arguments)
-
-
 @pytest.mark.parametrize("name", DEFINITIONS)
 def test_an_exported_program_keeps_its_ops(name):
     class Module(torch.nn.Module):
@@ -82,8 +78,7 @@ def test_an_exported_program_keeps_its_ops(name):
 @pytest.mark.parametrize("emulated", [False, True])
 def test_linear_layers_of_models(emulated, monkeypatch):
     """In 16 bits, on a CPU without instructions for them, the faster product is taken under a compiler, too."""
-    for module in (products, plain):
-        monkeypatch.setattr(module, "emulates", lambda dtype: emulated and dtype == torch.bfloat16)
+    monkeypatch.setattr(products, "_emulates", lambda dtype: emulated and dtype == torch.bfloat16)
     layer = torch.nn.Linear(8, 8)
     for dtype in (torch.float32, torch.bfloat16):
         x, recorder = torch.randn(64, 8), Recorder()
@@ -103,7 +98,7 @@ def test_linear_layers_of_models(emulated, monkeypatch):
 
 
 def test_a_profiler_sees_what_runs_without_it(monkeypatch):
-    monkeypatch.setattr(products, "emulates", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(products, "_emulates", lambda dtype: dtype == torch.bfloat16)
     layer, x = torch.nn.Linear(8, 8).bfloat16(), torch.randn(64, 8).bfloat16()
     with fastattn.backend.use("eager"), torch.profiler.profile(acc_events=True) as seen:
         got = plain.call_linear(layer, x)

@@ -13,7 +13,6 @@ import fastattn
 from fastattn.eager import loss as eager
 from fastattn.eager import products
 from fastattn.kernels import loss as kernels
-from fastattn.ops import linear_loss
 from tests import contract, reference
 from tests.contract import BACKENDS, DTYPES, Op
 
@@ -101,17 +100,11 @@ CASES |= LOGITS
 SOME = ["mean", "none", "everything", "everything_none", "logits", "logits_everything_none"]
 
 
-def set_emulates(monkeypatch, value):
-    """Whether 16-bit products are said to be slow on this CPU, and so taken in fp32."""
-    for module in (linear_loss, products):
-        monkeypatch.setattr(module, "emulates", lambda dtype: value and dtype != torch.float32)
-
-
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     """Eighteen rows at a time, so that forty rows are three chunks, the last one ragged; and small blocks of each. 16-bit products
     are those of CPUs that have instructions for them."""
-    set_emulates(monkeypatch, False)
+    monkeypatch.setattr(products, "_emulates", lambda dtype: False)
     for module in (eager, kernels):
         monkeypatch.setattr(module, "chunk_rows", lambda classes: 18)
     monkeypatch.setattr(eager, "BLOCK_NUMBERS", 3 * 33)
@@ -131,7 +124,7 @@ def test_values(name, dtype, backend):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("name", SOME)
 def test_values_on_cpus_without_16_bit_instructions(name, dtype, monkeypatch):
-    set_emulates(monkeypatch, True)
+    monkeypatch.setattr(products, "_emulates", lambda dtype: dtype != torch.float32)
     contract.check_values(CASES[name], "eager", dtype)
 
 

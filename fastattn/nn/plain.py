@@ -15,7 +15,7 @@ from fastattn import backend
 from fastattn.checks import FLOAT_DTYPES
 from fastattn.eager.products import emulates, fp32_by_onednn, widens
 from fastattn.ops import feed_forward as ops
-from fastattn.tracing import tracing
+from fastattn.tracing import compiling, tracing
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -71,12 +71,11 @@ def _wraps_tensors(weight: object) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b: PyTorch's, or `fastattn.linear` where its product is the faster one (on some CPUs)."""
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
-    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    if not (plain and x.is_cpu) or (tracing() and not compiling) or not backend.eager_on_cpu():
+    if not (plain and x.is_cpu) or (tracing() and not compiling()) or not backend.eager_on_cpu():
         return F.linear(x, weight, bias)
     autocasts = torch.is_autocast_enabled("cpu") and {x.dtype, weight.dtype} <= set(FLOAT_DTYPES)
     dtype = torch.get_autocast_dtype("cpu") if autocasts else x.dtype
-    if compiling:  # which chooses itself in fp32, and should not ask how many rows there are: the op does
+    if compiling():  # it chooses itself in fp32, and should not ask how many rows there are: the op does
         faster = emulates(dtype)
     else:
         faster = fp32_by_onednn() if dtype == torch.float32 else widens(math.prod(x.shape[:-1]), dtype)

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastattn import backend
 from fastattn.checks import without_autocast
 from fastattn.interpreting import interpreting
-from fastattn.tracing import constant_to_compilers, listening
+from fastattn.tracing import compiling, constant_to_compilers, listening
 
 LIBRARY = torch.library.Library("fastattn", "DEF")
 _DIRECT: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
@@ -183,13 +183,8 @@ def needs_composite(*tensors: Tensor | None) -> bool:
 
 
 def left_to_compiler(*tensors: Tensor | None) -> bool:
-    """Whether `torch.compile` gets an op that only passes over memory as its definition: on a CPU, where what it generates is faster.
-
-    An export keeps its ops: the program may run elsewhere.
-    """
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return False
-    return all(t is None or t.is_cpu for t in tensors) and backend.eager_on_cpu()
+    """Whether `torch.compile` gets an op that only passes over memory as its definition: on a CPU, where what it generates is faster."""
+    return compiling() and all(t is None or t.is_cpu for t in tensors) and backend.eager_on_cpu()
 
 
 @constant_to_compilers

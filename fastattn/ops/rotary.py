@@ -91,9 +91,9 @@ def _rotate(query: Tensor, key: Tensor | None, constants: tuple[Any, ...]) -> tu
     cos, sin, positions, *_ = constants
     if _needs_definition(query, key, cos, sin) or (positions is None and left_to_compiler(query, key, cos, sin)):
         _check_rows(positions, cos.shape[1])
-        rotated = [None if x is None else as_output(definition(x, *constants), _in_rows(x)) for x in (query, key)]
-        assert rotated[0] is not None
-        return rotated[0], rotated[1]
+        query, key = _in_rows(query), None if key is None else _in_rows(key)
+        rotated = as_output(definition(query, *constants), query)
+        return rotated, None if key is None else as_output(definition(key, *constants), key)
     rotated, rotated_key = call(rotary_op, query, key, *constants, False)
     return rotated, None if key is None else rotated_key
 
